@@ -1,0 +1,1 @@
+"""Model ports: one short file a model family, and the porting interface."""

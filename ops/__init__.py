@@ -1,0 +1,1 @@
+"""Operations of a model: shapes, costs, reference maths and kernels, and the graph they form."""

@@ -1,0 +1,52 @@
+"""The operation graph of a model: one layer, traced once, and what stands before and after the layers.
+
+Contract: `layer` is in program order, so running it from first to last for layer 0, 1, ... is the sequential semantics
+that every plan must keep. Each value has one physical buffer that all layers share; the value named `RESIDUAL` carries
+a layer's output to the next one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nanoflow.ops.operation import Cost, Operation, Work
+
+__all__ = ["RESIDUAL", "Graph"]
+
+RESIDUAL = "x"
+"""The value that a layer reads as its input and writes as its output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Operations of a whole model. `values` gives each buffer's columns (elements a row)."""
+
+    values: Mapping[str, int]
+    layer: tuple[Operation, ...]
+    layers: int
+    prologue: tuple[Operation, ...]
+    """Unsplit, before the layers: the embedding."""
+    epilogue: tuple[Operation, ...]
+    """Unsplit, over the sampled rows only: gather, final norm, head."""
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    vocab_size: int = 0
+    _by_name: dict[str, Operation] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({op.name: op for op in self.layer})
+        if len(self._by_name) != len(self.layer):
+            raise ValueError(f"two operations of a layer share a name: {[op.name for op in self.layer]}")
+
+    def operation(self, name: str) -> Operation:
+        """The layer's operation `name`; raises KeyError for an unknown one."""
+        return self._by_name[name]
+
+    def cost(self, work: Work, itemsize: int) -> Cost:
+        """FLOPs and bytes of one iteration of the whole model."""
+        total = Cost()
+        for op in self.layer:
+            total = total + op.cost(work, itemsize) * self.layers
+        for op in self.prologue + self.epilogue:
+            total = total + op.cost(work, itemsize)
+        return total

@@ -1,0 +1,168 @@
+"""What an operation declares: its resource, its accesses, its weights, its cost and its reference maths.
+
+An operation knows no plan and no stream. It sees one nano-batch of one layer at a time through `NanoContext`. Everything
+that planning needs (which nano-ops may run side by side) follows from the declared accesses; nothing is written by hand.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Literal
+
+import torch
+
+from nanoflow.ops.device_batch import BatchPart, DeviceBatch
+
+__all__ = ["KV", "SCRATCH", "Access", "Cost", "NanoContext", "Operation", "Resource", "RowClass", "Weight", "Work"]
+
+Resource = Literal["compute", "memory", "network"]
+
+KV = "kv"
+"""Name of the buffer that stands for a layer's KV cache. It is one buffer a layer, indexed like the rows that wrote it."""
+
+SCRATCH = "scratch"
+"""Name of the buffer that stands for scratch memory. It is one buffer a lane."""
+
+
+class RowClass(Enum):
+    """Which rows of a nano-batch an access touches."""
+
+    ALL = "all"
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+    def meets(self, other: "RowClass") -> bool:
+        """Whether two accesses of these classes can touch the same row."""
+        return self is other or RowClass.ALL in (self, other)
+
+
+@dataclass(frozen=True)
+class Access:
+    """One buffer that an operation reads or writes, and which rows of it.
+
+    `prefix` widens the access from the nano-batch's own rows to those of all earlier nano-batches too: a piece of a
+    prompt attends to the keys that earlier pieces of the same prompt appended in this very iteration.
+    """
+
+    buffer: str
+    rows: RowClass = RowClass.ALL
+    write: bool = False
+    prefix: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter: the checkpoint's tensors `parts`, concatenated along dimension 0, make one tensor of `shape`.
+
+    Names are relative to the layer (``self_attn.q_proj.weight``) or, for operations outside the layers, absolute.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much an iteration (or one nano-batch of it) asks of an operation."""
+
+    decode_rows: int = 0
+    prefill_rows: int = 0
+    decode_context: int = 0
+    """KV tokens read by decode attention, summed over the decode rows."""
+    prefill_context: int = 0
+    """KV tokens read by prefill attention, summed over the prefill segments."""
+    prefill_pairs: int = 0
+    """(query, key) pairs of prefill attention, after the causal mask."""
+    sampled_rows: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.decode_rows + self.prefill_rows
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work takes: floating-point operations, bytes to and from memory, bytes on the wire."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    wire_bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.wire_bytes + other.wire_bytes)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times, self.wire_bytes * times)
+
+
+@dataclass
+class NanoContext:
+    """What a kernel sees of one nano-op: its rows, its layer, its weights and the buffers that the plan assigned."""
+
+    batch: DeviceBatch
+    part: BatchPart
+    """The nano-batch (or the whole batch, for an operation that is not split): its rows and its attention work."""
+    layer: int
+    buffers: Mapping[str, torch.Tensor]
+    """Physical buffer of every value, [capacity, columns]."""
+    weights: Mapping[str, torch.Tensor]
+    """This operation's weights in this layer, by `Weight.name`."""
+    kv: torch.Tensor
+    """This layer's KV cache, [pages, 2, kv heads, page size, head size]."""
+
+    def rows(self, buffer: str) -> torch.Tensor:
+        """The nano-batch's rows of a buffer, [rows, columns], padding included."""
+        return self.buffers[buffer][self.part.rows]
+
+
+Kernel = Callable[[NanoContext], None]
+
+
+class Operation(ABC):
+    """One step of a model's layer. Subclasses are plain objects, made by the graph builder and never changed after."""
+
+    resource: ClassVar[Resource]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    @abstractmethod
+    def accesses(self) -> tuple[Access, ...]:
+        """Every buffer read or written, `KV` and `SCRATCH` included."""
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return ()
+
+    @property
+    def row_class(self) -> RowClass:
+        """The rows that the operation works on; one without such rows in a nano-batch is skipped."""
+        return RowClass.ALL
+
+    def scratch_bytes(self, rows: int, sms: int) -> int:
+        """Scratch memory in bytes for `rows` rows on `sms` SMs; non-zero exactly if `SCRATCH` is among the accesses."""
+        return 0
+
+    @abstractmethod
+    def cost(self, work: Work, itemsize: int) -> Cost:
+        """FLOPs and bytes of `work`, for weights and activations of `itemsize` bytes an element."""
+
+    @abstractmethod
+    def reference(self, context: NanoContext) -> None:
+        """The operation in plain PyTorch: reads and writes exactly what `accesses` says. The standard for every kernel."""
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The ways to run it, by name; `reference` is always one."""
+        return {"reference": self.reference}
+
+    def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Turn a loaded weight into the layout that the device's kernels want; by default it stays as it is."""
+        return weight
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name})"

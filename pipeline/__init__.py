@@ -1,0 +1,1 @@
+"""From nano-batches to a plan, its validation and its execution."""

@@ -1,0 +1,1 @@
+"""What finds the fastest plan by measurement: cost model and plan store."""

@@ -8,17 +8,39 @@ contiguous piece of one request's prompt inside one nano-batch), S rows to sampl
 """
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RESERVED_PAGE", "TOKEN_ON_DEVICE", "DenseBatch", "NanoBatchRows", "PenaltyReset", "SamplingBatch", "StepOutput"]
+__all__ = [
+    "RESERVED_PAGE",
+    "TOKEN_ON_DEVICE",
+    "DenseBatch",
+    "NanoBatchRows",
+    "PenaltyReset",
+    "RowClass",
+    "SamplingBatch",
+    "StepOutput",
+]
 
 RESERVED_PAGE = 0
 """The KV page that padding rows write to; the allocator never hands it out and nothing reads it."""
 
 TOKEN_ON_DEVICE = -1
 """A token id that says: take the last token sampled for this row's slot, which only the device knows yet."""
+
+
+class RowClass(Enum):
+    """Which rows of a nano-batch an access touches."""
+
+    ALL = "all"
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+    def meets(self, other: "RowClass") -> bool:
+        """Whether two accesses of these classes can touch the same row."""
+        return self is other or RowClass.ALL in (self, other)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanoflow.ops.batch import DenseBatch
+from nanoflow.ops.batch import DenseBatch, RowClass
 
 __all__ = ["BatchPart", "DeviceBatch"]
 
@@ -49,6 +49,11 @@ class BatchPart:
         self.prefill = slice(int(host.prefill_splits[first]), int(host.prefill_splits[last]))
         """Prefill segments: a slice of the batch's prefill arrays."""
         self._cache: dict[Any, Any] = {}
+
+    def has_rows(self, rows: RowClass) -> bool:
+        """Whether an operation on this class of rows has anything to do here (padding counts as ALL)."""
+        span = {RowClass.ALL: self.rows, RowClass.DECODE: self.decode, RowClass.PREFILL: self.prefill}[rows]
+        return span.stop > span.start
 
     def cached(self, key: Any, make: Callable[[], Work]) -> Work:
         """Work that is the same in every layer (masks, gathered page lists): made once an iteration, kept under `key`."""

@@ -7,11 +7,11 @@ that planning needs (which nano-ops may run side by side) follows from the decla
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import ClassVar, Literal
 
 import torch
 
+from nanoflow.ops.batch import RowClass
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 
 __all__ = ["KV", "SCRATCH", "Access", "Cost", "NanoContext", "Operation", "Resource", "RowClass", "Weight", "Work"]
@@ -23,18 +23,6 @@ KV = "kv"
 
 SCRATCH = "scratch"
 """Name of the buffer that stands for scratch memory. It is one buffer a lane."""
-
-
-class RowClass(Enum):
-    """Which rows of a nano-batch an access touches."""
-
-    ALL = "all"
-    DECODE = "decode"
-    PREFILL = "prefill"
-
-    def meets(self, other: "RowClass") -> bool:
-        """Whether two accesses of these classes can touch the same row."""
-        return self is other or RowClass.ALL in (self, other)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""What an executor is: something that launches a compiled plan on dense batches and decides nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nanoflow.ops.batch import DenseBatch, StepOutput
+
+__all__ = ["Executor", "KVLayout", "Weights"]
+
+OpWeights = Mapping[str, Mapping[str, torch.Tensor]]
+"""Weights of several operations: operation name -> weight name -> tensor, as `Operation.pack` left it."""
+
+
+class Weights(Protocol):
+    """A model's weights on the device."""
+
+    @property
+    def layers(self) -> Sequence[OpWeights]: ...
+
+    @property
+    def outer(self) -> OpWeights:
+        """Weights of the prologue and the epilogue."""
+        ...
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Size of the paged KV cache: `pages` of `page_size` tokens a layer, the reserved page included."""
+
+    pages: int
+    page_size: int
+
+
+class Executor(Protocol):
+    """Runs one iteration at a time, in the order launched, with at most two launched and not collected."""
+
+    def launch(self, batch: DenseBatch) -> None:
+        """Start an iteration and return at once. Rows whose token is `TOKEN_ON_DEVICE` read it from the one before."""
+        ...
+
+    def collect(self) -> StepOutput | None:
+        """Wait for the oldest iteration launched; None if it sampled nothing. Raises what went wrong in it."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what runs and release threads."""
+        ...

@@ -1,13 +1,13 @@
 """How the tokens of one request are chosen: the same class for a run's defaults, a line of input and the Python API."""
 
-from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from nanoflow.errors import ParameterError
+from nanoflow.validation import explain
 
-__all__ = ["MAX_LOGPROBS", "SamplingParams", "explain", "suggest"]
+__all__ = ["MAX_LOGPROBS", "SamplingParams"]
 
 MAX_LOGPROBS = 20
 """The most alternatives a position that `logprobs` may ask for, as in OpenAI's chat API."""
@@ -114,23 +114,3 @@ def _as_tuple(value: Any, otherwise: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(otherwise)
     return tuple(value)
-
-
-def suggest(key: str, known: list[str]) -> str:
-    """The end of a message about the unknown `key`: the nearest known key, or all of them."""
-    near = get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-
-
-def explain(error: Any, model: type[BaseModel]) -> tuple[str, str]:
-    """One entry of pydantic's `ValidationError.errors()` for a flat `model`, as (dotted key, problem with its mend)."""
-    location = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(location)
-    kind, value = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        return key, f"unknown key; {suggest(location[-1], list(model.model_fields))}"
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    message = error["msg"].removeprefix("Value error, ")
-    _, should, rest = message.partition(" should ")
-    return key, f"{shown} is not allowed; it must {rest}" if should else f"{shown} is not allowed; {message}"

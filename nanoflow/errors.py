@@ -29,7 +29,7 @@ class InputError(UserError, ValueError):
 
 
 class ParameterError(InputError):
-    """A sampling parameter is wrong: `key` is its name, `problem` says what is wrong with the value and how to mend it."""
+    """A sampling parameter is wrong: `key` is its name, `problem` names the value and the mend."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}")

@@ -51,7 +51,10 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = Field(False, description="Go on after the end-of-sequence token, up to max_tokens.")
     max_tokens: int = Field(64, ge=1, description="The most tokens to generate.")
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**64, description="Seed of this request's random numbers; null: derived from its place in the input."
+        None,
+        ge=-(2**63),
+        lt=2**64,
+        description="Seed of this request's random numbers; null: derived from its place in the input.",
     )
     n: int = Field(1, ge=1, le=128, description="Completions to make for the prompt.")
     logprobs: int | None = Field(

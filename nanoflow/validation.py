@@ -12,7 +12,7 @@ __all__ = ["explain", "known_keys", "shorten", "suggest"]
 
 
 def explain(error: Any, model: type[BaseModel]) -> tuple[str, str]:
-    """One entry of `ValidationError.errors()` for `model`, as (dotted key, what is wrong with it and how to mend it)."""
+    """One entry of `ValidationError.errors()` for `model`, as (dotted key, problem with its mend)."""
     location = [str(part) for part in error["loc"] if part != "[key]"]
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
@@ -26,6 +26,8 @@ def explain(error: Any, model: type[BaseModel]) -> tuple[str, str]:
     message = error["msg"].removeprefix("Value error, ")
     if kind in ("model_type", "model_attributes_type"):
         return key, f"{shorten(value)} is not allowed; it must be a section with keys of its own"
+    if isinstance(value, dict) and kind == "value_error":
+        return key, message
     before, should, rest = message.partition(" should ")
     return key, f"{shorten(value)} is not allowed; it must {rest}" if should else f"{shorten(value)}: {before}"
 

@@ -1,0 +1,188 @@
+"""Reads a run's YAML into a frozen `RunConfig`, and writes a resolved one back. Its keys are in `config_schema`."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from nanoflow.config_schema import RunConfig
+from nanoflow.errors import ConfigError, OutputError
+from nanoflow.validation import explain, shorten
+
+__all__ = ["RunConfig", "dump_config", "load_config", "save_config", "shipped_configs"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILE_ENDINGS = (".gguf", ".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by the YAML file `path`, or by the shipped configuration of that name.
+
+    `overrides` are ``section.key=value`` with values in YAML; they win over the file. A relative input named by an
+    override may also lie in the working folder. Raises `ConfigError`.
+    """
+    file = _find(Path(path))
+    data = _read(file)
+    overridden = {_apply(data, override) for override in overrides}
+    # A section left empty (all of its keys commented out, say) is null in YAML; it means the defaults.
+    data = {key: value for key, value in data.items() if value is not None or key not in RunConfig.model_fields}
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_message(file, error)) from None
+    return _with_absolute_paths(config, file, overridden)
+
+
+def dump_config(config: RunConfig) -> str:
+    """`config` as YAML that loads to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def save_config(config: RunConfig) -> Path:
+    """Write the resolved configuration beside the run's output; raises `OutputError`."""
+    path = config.output.config_path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"output.path: cannot write {path}: {error.strerror}; choose another folder") from error
+    return path
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    folder = Path(__file__).parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path.absolute()
+    shipped = shipped_configs()
+    if path.parent == Path() and path.name in shipped:
+        return shipped[path.name]
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name the YAML file in it")
+    raise ConfigError(f"{path}: no such file; write one, or name a shipped configuration: {', '.join(shipped)}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}; check its permissions") from None
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: {_yaml_problem(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: is nested too deep for a run's configuration") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: holds {shorten(data)}; it must hold sections such as model: and workload:")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> str:
+    """Set one ``section.key=value`` in `data`; returns the key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    names = key.split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override}: it must be section.key=value, such as --set engine.max_running=64")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {_yaml_problem(error)}") from None
+    section = data
+    for name in names[:-1]:
+        inner = section.get(name)
+        if inner is None:
+            inner = {}
+        elif not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {name} is {shorten(inner)}, not a section; set {name} as a whole")
+        section[name] = inner = dict(inner)
+        section = inner
+    section[names[-1]] = value
+    return key
+
+
+def _message(file: Path, error: ValidationError) -> str:
+    problems = []
+    for entry in error.errors():
+        key, problem = explain(entry, RunConfig)
+        problems.append(f"{key}: {problem}" if key else problem)
+    if len(problems) == 1:
+        return f"{file}: {problems[0]}"
+    return f"{file}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) -> RunConfig:
+    def resolve(key: str, value: str) -> str:
+        folders = [file.parent]
+        if any(key == name or key.startswith(name + ".") for name in overridden):
+            folders.append(Path.cwd())
+        places = list(dict.fromkeys((folder / value).resolve() for folder in folders))
+        for place in places:
+            if place.exists():
+                return str(place)
+        raise ConfigError(
+            f"{file}: {key}: {value} not found (looked for {' and '.join(map(str, places))}); "
+            "relative paths start at the folder of the YAML file"
+        )
+
+    changes: dict[str, Any] = {}
+    path = config.model.path
+    if not path.startswith("package:"):
+        try:
+            path = resolve("model.path", path)
+        except ConfigError:
+            # What names no file may still be a model of the Hub, unless it can only be meant as a file.
+            if not HUB_ID.fullmatch(path) or path.startswith(".") or path.endswith(FILE_ENDINGS):
+                raise
+        changes["model"] = config.model.model_copy(update={"path": path})
+    workload = config.workload
+    if workload.input is not None:
+        changes["workload"] = workload.model_copy(update={"input": resolve("workload.input", workload.input)})
+    elif workload.trace is not None:
+        trace = workload.trace.model_copy(update={"path": resolve("workload.trace.path", workload.trace.path)})
+        changes["workload"] = workload.model_copy(update={"trace": trace})
+    if config.pipeline.plan not in ("sequential", "auto"):
+        plan = resolve("pipeline.plan", config.pipeline.plan)
+        changes["pipeline"] = config.pipeline.model_copy(update={"plan": plan})
+    output = Path(config.output.path).absolute()
+    if output in (Path(workload.input or ""), Path(file)):
+        raise ConfigError(f"{file}: output.path: {output} is an input of the run; choose another file")
+    changes["output"] = config.output.model_copy(update={"path": str(output)})
+    return config.model_copy(update=changes)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error).replace("\n", " ")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice (the first would be lost silently) and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key_node.value} is given twice; keep one", problem_mark=key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)

@@ -1,0 +1,338 @@
+"""Which tokens form the next dense batch.
+
+Contract: one iteration may be in flight, so `form` makes iteration i + 1 before `update` has seen the tokens of
+iteration i.
+
+- A running sequence has at most one decode row a batch; its input token is on the device. Decode rows come first, prompts
+  fill the rest in order of arrival; at most one prompt is partly done at any time, and it is the latest admitted.
+- A sequence whose token in flight is the last that it may have (`max_tokens`, context) gets no further row. A stop that
+  only the token itself shows is noticed late, and the token sampled after it is dropped.
+- A row that needs a page when none is free sits out if a token of its sequence is in flight (it may have stopped), and
+  otherwise preempts the latest-admitted sequence, or sits out if that is itself. So the earliest-admitted always goes on.
+- A preempted sequence gives up pages and slot. It waits until its token in flight is seen, then its prompt and output
+  are prefilled and the next position is sampled: no position is sampled twice.
+- Pages may be handed out as soon as they are free, although the iteration in flight may still use them: the device runs
+  iterations in order.
+
+    form:    decode rows <- running sequences that may go on, pages permitting
+             prompt tokens <- pacing(running, waiting); fill from the partly done prompt, then admit from the queue
+             lay the rows out over the nano-batches
+    update:  record the tokens of sequences that are not finished; finish those that stop; free their pages
+"""
+
+import time
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow.dense_batch import SplitRows, form_dense_batch, lay_out
+from nanoflow.kv_cache import KVCache
+from nanoflow.ops.batch import DenseBatch, StepOutput
+from nanoflow.sequence import FinishReason, Sequence
+from nanoflow.slots import FREE, SlotTable
+
+__all__ = ["Iteration", "Scheduler"]
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Iteration:
+    """One formed iteration: what to launch, and whose tokens come back."""
+
+    batch: DenseBatch
+    sampled: list[Sequence]
+    """[S] sequence of each entry of ``batch.sampling``; empty if nothing is sampled."""
+    slots: Int32
+    """[S] their slots."""
+    epochs: NDArray[np.int64]
+    """[S] their admissions, which tell whether a slot still belongs to the sequence when the tokens arrive."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    slot: int
+    start: int
+    length: int
+    completes: bool
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over a paged KV cache.
+
+    Args:
+        kv: the KV cache; its slots are this scheduler's.
+        split: shares out (decode rows, prefill rows) among nano-batches.
+        max_batch_tokens: rows of a dense batch, padding not counted.
+        max_running: sequences that hold a slot at a time; at most ``kv.max_running``.
+        max_model_len: tokens of prompt and output that a sequence may have.
+        row_multiple: each nano-batch's rows are padded to a multiple of this.
+        eos_token_ids: tokens that end a sequence, unless it ignores them.
+    """
+
+    def __init__(
+        self,
+        *,
+        kv: KVCache,
+        split: SplitRows,
+        max_batch_tokens: int,
+        max_running: int,
+        max_model_len: int,
+        row_multiple: int = 1,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        if not 1 <= max_running <= kv.max_running:
+            raise ValueError(f"max_running must be from 1 to the KV cache's {kv.max_running} slots, not {max_running}")
+        if max_batch_tokens < 1 or row_multiple < 1 or max_model_len < 2:
+            raise ValueError(
+                "max_batch_tokens and row_multiple must be at least 1 and max_model_len at least 2, "
+                f"not {max_batch_tokens}, {row_multiple} and {max_model_len}"
+            )
+        self.kv = kv
+        self.split = split
+        self.max_batch_tokens = max_batch_tokens
+        # More running sequences than rows would only take turns.
+        self.max_running = min(max_running, max_batch_tokens)
+        self.max_model_len = max_model_len
+        self.row_multiple = row_multiple
+        self.eos_token_ids = np.unique(np.array(list(eos_token_ids), np.int32))
+        self.preemptions = 0
+        """Preemptions so far."""
+        self.unfinished = 0
+        """Sequences added and not finished."""
+        self._slots = SlotTable(kv.max_running)
+        self._epoch = 0
+        self._arrivals: list[Sequence] = []
+        self._next_arrival = 0  # everything before it in `_arrivals` was admitted or finished
+        self._preempted: list[tuple[int, Sequence]] = []  # heap by index; finished ones leave it lazily
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return self._slots.running
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for their first admission or, after a preemption, for the next."""
+        return self.unfinished - self.running
+
+    def output_limit(self, sequence: Sequence) -> int:
+        """Output tokens after which a sequence ends whatever they are."""
+        return min(sequence.params.max_tokens, self.max_model_len - len(sequence.prompt))
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence into the queue. Raises ValueError if it is empty or can never fit."""
+        prompt = len(sequence.prompt)
+        if prompt == 0:
+            raise ValueError("the prompt has no tokens; give it at least one")
+        if prompt >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {prompt} tokens, which leaves no room for output in a context of {self.max_model_len} "
+                "(engine.max_model_len); shorten it"
+            )
+        pages = self.kv.pages_for(prompt + self.output_limit(sequence) - 1)  # the last token's KV is never needed
+        room = min(self.kv.usable_pages, self.kv.max_pages_per_sequence)
+        if pages > room:
+            raise ValueError(
+                f"a prompt of {prompt} tokens with {self.output_limit(sequence)} output tokens needs {pages} KV pages "
+                f"of {self.kv.page_size} tokens, and there are {room}; lower max_tokens, shorten the prompt or raise "
+                "engine.kv_memory"
+            )
+        if not self._arrivals or self._arrivals[-1].index <= sequence.index:
+            self._arrivals.append(sequence)
+        else:
+            insort(self._arrivals, sequence, lo=self._next_arrival, key=lambda s: s.index)
+        self.unfinished += 1
+
+    def form(self) -> Iteration | None:
+        """The next iteration, or None if nothing can run before tokens in flight are seen (or all is finished)."""
+        decode, short_of_pages = self._decode_slots()
+        chunks = self._prompt_chunks(self.max_batch_tokens - len(decode), admit=not short_of_pages)
+        if not len(decode) and not chunks:
+            return None
+        slots = self._slots
+        chunk_slots = np.array([c.slot for c in chunks], np.int32)
+        chunk_starts = np.array([c.start for c in chunks], np.int32)
+        chunk_lengths = np.array([c.length for c in chunks], np.int32)
+        pieces = [slots.tokens[c.slot][c.start : c.start + c.length] for c in chunks]
+        chunk_tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        layout = lay_out(self.split, len(decode), len(chunk_tokens), self.row_multiple)
+        completes = np.array([c.completes for c in chunks], np.bool_)
+        last_rows = layout.prefill_rows[np.cumsum(chunk_lengths)[completes] - 1]
+        sampled_rows = np.concatenate([layout.decode_rows, last_rows]).astype(np.int32)
+        sampled_slots = np.concatenate([decode, chunk_slots[completes]])
+        batch = form_dense_batch(
+            layout,
+            self.kv,
+            decode,
+            slots.computed[decode],
+            chunk_slots,
+            chunk_starts,
+            chunk_lengths,
+            chunk_tokens,
+            slots.sampling_batch(sampled_rows, sampled_slots) if len(sampled_rows) else None,
+        )
+        slots.computed[decode] += 1
+        slots.computed[chunk_slots] += chunk_lengths
+        sequences = slots.sequences
+        sampled = [s for s in (sequences[slot] for slot in sampled_slots.tolist()) if s is not None]
+        return Iteration(batch, sampled, sampled_slots, slots.epoch[sampled_slots])
+
+    def update(self, iteration: Iteration, output: StepOutput | None) -> list[Sequence]:
+        """Records an iteration's tokens; iterations come back in the order in which they were formed.
+
+        Returns the sequences that got a token; those that it ended have a `finish_reason` and hold nothing any more.
+        """
+        if not iteration.sampled:
+            return []
+        if output is None or len(output.tokens) != len(iteration.sampled):
+            found = "no tokens" if output is None else f"{len(output.tokens)} tokens"
+            raise ValueError(f"an iteration that samples {len(iteration.sampled)} sequences came back with {found}")
+        slots = self._slots
+        live = slots.epoch[iteration.slots] == iteration.epochs
+        slots.in_flight[iteration.slots[live]] -= 1
+        now = time.perf_counter()
+        stops = np.isin(output.tokens, self.eos_token_ids).tolist()
+        tokens = output.tokens.tolist()
+        received = []
+        for entry, (sequence, is_live) in enumerate(zip(iteration.sampled, live.tolist(), strict=True)):
+            if not is_live:
+                sequence.in_flight -= 1
+            if sequence.finish_reason is not None:
+                continue
+            received.append(sequence)
+            token = tokens[entry]
+            sequence.output.append(token)
+            params = sequence.params
+            if params.logprobs is not None:
+                _record_logprobs(sequence, output, entry)
+            if sequence.first_token_time is None:
+                sequence.first_token_time = now
+            if (stops[entry] and not params.ignore_eos) or token in params.stop_token_ids:
+                self.finish(sequence, "stop")
+            elif len(sequence.output) >= self.output_limit(sequence):
+                self.finish(sequence, "length")
+        return received
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence, wherever it is: pages and slot are free at once, its tokens in flight will be dropped."""
+        if sequence.finish_reason is not None:
+            raise ValueError(f"sequence {sequence.index} is finished already ({sequence.finish_reason})")
+        sequence.finish_reason = reason
+        sequence.finish_time = time.perf_counter()
+        self.unfinished -= 1
+        if sequence.slot >= 0:
+            self._release(sequence.slot)
+
+    def _release(self, slot: int) -> None:
+        self.kv.free(slot)
+        self._slots.release(slot)
+
+    def _decode_slots(self) -> tuple[Int32, bool]:
+        """Slots [D] that decode one token, their pages allocated; whether any was short of pages."""
+        slots, kv = self._slots, self.kv
+        ready = (slots.epoch != FREE) & (slots.computed >= slots.target) & (slots.sampled < slots.limit)
+        decode = np.flatnonzero(ready).astype(np.int32)
+        needy = decode[slots.computed[decode] == kv.page_count[decode] * kv.page_size]
+        if len(needy) <= kv.free_pages:
+            kv.allocate(needy, np.ones(len(needy), np.int32))
+            return decode, False
+        one = np.ones(1, np.int32)
+        for slot in needy[np.argsort(slots.epoch[needy])]:
+            if slots.epoch[slot] == FREE:  # preempted by an earlier one
+                continue
+            if not kv.free_pages and not slots.in_flight[slot]:
+                latest = int(np.argmax(slots.epoch))
+                if latest != slot:
+                    self._preempt(latest)
+            if kv.free_pages:
+                kv.allocate(slot[None], one)
+            else:
+                ready[slot] = False
+        return np.flatnonzero(ready & (slots.epoch != FREE)).astype(np.int32), True
+
+    def _preempt(self, slot: int) -> None:
+        sequence = self._slots.sequences[slot]
+        assert sequence is not None
+        self._release(slot)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        heappush(self._preempted, (sequence.index, sequence))
+
+    def _prompt_chunks(self, budget: int, admit: bool) -> list[_Chunk]:
+        """Chunks of at most `budget` prompt tokens in all, their pages allocated: the partly done prompt first."""
+        slots = self._slots
+        chunks: list[_Chunk] = []
+        partial = np.flatnonzero((slots.epoch != FREE) & (slots.computed < slots.target))
+        slot = int(partial[0]) if len(partial) else None
+        while budget > 0:
+            if slot is None:
+                candidate = self._candidate() if admit else None
+                if candidate is None or not self._admissible(candidate):
+                    break
+                slot = self._admit(candidate)
+            chunk = self._chunk(slot, budget)
+            if chunk is None:
+                break
+            chunks.append(chunk)
+            budget -= chunk.length
+            if not chunk.completes:
+                break
+            slot = None
+        return chunks
+
+    def _chunk(self, slot: int, budget: int) -> _Chunk | None:
+        """The next chunk of a slot's prompt with its pages allocated; None if no page is free for even one token."""
+        kv = self.kv
+        start = int(self._slots.computed[slot])
+        held = int(kv.page_count[slot])
+        target = int(self._slots.target[slot])
+        end = min(target, start + budget, (held + kv.free_pages) * kv.page_size)
+        if end <= start:
+            return None
+        kv.allocate(np.array([slot]), np.array([kv.pages_for(end) - held]))
+        return _Chunk(slot, start, end - start, end == target)
+
+    def _candidate(self) -> Sequence | None:
+        """The sequence to admit next, or None if there is none, or it has a token in flight yet."""
+        while self._preempted and self._preempted[0][1].finished:
+            heappop(self._preempted)
+        while self._next_arrival < len(self._arrivals) and self._arrivals[self._next_arrival].finished:
+            self._next_arrival += 1
+        arrival = self._arrivals[self._next_arrival] if self._next_arrival < len(self._arrivals) else None
+        if self._preempted and (arrival is None or self._preempted[0][0] <= arrival.index):
+            sequence = self._preempted[0][1]
+            return sequence if sequence.in_flight == 0 else None
+        return arrival
+
+    def _admissible(self, sequence: Sequence) -> bool:
+        """Whether a sequence may be admitted now."""
+        if self.running == 0:
+            return True
+        return self.running < self.max_running and self.kv.pages_for(len(sequence) + 1) <= self.kv.free_pages
+
+    def _admit(self, sequence: Sequence) -> int:
+        if self._preempted and self._preempted[0][1] is sequence:
+            heappop(self._preempted)
+        else:
+            self._next_arrival += 1
+        self._epoch += 1
+        params = sequence.params
+        certain = params.ignore_eos and not params.stop and not params.stop_token_ids
+        return self._slots.admit(sequence, self._epoch, self.output_limit(sequence), certain)
+
+
+def _record_logprobs(sequence: Sequence, output: StepOutput, entry: int) -> None:
+    assert output.logprobs is not None
+    sequence.logprobs.append(float(output.logprobs[entry]))
+    count = sequence.params.logprobs or 0
+    top: list[tuple[int, float]] = []
+    if count:
+        assert output.top_tokens is not None and output.top_logprobs is not None
+        ids, values = output.top_tokens[entry, :count], output.top_logprobs[entry, :count]
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+    sequence.top_logprobs.append(top)

@@ -1,0 +1,114 @@
+"""Whether a plan can run: one that passes covers every row of every operation once, fits its device and ends.
+
+Contract: `validate` is the only judge of plans, for those read from files and for those that a search proposes alike.
+It looks at the plan's own numbers first, then compiles it, which finds missing rows and deadlocks.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fractions import Fraction
+
+from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.plan import WHOLE, Plan, PlanError
+from nanoflow.pipeline.program import compile_program
+
+__all__ = ["validate"]
+
+
+def validate(
+    plan: Plan, graph: Graph, *, model: str | None = None, gpu: str | None = None, sms: int | None = None
+) -> None:
+    """Raise PlanError if `plan` cannot run `graph`.
+
+    `model`, `gpu` and `sms` describe the run, where they are known: a plan tuned for another model or device, or for
+    another number of SMs, is refused.
+    """
+    _check_identity(plan, model, gpu, sms)
+    _check_nano_batches(plan)
+    _check_partitions(plan)
+    _check_kernels(plan, graph)
+    compile_program(plan, graph)
+
+
+def _check_identity(plan: Plan, model: str | None, gpu: str | None, sms: int | None) -> None:
+    for key, tuned, actual in (("model", plan.model, model), ("gpu", plan.gpu, gpu)):
+        if actual is not None and tuned and tuned != actual:
+            raise PlanError(
+                f"{key}: the plan was tuned for {tuned!r}, but this run's is {actual!r}: "
+                "use `plan: sequential` or a plan that was tuned for it"
+            )
+    if sms is not None and plan.sms is not None and plan.sms != sms:
+        raise PlanError(f"sms: the plan was tuned for {plan.sms} SMs, but this device has {sms}: use another plan")
+
+
+def _check_nano_batches(plan: Plan) -> None:
+    if plan.capacity < 1:
+        raise PlanError(f"capacity: {plan.capacity} rows hold no batch; it must be at least 1")
+    if not plan.nano_batches:
+        raise PlanError("nano_batches: a plan needs at least one")
+    names = [nano_batch.name for nano_batch in plan.nano_batches]
+    for name in names:
+        if names.count(name) > 1:
+            raise PlanError(f"nano_batches: two are named {name!r}; rename one")
+    for nano_batch in plan.nano_batches:
+        where = f"nano_batches.{nano_batch.name}"
+        for key, share in (("decode", nano_batch.decode), ("prefill", nano_batch.prefill)):
+            if not 0 <= share <= 1:
+                raise PlanError(f"{where}.{key}: a share is between 0 and 1, not {share}")
+        if nano_batch.rows < 1:
+            raise PlanError(f"{where}.rows: {nano_batch.rows} rows hold nothing; it must be at least 1")
+    decode = sum((nano_batch.decode for nano_batch in plan.nano_batches), Fraction(0))
+    prefill = sum((nano_batch.prefill for nano_batch in plan.nano_batches), Fraction(0))
+    for key, total in (("decode", decode), ("prefill", prefill)):
+        if total != 1:
+            raise PlanError(
+                f"nano_batches: the {key} shares add up to {total}, not to 1; "
+                "write shares that decimals cannot hold as fractions, such as 1/3"
+            )
+    if plan.rows < plan.capacity:
+        raise PlanError(
+            f"nano_batches: their rows add up to {plan.rows}, which does not cover the capacity of {plan.capacity}; "
+            "raise some `rows`"
+        )
+
+
+def _check_partitions(plan: Plan) -> None:
+    for name, parts in plan.partitions.items():
+        where = f"partitions.{name}"
+        if not parts or min(parts) < 1:
+            raise PlanError(f"{where}: every part needs at least 1 SM, not {list(parts)}")
+        if plan.sms is None:
+            raise PlanError(f"{where}: give the device's number of SMs as `sms`, so that the parts can be checked")
+        if sum(parts) > plan.sms:
+            raise PlanError(f"{where}: {list(parts)} takes {sum(parts)} SMs, but `sms` is {plan.sms}; take fewer")
+    if not plan.period:
+        raise PlanError("period: a plan needs at least one stage")
+    for index, stage in enumerate(plan.period):
+        where = f"period[{index}].{stage.partition}"
+        if not stage.lanes:
+            raise PlanError(f"{where}: a stage needs at least one lane")
+        if stage.partition not in plan.partitions:
+            if stage.partition != WHOLE:
+                known = [*plan.partitions, WHOLE]
+                raise PlanError(f"{where}: unknown partition {stage.partition!r}{_hint(stage.partition, known)}")
+        elif len(stage.lanes) != len(plan.partitions[stage.partition]):
+            raise PlanError(
+                f"{where}: {len(stage.lanes)} lanes ({', '.join(stage.lanes)}) cannot share the "
+                f"{len(plan.partitions[stage.partition])} parts of partition {stage.partition}; it needs one a lane"
+            )
+
+
+def _check_kernels(plan: Plan, graph: Graph) -> None:
+    operations = {op.name: op for op in (*graph.layer, *graph.prologue, *graph.epilogue)}
+    for name, kernel in plan.kernels.items():
+        if name not in operations:
+            raise PlanError(f"kernels.{name}: unknown operation {name!r}{_hint(name, operations)}")
+        known = operations[name].kernels
+        if kernel not in known:
+            raise PlanError(f"kernels.{name}: unknown kernel {kernel!r}{_hint(kernel, known)}")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"

@@ -56,7 +56,8 @@ class BatchPart:
         return span.stop > span.start
 
     def cached(self, key: Any, make: Callable[[], Work]) -> Work:
-        """Work that is the same in every layer (masks, gathered page lists): made once an iteration, kept under `key`."""
+        """Work that is the same in every layer (masks, gathered page lists): made once an iteration, kept under
+        `key`."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]  # type: ignore[no-any-return]

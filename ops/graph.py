@@ -26,7 +26,8 @@ class Graph:
     prologue: tuple[Operation, ...]
     """Unsplit, before the layers: the embedding."""
     epilogue: tuple[Operation, ...]
-    """Unsplit, over the sampled rows only: gather, final norm, head."""
+    """Unsplit, over the sampled rows only: final norm, head. They read and write the values ``sampled`` (hidden states
+    that the executor gathered), ``sampled_norm`` and ``logits``; in their `Work` every row is a sampled row."""
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -47,6 +48,9 @@ class Graph:
         total = Cost()
         for op in self.layer:
             total = total + op.cost(work, itemsize) * self.layers
-        for op in self.prologue + self.epilogue:
+        for op in self.prologue:
             total = total + op.cost(work, itemsize)
+        sampled = Work(prefill_rows=work.sampled_rows)
+        for op in self.epilogue:
+            total = total + op.cost(sampled, itemsize)
         return total

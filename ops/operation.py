@@ -1,7 +1,8 @@
 """What an operation declares: its resource, its accesses, its weights, its cost and its reference maths.
 
-An operation knows no plan and no stream. It sees one nano-batch of one layer at a time through `NanoContext`. Everything
-that planning needs (which nano-ops may run side by side) follows from the declared accesses; nothing is written by hand.
+An operation knows no plan and no stream. It sees one nano-batch of one layer at a time through `NanoContext`.
+Everything that planning needs (which nano-ops may run side by side) follows from the declared accesses; nothing is
+written by hand.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +20,8 @@ __all__ = ["KV", "SCRATCH", "Access", "Cost", "NanoContext", "Operation", "Resou
 Resource = Literal["compute", "memory", "network"]
 
 KV = "kv"
-"""Name of the buffer that stands for a layer's KV cache. It is one buffer a layer, indexed like the rows that wrote it."""
+"""Name of the buffer that stands for a layer's KV cache. It is one buffer a layer, indexed like the rows that wrote
+it."""
 
 SCRATCH = "scratch"
 """Name of the buffer that stands for scratch memory. It is one buffer a lane."""
@@ -141,12 +143,17 @@ class Operation(ABC):
 
     @abstractmethod
     def reference(self, context: NanoContext) -> None:
-        """The operation in plain PyTorch: reads and writes exactly what `accesses` says. The standard for every kernel."""
+        """The operation in plain PyTorch: reads and writes exactly what `accesses` says. The standard for every
+        kernel."""
 
     @property
     def kernels(self) -> Mapping[str, Kernel]:
         """The ways to run it, by name; `reference` is always one."""
         return {"reference": self.reference}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Name of the kernel to run on `device` for activations of `dtype`, when the plan names none."""
+        return "reference"
 
     def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Turn a loaded weight into the layout that the device's kernels want; by default it stays as it is."""

@@ -1,0 +1,46 @@
+"""Fusion: passes over a traced layer that join two neighbours into one operation, before anything is planned.
+
+Each pass joins operations that follow each other directly in program order, so it never changes what any other
+operation reads.
+"""
+
+from collections.abc import Sequence
+
+from nanoflow.ops.elementwise import Add
+from nanoflow.ops.norm import AddNorm, Norm
+from nanoflow.ops.operation import Operation
+from nanoflow.ops.rope import Append, Rope, RopeAppend
+
+__all__ = ["fuse", "fuse_add_norm", "fuse_rope_append"]
+
+
+def fuse(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """Every pass, in turn."""
+    return fuse_add_norm(fuse_rope_append(operations))
+
+
+def fuse_rope_append(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """``rope; append`` of one value -> ``rope_append``: rotated keys go straight to the cache."""
+    fused: list[Operation] = []
+    for op in operations:
+        before = fused[-1] if fused else None
+        if isinstance(op, Append) and isinstance(before, Rope) and op.qkv == before.qkv:
+            fused[-1] = RopeAppend(f"{before.name}_{op.name}", before)
+        else:
+            fused.append(op)
+    return tuple(fused)
+
+
+def fuse_add_norm(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """``residual += branch; norm(residual)`` -> ``add_norm`` (with the norm's name behind it from the second on)."""
+    fused: list[Operation] = []
+    names = {op.name for op in operations}
+    for op in operations:
+        before = fused[-1] if fused else None
+        if isinstance(op, Norm) and isinstance(before, Add) and op.source == before.residual:
+            name = "add_norm" if "add_norm" not in names else f"add_norm_{op.name}"
+            names.add(name)
+            fused[-1] = AddNorm(name, before.residual, before.branch, op)
+        else:
+            fused.append(op)
+    return tuple(fused)

@@ -1,0 +1,149 @@
+"""Every port and variant on tiny random weights: logits within 1e-4 of transformers', however a prompt is cut."""
+
+import numpy as np
+import pytest
+import torch
+
+from nanoflow.models.config import ModelConfig
+from nanoflow.models.registry import build_graph
+from tests.unit.ops_harness import GraphRunner, Pages, Piece, dense_batch
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 92,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+VARIANTS = {
+    "llama": ("Llama", {}),
+    "llama-mha": ("Llama", {"num_key_value_heads": 6}),
+    "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-head-dim": ("Llama", {"head_dim": 20}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-eps": ("Llama", {"rms_norm_eps": 0.03}),
+    "llama-theta": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 33.0}}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-yarn-untruncated": ("Llama", {"rope_parameters": {**YARN, "truncate": False, "beta_fast": 8.0}}),
+    "llama-yarn-attention-factor": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.7}}),
+    "llama-yarn-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2-layer-types": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-bias-tied-yarn": (
+        "Qwen3",
+        {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    "qwen3-windows": (
+        "Qwen3",
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    ),
+}
+LENGTHS = (41, 17, 30)
+
+
+def make_model(family: str, changes: dict, seed: int = 0):
+    """A tiny model with weights large enough that attention and every bias matter."""
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes}, attn_implementation="eager")
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and parameter.ndim == 1 else 0.0, 0.25)
+    given = {**config.to_dict(), "architectures": [f"{family}ForCausalLM"]}
+    return model, ModelConfig.from_dict(given)
+
+
+def prompts(lengths=LENGTHS, seed: int = 1) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, SIZES["vocab_size"], length).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def expected_logits(model, tokens: list[int]) -> torch.Tensor:
+    return model(torch.tensor([tokens])).logits[0]
+
+
+def feed(runner: GraphRunner, requests: list[list[int]], chunk: int, decode_from: int, nano_batches: int, **options):
+    """Feeds all requests side by side, `chunk` tokens an iteration and one by one from position `decode_from`."""
+    found: list[list[torch.Tensor]] = [[] for _ in requests]
+    done = [0] * len(requests)
+    while any(at < len(tokens) for at, tokens in zip(done, requests, strict=True)):
+        pieces: list[list[Piece]] = [[] for _ in range(nano_batches)]
+        for request, tokens in enumerate(requests):
+            at = done[request]
+            if at >= len(tokens):
+                continue
+            if at >= decode_from:
+                pieces[request % nano_batches].append(Piece(request, at, tokens[at : at + 1], decode=True))
+                done[request] += 1
+                continue
+            # The chunk straddles the nano-batches: a piece in each, earlier pieces first.
+            end = min(at + chunk, decode_from, len(tokens))
+            bounds = np.linspace(at, end, nano_batches + 1).astype(int)
+            for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+                if last > first:
+                    pieces[index].append(Piece(request, int(first), tokens[first:last]))
+            done[request] = end
+        batch = dense_batch(pieces, runner.pages, padding=options.get("padding", 0))
+        logits = runner.step(batch, split=options.get("split", True), poison=options.get("poison", False))
+        for start, length, context in [
+            *zip(batch.prefill_rows, batch.prefill_lengths, batch.prefill_context, strict=True),
+            *((row, 1, context) for row, context in zip(batch.decode_rows, batch.decode_context, strict=True)),
+        ]:
+            request = int(batch.slots[start])
+            found[request].append((int(context) - int(length), logits[start : start + length]))
+    return [torch.cat([rows for _, rows in sorted(parts, key=lambda part: part[0])]) for parts in found]
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "kernels"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_match_transformers(name: str, reference: bool) -> None:
+    family, changes = VARIANTS[name]
+    model, config = make_model(family, changes)
+    requests = prompts()
+    expected = [expected_logits(model, tokens) for tokens in requests]
+    graph = build_graph(config)
+    ways = {
+        "whole prompts": {"chunk": 1000, "decode_from": 1000, "nano_batches": 1},
+        "chunks of 7 over 3 nano-batches, then decoding": {"chunk": 7, "decode_from": 13, "nano_batches": 3},
+        "unsplit ops over 2 nano-batches, padded with NaN": {
+            "chunk": 9,
+            "decode_from": 14,
+            "nano_batches": 2,
+            "split": False,
+            "padding": 3,
+            "poison": True,
+        },
+    }
+    for way, options in ways.items():
+        runner = GraphRunner(graph, model.state_dict(), Pages(4, len(requests), 16), reference=reference)
+        for found, wanted in zip(feed(runner, requests, **options), expected, strict=True):
+            assert wanted.std() > 0.5
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=lambda text, way=way: f"{way}: {text}")

@@ -8,11 +8,35 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from nanoflow.config_schema import RunConfig
+from nanoflow.config_schema import (
+    EngineSection,
+    Length,
+    ModelSection,
+    OutputSection,
+    PipelineSection,
+    RunConfig,
+    SyntheticSection,
+    TraceSection,
+    WorkloadSection,
+)
 from nanoflow.errors import ConfigError, OutputError
 from nanoflow.validation import explain, shorten
 
-__all__ = ["RunConfig", "dump_config", "load_config", "save_config", "shipped_configs"]
+__all__ = [
+    "EngineSection",
+    "Length",
+    "ModelSection",
+    "OutputSection",
+    "PipelineSection",
+    "RunConfig",
+    "SyntheticSection",
+    "TraceSection",
+    "WorkloadSection",
+    "dump_config",
+    "load_config",
+    "save_config",
+    "shipped_configs",
+]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILE_ENDINGS = (".gguf", ".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")

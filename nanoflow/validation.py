@@ -1,14 +1,25 @@
 """Turns pydantic's findings into messages that name the key, the value and the mend."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from nanoflow.errors import ParameterError
+from nanoflow.errors import InputError, ParameterError
 
-__all__ = ["explain", "known_keys", "shorten", "suggest"]
+__all__ = ["checked", "explain", "known_keys", "shorten", "suggest"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def checked(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """``model(**values)``; raises InputError, with the first problem, instead of pydantic's own error."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        key, problem = explain(error.errors()[0], model)
+        raise InputError(f"{key}: {problem}" if key else problem) from None
 
 
 def explain(error: Any, model: type[BaseModel]) -> tuple[str, str]:

@@ -1,5 +1,7 @@
 """Every port and variant on tiny random weights: logits within 1e-4 of transformers', however a prompt is cut."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,7 @@ def feed(runner: GraphRunner, requests: list[list[int]], chunk: int, decode_from
             # The chunk straddles the nano-batches: a piece in each, earlier pieces first.
             end = min(at + chunk, decode_from, len(tokens))
             bounds = np.linspace(at, end, nano_batches + 1).astype(int)
-            for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            for index, (first, last) in enumerate(itertools.pairwise(bounds)):
                 if last > first:
                     pieces[index].append(Piece(request, int(first), tokens[first:last]))
             done[request] = end

@@ -1,4 +1,5 @@
-"""A harness for tests of operations: dense batches made by hand, and a plain loop that runs a graph in program order."""
+"""A harness for tests of operations: dense batches made by hand, and a plain loop that runs a graph in program
+order."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +146,8 @@ class GraphRunner:
 
     @torch.inference_mode()
     def step(self, host: DenseBatch, split: bool = True, poison: bool = False) -> torch.Tensor:
-        """Runs one iteration; returns the logits of every row, padding included. `poison` fills padding rows with NaN."""
+        """Runs one iteration; returns the logits of every row, padding included. `poison` fills padding rows with
+        NaN."""
         batch = DeviceBatch(host, CPU, self.pages.page_size)
         for op in self.graph.prologue:
             self.run_op(op, batch, batch.whole, 0, self.outer[op.name])

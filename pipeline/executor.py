@@ -41,8 +41,8 @@ class Executor(Protocol):
         """Start an iteration and return at once. Rows whose token is `TOKEN_ON_DEVICE` read it from the one before."""
         ...
 
-    def collect(self) -> StepOutput | None:
-        """Wait for the oldest iteration launched; None if it sampled nothing. Raises what went wrong in it."""
+    def collect(self) -> StepOutput:
+        """Wait for the oldest iteration launched; no tokens if it sampled nothing. Raises what went wrong in it."""
         ...
 
     def close(self) -> None:

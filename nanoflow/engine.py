@@ -1,0 +1,227 @@
+"""The engine: the loop that forms, launches and collects iterations, and turns tokens into finished requests.
+
+Contract: iteration i+1 is formed and launched before iteration i's tokens are seen, on a CPU as on a GPU. What a stop
+makes superfluous is dropped; a request's tokens do not depend on what else runs.
+
+Pseudo-code::
+
+    while requests are unfinished or an iteration is in flight:
+        form the next dense batch; launch it
+        if two are in flight, or nothing could be formed:
+            collect the older one; record its tokens; look for stop strings
+            hand out the requests that are finished
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence as ListLike
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nanoflow.errors import InputError
+from nanoflow.ops.graph import Graph
+from nanoflow.ops.operation import Cost
+from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
+from nanoflow.pipeline.executor import Executor
+from nanoflow.sampling_params import SamplingParams
+from nanoflow.scheduler import Iteration, Scheduler
+from nanoflow.search.cost_model import work_of
+from nanoflow.sequence import Sequence
+from nanoflow.tokenizer import TextStream, Tokenizer
+
+__all__ = ["Engine", "EngineStats"]
+
+
+@dataclass
+class EngineStats:
+    """Totals over all iterations so far."""
+
+    iterations: int = 0
+    rows: int = 0
+    """Rows of all dense batches, padding left out."""
+    padding_rows: int = 0
+    busy_seconds: float = 0.0
+    """Time that the executor spent in iterations."""
+    cost: Cost = field(default_factory=Cost)
+    """FLOPs and bytes that the iterations took, by the operations' own accounts."""
+    largest_batch: int = 0
+
+
+@dataclass(eq=False)
+class _Request:
+    """A submitted request until all of its completions are done."""
+
+    key: Any
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    submitted: float
+    completions: list[Completion | None]
+    first_token: float = 0.0
+
+
+@dataclass(eq=False)
+class _Progress:
+    """What the engine keeps beside a sequence: the request that it belongs to and its text, if stop strings need it."""
+
+    request: _Request
+    completion: int
+    stream: TextStream | None
+    text: str = ""
+
+
+class Engine:
+    """Runs requests to their end. Not thread-safe: one caller submits and iterates."""
+
+    def __init__(
+        self, *, executor: Executor, scheduler: Scheduler, graph: Graph, itemsize: int, tokenizer: Tokenizer | None
+    ) -> None:
+        self.executor = executor
+        self.scheduler = scheduler
+        self.graph = graph
+        self.tokenizer = tokenizer
+        self.stats = EngineStats()
+        self._itemsize = itemsize
+        self._submitted = 0
+        self._in_flight: deque[Iteration] = deque()
+
+    def check(self, prompt_token_ids: ListLike[int], params: SamplingParams) -> None:
+        """Say whether a request can run.
+
+        Raises:
+            InputError: the prompt is empty, has a token id that the model lacks, or leaves no room in the context.
+        """
+        vocab_size = self.graph.vocab_size
+        if wrong := [token for token in prompt_token_ids if not 0 <= token < vocab_size]:
+            raise InputError(f"prompt: token id {wrong[0]} is unknown; this model's ids are 0 to {vocab_size - 1}")
+        if wrong := [token for token in (*params.logit_bias, *params.stop_token_ids) if token >= vocab_size]:
+            raise InputError(
+                f"logit_bias or stop_token_ids: token id {wrong[0]} is unknown; "
+                f"this model's ids are 0 to {vocab_size - 1}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InputError("stop: strings need a tokenizer, and this model came without one; use stop_token_ids")
+        try:
+            self.scheduler.check(len(prompt_token_ids), params)
+        except ValueError as error:
+            raise InputError(f"prompt: {error}") from None
+
+    def submit(
+        self, prompt_token_ids: ListLike[int], params: SamplingParams, *, prompt: str | None = None, key: Any = None
+    ) -> None:
+        """Queue a request. Raises InputError as `check` does."""
+        self.check(prompt_token_ids, params)
+        token_ids = np.asarray(prompt_token_ids, dtype=np.int32)
+        request = _Request(key, prompt, token_ids.tolist(), params, time.perf_counter(), completions=[None] * params.n)
+        for completion in range(params.n):
+            base = params.seed if params.seed is not None else _default_seed(self._submitted)
+            stream = self.tokenizer.stream(params.skip_special_tokens) if params.stop and self.tokenizer else None
+            progress = _Progress(request, completion, stream)
+            seed = _completion_seed(base, completion)
+            self.scheduler.add(Sequence(self._submitted, token_ids, params, seed, parent=progress))
+            self._submitted += 1
+
+    @property
+    def unfinished(self) -> int:
+        """Completions submitted and not finished."""
+        return self.scheduler.unfinished
+
+    def run(self) -> Iterator[RequestOutput]:
+        """Run until every submitted request is finished, handing out each as soon as it is."""
+        while self.unfinished or self._in_flight:
+            yield from self.step()
+
+    def step(self) -> list[RequestOutput]:
+        """Launch one iteration, collect the one before it, and return the requests that this finished."""
+        iteration = self.scheduler.form()
+        if iteration is not None:
+            self.executor.launch(iteration.batch)
+            self._in_flight.append(iteration)
+        elif not self._in_flight:
+            raise RuntimeError(f"{self.unfinished} completions are unfinished and none can run")
+        if iteration is not None and len(self._in_flight) < 2:
+            return []
+        return self._collect(self._in_flight.popleft())
+
+    def _collect(self, iteration: Iteration) -> list[RequestOutput]:
+        output = self.executor.collect()
+        self._account(iteration, output.seconds)
+        finished = []
+        now = time.perf_counter()
+        for sequence in self.scheduler.update(iteration, output):
+            progress: _Progress = sequence.parent
+            if not progress.request.first_token:
+                progress.request.first_token = now
+            if progress.stream is not None and self._hit_stop_string(sequence, progress):
+                if sequence.finish_reason is None:
+                    self.scheduler.finish(sequence, "stop")
+                sequence.finish_reason = "stop"
+            if sequence.finish_reason is None:
+                continue
+            done = self._complete(sequence, progress, now)
+            if done is not None:
+                finished.append(done)
+        return finished
+
+    def _account(self, iteration: Iteration, seconds: float) -> None:
+        batch, stats = iteration.batch, self.stats
+        stats.iterations += 1
+        stats.rows += batch.tokens
+        stats.padding_rows += batch.rows - batch.tokens
+        stats.largest_batch = max(stats.largest_batch, batch.tokens)
+        stats.busy_seconds += seconds
+        stats.cost = stats.cost + self.graph.cost(work_of(batch), self._itemsize)
+
+    def _hit_stop_string(self, sequence: Sequence, progress: _Progress) -> bool:
+        """Whether the text up to the newest token holds a stop string; if so, cut the text before the first one."""
+        assert progress.stream is not None
+        new = progress.stream.push(sequence.output[-1:])
+        if sequence.finish_reason is not None:
+            new += progress.stream.finish()
+        stops = sequence.params.stop
+        seen_before = max(0, len(progress.text) - max(map(len, stops)) + 1)
+        progress.text += new
+        places = [at for stop in stops if (at := progress.text.find(stop, seen_before)) >= 0]
+        if places:
+            progress.text = progress.text[: min(places)]
+        return bool(places)
+
+    def _complete(self, sequence: Sequence, progress: _Progress, now: float) -> RequestOutput | None:
+        """Record a finished completion; the request's output once it was the last one."""
+        request, params = progress.request, sequence.params
+        if progress.stream is not None:
+            text = progress.text
+        else:
+            text = self.tokenizer.decode(sequence.output, params.skip_special_tokens) if self.tokenizer else ""
+        assert sequence.finish_reason is not None
+        request.completions[progress.completion] = Completion(
+            progress.completion, text, list(sequence.output), sequence.finish_reason, _logprobs(sequence)
+        )
+        outputs = [completion for completion in request.completions if completion is not None]
+        if len(outputs) < len(request.completions):
+            return None
+        timing = RequestTiming(request.submitted, request.first_token, now)
+        return RequestOutput(request.prompt, request.prompt_token_ids, outputs, params, timing, request.key)
+
+    def close(self) -> None:
+        """Wait for what runs and release the executor."""
+        self.executor.close()
+
+
+def _default_seed(index: int) -> int:
+    """Seed of a request that names none: from its place in the run, so that a run repeated gives the same tokens."""
+    return index * 0x9E3779B97F4A7C15 % 2**64
+
+
+def _completion_seed(seed: int, completion: int) -> int:
+    """Seed of completion `completion` of a request: the request's own for the first, others spread over 64 bits."""
+    return (seed + completion * 0xD1B54A32D192ED03) % 2**64
+
+
+def _logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
+    if sequence.params.logprobs is None:
+        return None
+    each = zip(sequence.output, sequence.logprobs, sequence.top_logprobs, strict=True)
+    return [TokenLogprobs(token, logprob, tuple(top)) for token, logprob, top in each]

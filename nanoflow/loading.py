@@ -1,0 +1,177 @@
+"""From a configuration to an engine that is ready to run: checkpoint, graph, plan, weights, KV cache, executor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nanoflow.checkpoints import Checkpoint, open_checkpoint
+from nanoflow.config_schema import EngineSection, ModelSection, PipelineSection
+from nanoflow.engine import Engine
+from nanoflow.errors import ConfigError, OutOfMemoryError
+from nanoflow.kv_cache import KVCache
+from nanoflow.memory import format_bytes, free_bytes, kv_bytes
+from nanoflow.models.config import ModelConfig
+from nanoflow.models.registry import build_graph
+from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.executor import KVLayout
+from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.program import compile_program
+from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from nanoflow.pipeline.split import split_rows
+from nanoflow.scheduler import Scheduler
+from nanoflow.search.store import find_plan
+from nanoflow.tokenizer import Tokenizer
+from nanoflow.weights import load_weights
+
+__all__ = ["Model", "build_engine", "open_model"]
+
+CPU_PAGE_SIZE = 64
+"""Tokens of a KV page on a CPU: attention works page by page, and shorter pages cost more than they save."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened checkpoint: everything about a model but its weights."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    graph: Graph
+    tokenizer: Tokenizer | None
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    """Tokens of a prompt with its output."""
+
+
+def open_model(model: ModelSection, engine: EngineSection) -> Model:
+    """Open the checkpoint and trace the graph; no weights are read yet. Raises UserError or UnsupportedModel."""
+    device = _device(engine.device)
+    dtype = _dtype(model.dtype, device)
+    checkpoint = open_checkpoint(model.path, need_weights=model.weights == "load")
+    config = ModelConfig.from_dict(checkpoint.config)
+    limit = config.max_position_embeddings
+    if engine.max_model_len != "auto" and engine.max_model_len > limit:
+        raise ConfigError(
+            f"engine.max_model_len: {engine.max_model_len} is more than the {limit} tokens of {checkpoint.name}; "
+            f"use {limit} or less, or auto"
+        )
+    max_model_len = limit if engine.max_model_len == "auto" else int(engine.max_model_len)
+    return Model(checkpoint, config, build_graph(config), checkpoint.tokenizer(), dtype, device, max_model_len)
+
+
+def build_engine(
+    model: Model,
+    engine: EngineSection,
+    pipeline: PipelineSection | None = None,
+    *,
+    weights: str = "load",
+    job: Sequence[int] | None = None,
+) -> Engine:
+    """Load the weights and make the engine.
+
+    Args:
+        job: for each completion of the job, the tokens of its prompt with its longest output. It bounds the KV cache of
+            `kv_memory: auto` on a CPU; None if the job is not known.
+
+    Raises:
+        OutOfMemoryError: the weights, or one request's pages, do not fit.
+    """
+    plan = choose_plan(model, engine, pipeline or PipelineSection())
+    page_size = CPU_PAGE_SIZE if engine.page_size == "auto" else int(engine.page_size)
+    loaded = load_weights(model.graph, model.checkpoint, model.dtype, model.device, weights)
+    pages = _kv_pages(model, engine, page_size, job)
+    executor = ReferenceExecutor(
+        compile_program(plan, model.graph),
+        loaded,
+        KVLayout(pages, page_size),
+        slots=engine.max_running,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    scheduler = Scheduler(
+        kv=KVCache(pages, page_size, engine.max_running, -(-model.max_model_len // page_size)),
+        split=lambda decode_rows, prefill_rows: split_rows(plan, decode_rows, prefill_rows),
+        max_batch_tokens=plan.capacity,
+        max_running=engine.max_running,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.checkpoint.eos_token_ids,
+    )
+    return Engine(
+        executor=executor,
+        scheduler=scheduler,
+        graph=model.graph,
+        itemsize=model.dtype.itemsize,
+        tokenizer=model.tokenizer,
+    )
+
+
+def choose_plan(model: Model, engine: EngineSection, pipeline: PipelineSection) -> Plan:
+    """The plan that `pipeline.plan` asks for: sequential, the stored one (or sequential if none fits), or a file's.
+
+    Raises PlanError.
+    """
+    sequential = Plan.sequential(model.graph, engine.max_batch_tokens)
+    if pipeline.plan == "sequential":
+        return sequential
+    if pipeline.plan == "auto":
+        found = find_plan(
+            model.graph, model=model.checkpoint.name, device=device_name(model.device), capacity=engine.max_batch_tokens
+        )
+        return found or sequential
+    plan = Plan.load(pipeline.plan, model.graph)
+    if plan.capacity > engine.max_batch_tokens:
+        raise ConfigError(
+            f"pipeline.plan: {pipeline.plan} has a capacity of {plan.capacity} rows, more than "
+            f"engine.max_batch_tokens = {engine.max_batch_tokens}; raise max_batch_tokens or use another plan"
+        )
+    return plan
+
+
+def _kv_pages(model: Model, engine: EngineSection, page_size: int, job: Sequence[int] | None) -> int:
+    """Pages of the KV cache, the reserved one included, by `engine.kv_memory` (see `kv_bytes`)."""
+    graph = model.graph
+    page_bytes = 2 * graph.layers * graph.kv_heads * graph.head_dim * page_size * model.dtype.itemsize
+    if job is None:
+        each = [-(-model.max_model_len // page_size)] * engine.max_running
+        needed = 1
+    else:
+        each = sorted((-(-min(tokens, model.max_model_len) // page_size) for tokens in job), reverse=True)
+        needed = each[0] if each else 1
+    useful = sum(each[: engine.max_running])
+    size = kv_bytes(engine.kv_memory, device=model.device, job_bytes=(useful + 1) * page_bytes)
+    pages = min(size // page_bytes, useful + 1)
+    if pages < needed + 1:
+        raise OutOfMemoryError(
+            f"engine.kv_memory: {engine.kv_memory} is {format_bytes(size)} here, with "
+            f"{format_bytes(free_bytes(model.device))} free, and the job's longest request alone needs "
+            f"{format_bytes((needed + 1) * page_bytes)} of KV cache; raise kv_memory, lower max_tokens or "
+            "engine.max_model_len, or use a machine with more memory"
+        )
+    return pages
+
+
+def device_name(device: torch.device) -> str:
+    """What plans and reports call the device: the GPU's name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"engine.device: {name} was asked for and this machine has {torch.cuda.device_count()} GPUs that torch "
+                f"{torch.__version__} can use; use cpu or auto, or install a CUDA build of torch and a driver for it"
+            )
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]

@@ -27,7 +27,17 @@ URLS: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions"
 
 SAMPLING = frozenset(SamplingParams.model_fields)
 IGNORED = frozenset(
-    "model user metadata service_tier store priority prediction safety_identifier prompt_cache_key".split()
+    (
+        "model",
+        "user",
+        "metadata",
+        "service_tier",
+        "store",
+        "priority",
+        "prediction",
+        "safety_identifier",
+        "prompt_cache_key",
+    )
 )
 """Accepted with any value: who asks, how urgently, what to keep. None of it changes the completion."""
 OWN = frozenset({"prompt", "messages", "max_completion_tokens", "top_logprobs"})

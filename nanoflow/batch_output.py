@@ -1,5 +1,6 @@
 """Output lines: a finished request as OpenAI's batch response, or the error that took its place."""
 
+import codecs
 from typing import Any, Protocol
 
 from nanoflow.batch_file import ErrorRecord, ParsedRequest
@@ -83,10 +84,12 @@ def _choice(completion: Completion, chat: bool, tokenizer: TokenText | None) -> 
 def _completion_logprobs(logprobs: list[TokenLogprobs], tokenizer: TokenText | None) -> dict[str, Any]:
     """OpenAI's form for completions: parallel lists; the alternatives of a position are keyed by their text."""
     tokens = [_text(entry.token_id, tokenizer) for entry in logprobs]
+    # Several tokens may make one character; it counts where its last byte is.
+    characters = codecs.getincrementaldecoder("utf-8")("ignore")
     offsets, at = [], 0
     for entry in logprobs:
         offsets.append(at)
-        at += len(_bytes(entry.token_id, tokenizer).decode("utf-8", "ignore"))
+        at += len(characters.decode(_bytes(entry.token_id, tokenizer)))
     top: list[dict[str, float]] | None = None
     if any(entry.top for entry in logprobs):
         top = []

@@ -110,8 +110,16 @@ class LognormalLength(Section):
         return self
 
 
+def _number_or_section(schema: dict[str, Any]) -> None:
+    section = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "integer", "minimum": 1}, section]
+
+
 class Length(Section):
     """A distribution of lengths in tokens: exactly one of the keys is set. A bare number N means ``{constant: N}``."""
+
+    model_config = ConfigDict(json_schema_extra=_number_or_section)
 
     constant: Count | None = Field(None, description="Every length is this.")
     uniform: Range | None = Field(

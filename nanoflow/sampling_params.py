@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
 from nanoflow.errors import ParameterError
 from nanoflow.validation import explain
@@ -13,6 +13,8 @@ MAX_LOGPROBS = 20
 """The most alternatives a position that `logprobs` may ask for, as in OpenAI's chat API."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1)]
+STRING_OR_STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -44,7 +46,7 @@ class SamplingParams(BaseModel):
     logit_bias: dict[TokenId, LogitBias] = Field(
         default_factory=dict, description="Added to the logits, by token id; from -100 to 100."
     )
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+    stop: Annotated[tuple[StopString, ...], WithJsonSchema(STRING_OR_STRINGS)] = Field(
         (), description="Strings that end the output; the string itself is left out. One string or a list."
     )
     stop_token_ids: tuple[TokenId, ...] = Field((), description="Token ids that end the output.")

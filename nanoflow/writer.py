@@ -116,4 +116,6 @@ def _encode(record: Mapping[str, Any]) -> bytes:
 
 
 def _reason(error: OSError) -> str:
+    if isinstance(error, FileExistsError):
+        return f"{error.filename} is a file, not a folder"
     return error.strerror or str(error)

@@ -1,0 +1,6 @@
+"""``python -m nanoflow``."""
+
+from nanoflow.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The command line. Exit status: 0 all requests answered, 1 some error records, 2 the run could not start or go on."""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import nanoflow
+from nanoflow.config import RunConfig, dump_config, load_config
+from nanoflow.errors import UserError
+
+__all__ = ["app", "main"]
+
+EXIT_ERROR_RECORDS = 1
+EXIT_FAILED = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="nanoflow",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML, or the name of a shipped one.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, as in --set engine.max_running=64. May be repeated."
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nanoflow {nanoflow.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Offline inference for large language models, built for throughput."""
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Replace the output of an earlier run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show neither progress nor summary.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run the job that CONFIG describes."""
+    with _mistakes_as_messages(debug):
+        loaded = load_config(config, overrides or ())
+        from nanoflow.runner import run as run_job  # loads torch: not before the configuration is known to be good
+
+        report = run_job(loaded, restart=restart, quiet=quiet)
+    if not quiet:
+        report.print(Console())
+        typer.echo(f"results {_short(Path(loaded.output.path))}, report {_short(loaded.output.report_path)}")
+    if report.errors:
+        typer.echo(f"{report.errors} of {report.requests} requests ended in an error record", err=True)
+        raise typer.Exit(EXIT_ERROR_RECORDS)
+
+
+@app.command()
+def validate(config: ConfigArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
+    """Check CONFIG and print it with all defaults and overrides filled in; nothing is run."""
+    with _mistakes_as_messages(debug):
+        typer.echo(dump_config(load_config(config, overrides or ())), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a run's YAML."""
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the `nanoflow` command."""
+    app()
+
+
+@contextmanager
+def _mistakes_as_messages(debug: bool) -> Iterator[None]:
+    """End in one message and status 2 on what the user can mend; anything else is a bug and shows where it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the requests that were finished are in the output", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        mistake = _is_mistake(error)
+        if debug or not mistake:
+            traceback.print_exc()
+        if mistake:
+            typer.echo(f"error: {error}", err=True)
+        else:
+            typer.echo("error: this is a bug in NanoFlow; the lines above say where it is", err=True)
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether the error's message is meant for the user. The parts below the engine have error classes of their own."""
+    if isinstance(error, UserError):
+        return True
+    below = (("nanoflow.pipeline.plan", "PlanError"), ("nanoflow.models.config", "UnsupportedModel"))
+    for module, name in below:
+        # A module that is not loaded has raised nothing.
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(error, kind):
+            return True
+    return False
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -90,8 +90,6 @@ def format_plan(plan: Plan) -> str:
 
 def _nano_batch(name: str, value: object) -> NanoBatch:
     where = f"nano_batches.{name}"
-    if not (name.isidentifier() and name.isascii()):
-        raise PlanError(f"{where}: {name!r} cannot name a nano-batch; use letters, digits and _")
     fields = _mapping(value, where)
     _check_keys(fields, f"{where}.", _NANO_BATCH_KEYS)
     for key in _NANO_BATCH_KEYS:

@@ -52,6 +52,8 @@ def _check_nano_batches(plan: Plan) -> None:
             raise PlanError(f"nano_batches: two are named {name!r}; rename one")
     for nano_batch in plan.nano_batches:
         where = f"nano_batches.{nano_batch.name}"
+        if not (nano_batch.name.isidentifier() and nano_batch.name.isascii()):
+            raise PlanError(f"{where}: {nano_batch.name!r} cannot name a nano-batch; use letters, digits and _")
         for key, share in (("decode", nano_batch.decode), ("prefill", nano_batch.prefill)):
             if not 0 <= share <= 1:
                 raise PlanError(f"{where}.{key}: a share is between 0 and 1, not {share}")

@@ -1,0 +1,295 @@
+"""Plans: their text form, what is refused and how the message helps."""
+
+import dataclasses
+import pickle
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, PlanError
+from nanoflow.pipeline.validate import validate
+from tests.unit.plan_graphs import FakeOperation, llama_graph, read, write
+from tests.unit.plan_strategies import plans
+
+GRAPH = llama_graph(2)
+
+TEXT = """\
+model: llama-3-8b
+gpu: NVIDIA H100 80GB HBM3
+sms: 132
+capacity: 1280
+nano_batches:
+  a: {decode: 0.5, prefill: 1/3, rows: 640}
+  b: {decode: 0.5, prefill: 2/3, rows: 640}
+partitions:
+  whole: [132]
+  split: [92, 40]
+period:
+- split:
+    compute: [o.a, gate_up.a, down.a, qkv.a@1, o.b, gate_up.b, down.b, qkv.b@1]
+    memory: [decode_attention.b, decode_attention.a@1]
+kernels: {o: reference}
+measured: {iteration_ms: 44.1, sequential_ms: 45.4, joules_per_token: 0.025}
+"""
+
+
+def changed(old: str, new: str) -> str:
+    assert old in TEXT
+    return TEXT.replace(old, new)
+
+
+def message(text: str) -> str:
+    with pytest.raises(PlanError) as caught:
+        Plan.loads(text, GRAPH, source="tuned.yaml")
+    assert str(caught.value).startswith("tuned.yaml: ")
+    return str(caught.value)
+
+
+# Text form
+
+
+def test_the_text_form_reads_back_and_writes_out_the_same():
+    plan = Plan.loads(TEXT, GRAPH)
+    assert plan.dumps() == TEXT
+    assert plan.nano_batches[0] == NanoBatch("a", Fraction(1, 2), Fraction(1, 3), 640)
+    assert plan.period[0].lanes["memory"][1] == Entry("decode_attention", "a", 1)
+    assert plan.lane_sms(0, "memory") == 40
+    assert plan.measured["iteration_ms"] == 44.1
+
+
+def test_sequential_reads_back_equal():
+    plan = Plan.sequential(GRAPH, 256, model="m", gpu="g")
+    validate(plan, GRAPH)
+    again = Plan.loads(plan.dumps(), GRAPH)
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert plan.lane_sms(0, "main") is None
+
+
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plans(GRAPH),
+    words,
+    words,
+    st.dictionaries(words, st.one_of(finite, words, st.integers()), max_size=4),
+    st.dictionaries(st.sampled_from([op.name for op in GRAPH.layer]), words, max_size=3),
+    st.fractions(0, 1),
+)
+def test_any_plan_reads_back_equal(plan, model, gpu, measured, kernels, share):
+    first = dataclasses.replace(plan.nano_batches[0], decode=share)
+    plan = dataclasses.replace(
+        plan,
+        nano_batches=(first, *plan.nano_batches[1:]),
+        model=model,
+        gpu=gpu,
+        measured=FrozenMapping(measured),
+        kernels=FrozenMapping(kernels),
+        sms=132,
+        partitions=FrozenMapping({"split": (100, 32), "on": (8,)}),
+    )
+    again = Plan.loads(plan.dumps())
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_names_that_yaml_would_read_as_something_else():
+    plan = Plan.loads(TEXT.replace(" b:", " 'no':").replace(".b", ".no"), GRAPH)
+    assert plan.nano_batches[1].name == "no"
+    assert Plan.loads(plan.dumps(), GRAPH) == plan
+    assert "key False is read as bool; put it in quotes" in message(TEXT.replace(" b:", " no:").replace(".b", ".no"))
+
+
+def test_plans_are_frozen():
+    plan = Plan.loads(TEXT)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.capacity = 3
+    with pytest.raises(TypeError):
+        plan.kernels["o"] = "other"
+    with pytest.raises(AttributeError):
+        plan.kernels._items = {}
+
+
+def test_the_order_of_lanes_counts_and_that_of_kernels_does_not():
+    text = changed("{o: reference}", "{o: reference, qkv: reference}")
+    assert Plan.loads(text) == Plan.loads(changed("{o: reference}", "{qkv: reference, o: reference}"))
+    lines = TEXT.splitlines(keepends=True)
+    index = next(i for i, line in enumerate(lines) if "compute:" in line)
+    lines[index], lines[index + 1] = lines[index + 1], lines[index]
+    assert Plan.loads("".join(lines)) != Plan.loads(TEXT)
+
+
+def test_decimals_are_meant_exactly():
+    text = changed("a: {decode: 0.5", "a: {decode: 0.1").replace("b: {decode: 0.5", "b: {decode: 0.9")
+    plan = Plan.loads(text, GRAPH)
+    assert plan.nano_batches[0].decode == Fraction(1, 10)
+    assert plan.dumps() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        ("qkv", Entry("qkv")),
+        ("qkv.a", Entry("qkv", "a")),
+        ("qkv@1", Entry("qkv", None, 1)),
+        ("o.b@2", Entry("o", "b", 2)),
+    ],
+)
+def test_entries_print_and_parse(text, entry):
+    assert Entry.parse(text) == entry
+    assert str(entry) == text
+
+
+# Files
+
+
+def test_load_names_the_file(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(TEXT)
+    assert Plan.load(path, GRAPH) == Plan.loads(TEXT)
+    path.write_text(changed("capacity: 1280", "capacity: many"))
+    with pytest.raises(PlanError, match=r"plan\.yaml: capacity: expected a whole number, not 'many'"):
+        Plan.load(path, GRAPH)
+    with pytest.raises(PlanError, match=r"absent\.yaml: cannot read the plan: No such file"):
+        Plan.load(tmp_path / "absent.yaml")
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(PlanError, match="not UTF-8"):
+        Plan.load(path)
+
+
+# Form
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("capacity: 1280", "capcity: 1280", "capcity: unknown key; did you mean 'capacity'?"),
+        ("capacity: 1280\n", "", "capacity: missing"),
+        ("capacity: 1280", "capacity: 1280\ncapacity: 640", "line 5: key 'capacity' stands twice"),
+        ("capacity: 1280", "capacity: true", "capacity: expected a whole number, not True"),
+        ("sms: 132", "sms: [132", "line 4: "),
+        ("a: {decode: 0.5", "a: {decode: half", "nano_batches.a.decode: 'half' is no share"),
+        ("a: {decode: 0.5", "a: {decode: .inf", "nano_batches.a.decode: inf is no share"),
+        ("a: {decode: 0.5", "a: {decode: 1/0", "nano_batches.a.decode: '1/0' is no share"),
+        ("rows: 640}\n  b", "row: 640}\n  b", "nano_batches.a.row: unknown key; did you mean 'rows'?"),
+        (", rows: 640}\n  b", "}\n  b", "nano_batches.a.rows: missing"),
+        ("  a: {", "  a.b: {", "nano_batches.a.b: 'a.b' cannot name a nano-batch"),
+        ("[132]", "132", "partitions.whole: expected a list, not 132"),
+        ("[92, 40]", "[92, x]", "partitions.split[1]: expected a whole number, not 'x'"),
+        ("- split:", "- split: {}\n  other:", "period[0]: a stage has one key, its partition's name, not split, other"),
+        ("qkv.a@1", "qkv.a@-1", "period[0].split.compute[3]: 'qkv.a@-1' looks -1 layers ahead"),
+        ("qkv.a@1", "qkv.a@x", "period[0].split.compute[3]: 'qkv.a@x' looks x layers ahead"),
+        ("qkv.a@1", "5", "period[0].split.compute[3]: 5 is no nano-op"),
+        ("qkv.a@1", "qkv.a.b", "period[0].split.compute[3]: 'qkv.a.b' is no nano-op"),
+        ("{o: reference}", "{o: 3}", "kernels.o: expected a name, not 3"),
+        ("44.1", "[44.1]", "measured.iteration_ms: expected a finite number or a word, not [44.1]"),
+    ],
+)
+def test_form_errors_name_the_key_and_the_mend(old, new, expected):
+    assert expected in message(changed(old, new))
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words", "a: b: c", "\t", "!!python/object:os.system {}"])
+def test_text_that_is_no_plan(text):
+    message(text)
+
+
+# Meaning
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("capacity: 1280", "capacity: 0", "capacity: 0 rows hold no batch"),
+        ("capacity: 1280", "capacity: 1281", "add up to 1280, which does not cover the capacity of 1281"),
+        ("b: {decode: 0.5", "b: {decode: 0.25", "the decode shares add up to 3/4, not to 1"),
+        ("prefill: 2/3", "prefill: 0.667", "the prefill shares add up to"),
+        ("a: {decode: 0.5", "a: {decode: -0.5", "nano_batches.a.decode: a share is between 0 and 1, not -1/2"),
+        ("rows: 640}\n  b", "rows: 0}\n  b", "nano_batches.a.rows: 0 rows hold nothing"),
+        ("[92, 40]", "[100, 40]", "partitions.split: [100, 40] takes 140 SMs, but `sms` is 132"),
+        ("[92, 40]", "[132, 0]", "partitions.split: every part needs at least 1 SM"),
+        ("[92, 40]", "[92]", "period[0].split: 2 lanes (compute, memory) cannot share the 1 parts"),
+        ("sms: 132\n", "", "partitions.whole: give the device's number of SMs as `sms`"),
+        ("- split:", "- spilt:", "period[0].spilt: unknown partition 'spilt'; did you mean 'split'?"),
+        ("kernels: {o: reference}", "kernels: {oo: reference}", "kernels.oo: unknown operation 'oo'"),
+        ("kernels: {o: reference}", "kernels: {o: refrence}", "kernels.o: unknown kernel 'refrence'; did you mean"),
+    ],
+)
+def test_numbers_that_cannot_be(old, new, expected):
+    assert expected in message(changed(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected", "mark"),
+    [
+        ("gate_up.a", "gate_pu.a", "unknown operation 'gate_pu'; did you mean 'gate_up'?", ">>gate_pu.a<<"),
+        ("gate_up.a", "gate_up.c", "unknown nano-batch 'c'; known: a, b", ">>gate_up.c<<"),
+        ("gate_up.a, ", "", "misses gate_up on the rows of nano-batch a: add gate_up.a", ">>gate_up.b<<"),
+        ("gate_up.a", "gate_up.b", "runs gate_up twice on the rows of gate_up.b", ">>gate_up.b<<"),
+        ("gate_up.a", "gate_up", "runs gate_up twice on the rows of gate_up.b", ">>gate_up<<"),
+        ("qkv.a@1", "qkv.a", "deadlocks", ">>qkv.a<<"),
+        ("[o.a, gate_up.a", "[gate_up.a, o.a", "deadlocks", ">>gate_up.a<<"),
+    ],
+)
+def test_schedules_that_cannot_be_show_where(old, new, expected, mark):
+    text = message(changed(old, new))
+    assert expected in text
+    assert mark in text
+    assert "compute | " in text
+
+
+def test_a_deadlock_across_lanes_tells_who_waits_for_whom():
+    text = TEXT[: TEXT.index("partitions")] + (
+        "period:\n"
+        "- whole:\n"
+        "    one: [input_layernorm, qkv, rope_append, o, decode_attention]\n"
+        "    two: [prefill_attention, gate_up, down, add_norm]\n"
+    )
+    error = message(text)
+    assert "o layer 0 waits for decode_attention layer 0, which must be done with the same rows first" in error
+    assert "decode_attention layer 0 waits for o layer 0, which stands before it in lane one" in error
+
+
+def test_an_operation_that_follows_nothing_must_be_named():
+    text = message(TEXT[: TEXT.index("period:")] + "period: [{split: {compute: [], memory: []}}]\n")
+    assert "the period does not name input_layernorm" in text
+    graph = dataclasses.replace(GRAPH, layer=(*GRAPH.layer, FakeOperation("alone", (write("alone"),))))
+    with pytest.raises(PlanError, match="does not name alone"):
+        Plan.loads(TEXT, graph)
+
+
+def test_an_empty_period_or_stage_is_refused():
+    assert "period: a plan needs at least one stage" in message(TEXT[: TEXT.index("period:")] + "period: []\n")
+    assert "period[0].split: a stage needs" in message(TEXT[: TEXT.index("period:")] + "period: [{split: {}}]\n")
+
+
+def test_two_nano_batches_of_one_name_and_none_at_all():
+    plan = Plan.sequential(GRAPH, 8)
+    twice = dataclasses.replace(plan, nano_batches=plan.nano_batches * 2)
+    with pytest.raises(PlanError, match="two are named 'a'"):
+        validate(twice, GRAPH)
+    with pytest.raises(PlanError, match="at least one"):
+        validate(dataclasses.replace(plan, nano_batches=()), GRAPH)
+
+
+def test_another_model_device_or_number_of_sms():
+    plan = Plan.loads(TEXT)
+    validate(plan, GRAPH, model="llama-3-8b", gpu="NVIDIA H100 80GB HBM3", sms=132)
+    with pytest.raises(PlanError, match="model: the plan was tuned for 'llama-3-8b', but this run's is 'qwen'"):
+        validate(plan, GRAPH, model="qwen")
+    with pytest.raises(PlanError, match="gpu: the plan was tuned for 'NVIDIA H100 80GB HBM3'"):
+        validate(plan, GRAPH, gpu="NVIDIA H200")
+    with pytest.raises(PlanError, match="tuned for 132 SMs, but this device has 114"):
+        validate(plan, GRAPH, sms=114)
+    validate(Plan.sequential(GRAPH, 8), GRAPH, model="qwen", gpu="NVIDIA H200", sms=114)
+
+
+def test_a_plan_of_another_graph_is_refused():
+    graph = dataclasses.replace(GRAPH, layer=(FakeOperation("moe", (read("x"), write("x"))),))
+    with pytest.raises(PlanError, match=r"period\[0\]\.split\.compute\[0\]: o\.a: unknown operation 'o'"):
+        validate(dataclasses.replace(Plan.loads(TEXT), kernels=FrozenMapping()), graph)

@@ -1,0 +1,103 @@
+"""Rows and buffers of a plan's nano-batches."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from nanoflow.pipeline.buffers import BufferSpec, assign_buffers, assign_scratch
+from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, Stage
+from nanoflow.pipeline.split import split_rows
+from tests.unit.plan_graphs import FakeOperation, llama_graph, read
+from tests.unit.plan_strategies import plans
+
+GRAPH = llama_graph(2, scratch=True)
+
+
+def plan_with(*nano_batches: tuple[str, str, int], capacity: int | None = None) -> Plan:
+    parts = tuple(
+        NanoBatch(name, Fraction(decode), Fraction(prefill), rows)
+        for name, (decode, prefill, rows) in zip("abcd", nano_batches, strict=False)
+    )
+    return Plan(capacity=capacity or sum(part.rows for part in parts), nano_batches=parts, period=())
+
+
+def test_shares_with_largest_remainders():
+    plan = plan_with(("1/2", "1/3", 100), ("1/2", "2/3", 100))
+    assert split_rows(plan, 10, 9) == ([5, 5], [3, 6])
+    assert split_rows(plan, 11, 10) == ([6, 5], [3, 7])
+    assert split_rows(plan, 1, 1) == ([1, 0], [0, 1])
+    assert split_rows(plan, 0, 0) == ([0, 0], [0, 0])
+
+
+def test_what_does_not_fit_spills_by_the_shares_of_the_others():
+    plan = plan_with(("1/2", "1", 10), ("1/4", "0", 100), ("1/4", "0", 100))
+    assert split_rows(plan, 100, 0) == ([10, 45, 45], [0, 0, 0])
+    # Decode rows come first; prefill rows that find the nano-batch full go evenly to those without a share.
+    assert split_rows(plan, 8, 16) == ([4, 2, 2], [6, 5, 5])
+
+
+def test_a_full_plan_is_filled_to_the_last_row():
+    plan = plan_with(("1/16", "15/16", 7), ("15/16", "1/16", 9))
+    decode, prefill = split_rows(plan, 5, 11)
+    assert [d + p for d, p in zip(decode, prefill, strict=True)] == [7, 9]
+
+
+@pytest.mark.parametrize(("decode", "prefill"), [(9, 0), (4, 5), (-1, 2), (2, -1)])
+def test_rows_beyond_the_capacity_are_refused(decode, prefill):
+    with pytest.raises(ValueError, match="do not fit the plan's capacity, 8 rows"):
+        split_rows(plan_with(("1", "1", 16), capacity=8), decode, prefill)
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(llama_graph(1)), st.data())
+def test_every_row_is_placed_and_none_beyond_its_nano_batch(plan, data):
+    total = data.draw(st.integers(0, plan.capacity))
+    decode_rows = data.draw(st.integers(0, total))
+    decode, prefill = split_rows(plan, decode_rows, total - decode_rows)
+    assert sum(decode) == decode_rows
+    assert sum(prefill) == total - decode_rows
+    for nano_batch, d, p in zip(plan.nano_batches, decode, prefill, strict=True):
+        assert d >= 0
+        assert p >= 0
+        assert d + p <= nano_batch.rows
+    exact = [decode_rows * nano_batch.decode for nano_batch in plan.nano_batches]
+    if all(share + 1 <= nano_batch.rows for share, nano_batch in zip(exact, plan.nano_batches, strict=True)):
+        assert all(abs(d - share) < 1 for d, share in zip(decode, exact, strict=True))
+
+
+def two_lanes() -> Plan:
+    compute = "input_layernorm qkv.a qkv.b rope_append o add_norm gate_up silu_mul down.a down.b add"
+    lanes = {"compute": compute, "memory": "decode_attention prefill_attention"}
+    stage = Stage("split", FrozenMapping({lane: tuple(map(Entry.parse, ops.split())) for lane, ops in lanes.items()}))
+    parts = (NanoBatch("a", Fraction(1, 2), Fraction(1, 2), 8), NanoBatch("b", Fraction(1, 2), Fraction(1, 2), 12))
+    return Plan(
+        capacity=16, nano_batches=parts, period=(stage,), partitions=FrozenMapping({"split": (100, 32)}), sms=132
+    )
+
+
+def test_buffers_hold_every_nano_batch_full():
+    buffers = assign_buffers(GRAPH, two_lanes(), sampled_rows=4)
+    assert buffers["gate_up"] == BufferSpec(columns=32, rows=20)
+    assert buffers["x"] == BufferSpec(columns=8, rows=20)
+    assert buffers["sampled_norm"] == BufferSpec(columns=8, rows=4)
+    assert set(buffers) == set(GRAPH.values)
+    assert assign_buffers(GRAPH, two_lanes())["sampled"].rows == 20
+
+
+def test_an_access_to_an_unknown_value_is_refused():
+    graph = llama_graph(1)
+    values = {name: columns for name, columns in graph.values.items() if name != "h"}
+    broken = type(graph)(values, graph.layer, 1, graph.prologue, graph.epilogue)
+    with pytest.raises(ValueError, match="operation input_layernorm accesses 'h', which is no value"):
+        assign_buffers(broken, two_lanes())
+    epilogue = (FakeOperation("head", (read("logits"),)),)
+    broken = type(graph)(graph.values, graph.layer, 1, graph.prologue, epilogue)
+    with pytest.raises(ValueError, match="operation head accesses 'logits'"):
+        assign_buffers(broken, two_lanes())
+
+
+def test_scratch_is_what_the_neediest_nano_op_of_a_lane_takes():
+    # `down` takes 6 bytes a row and SM, on 12 rows and 100 SMs; decode attention 4, unsplit, on 20 rows and 32 SMs.
+    assert assign_scratch(GRAPH, two_lanes()) == {"compute": 6 * 12 * 100, "memory": 4 * 20 * 32}
+    assert assign_scratch(GRAPH, Plan.sequential(GRAPH, 10), device_sms=132) == {"main": 6 * 10 * 132}

@@ -3,12 +3,12 @@
 Contract: one iteration may be in flight, so `form` makes iteration i + 1 before `update` has seen the tokens of
 iteration i.
 
-- A running sequence has at most one decode row a batch; its input token is on the device. Decode rows come first, prompts
-  fill the rest in order of arrival; at most one prompt is partly done at any time, and it is the latest admitted.
+- A running sequence has at most one decode row a batch; its input token is on the device. Decode rows come first,
+  prompts follow in order of arrival; at most one prompt is partly done at any time, and it is the latest admitted.
 - A sequence whose token in flight is the last that it may have (`max_tokens`, context) gets no further row. A stop that
   only the token itself shows is noticed late, and the token sampled after it is dropped.
 - A row that needs a page when none is free sits out if a token of its sequence is in flight (it may have stopped), and
-  otherwise preempts the latest-admitted sequence, or sits out if that is itself. So the earliest-admitted always goes on.
+  otherwise preempts the latest-admitted sequence, or sits out if that is itself: the earliest-admitted always goes on.
 - A preempted sequence gives up pages and slot. It waits until its token in flight is seen, then its prompt and output
   are prefilled and the next position is sampled: no position is sampled twice.
 - Pages may be handed out as soon as they are free, although the iteration in flight may still use them: the device runs
@@ -25,6 +25,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +33,25 @@ from numpy.typing import NDArray
 from nanoflow.dense_batch import SplitRows, form_dense_batch, lay_out
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import DenseBatch, StepOutput
+from nanoflow.pacing import Forecast, Lengths, StopRate, sustainable_rate
 from nanoflow.sequence import FinishReason, Sequence
 from nanoflow.slots import FREE, SlotTable
 
 __all__ = ["Iteration", "Scheduler"]
 
 Int32 = NDArray[np.int32]
+
+_STEADY_SHARE = 0.98
+"""Part of the KV cache that pacing fills; the rest takes the noise of lengths."""
+_FULL_SHARE = 0.99
+"""Part that running sequences may be predicted to use; the rest takes the noise of rounding to pages."""
+_QUEUE_SAMPLE = 512
+_QUEUE_RENEWAL = 32
+"""Admissions after which the sample of the queue is renewed."""
+_SLOWEST_PROMPT = 64
+"""Iterations that a prompt may take, however slow the rate."""
+_RATE_RENEWAL = 4
+"""Iterations after which the rate of prompt tokens is found anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +118,20 @@ class Scheduler:
         """Preemptions so far."""
         self.unfinished = 0
         """Sequences added and not finished."""
+        self.expects_more = False
+        """Whether more sequences will be added: pacing then takes the queue for endless."""
         self._slots = SlotTable(kv.max_running)
         self._epoch = 0
         self._arrivals: list[Sequence] = []
         self._next_arrival = 0  # everything before it in `_arrivals` was admitted or finished
         self._preempted: list[tuple[int, Sequence]] = []  # heap by index; finished ones leave it lazily
+        self._stop_rate = StopRate()
+        self._queue_prompt = 0.0  # mean tokens to prefill in that sample
+        self._queue: Forecast | None = None  # made of a sample of the queue; renewed now and then
+        self._queue_renewal = 0  # epoch at which it is
+        self._rate = 0.0  # prompt tokens an iteration
+        self._rate_renewal = 0  # iterations until it is found anew
+        self._carry = 0.0  # fraction of a prompt token that the last budget was short of
 
     @property
     def running(self) -> int:
@@ -142,16 +165,22 @@ class Scheduler:
                 f"of {self.kv.page_size} tokens, and there are {room}; lower max_tokens, shorten the prompt or raise "
                 "engine.kv_memory"
             )
+        if self._next_arrival >= 4096:  # keep no reference to sequences that left the queue
+            del self._arrivals[: self._next_arrival]
+            self._next_arrival = 0
         if not self._arrivals or self._arrivals[-1].index <= sequence.index:
             self._arrivals.append(sequence)
         else:
             insort(self._arrivals, sequence, lo=self._next_arrival, key=lambda s: s.index)
         self.unfinished += 1
+        self._rate_renewal = 0
+        if not _is_certain(sequence):
+            self._stop_rate.expect(self.output_limit(sequence))
 
     def form(self) -> Iteration | None:
         """The next iteration, or None if nothing can run before tokens in flight are seen (or all is finished)."""
         decode, short_of_pages = self._decode_slots()
-        chunks = self._prompt_chunks(self.max_batch_tokens - len(decode), admit=not short_of_pages)
+        chunks = self._prompt_chunks(len(decode), admit=not short_of_pages)
         if not len(decode) and not chunks:
             return None
         slots = self._slots
@@ -179,7 +208,7 @@ class Scheduler:
         slots.computed[decode] += 1
         slots.computed[chunk_slots] += chunk_lengths
         sequences = slots.sequences
-        sampled = [s for s in (sequences[slot] for slot in sampled_slots.tolist()) if s is not None]
+        sampled = [s for slot in sampled_slots.tolist() if (s := sequences[slot]) is not None]
         return Iteration(batch, sampled, sampled_slots, slots.epoch[sampled_slots])
 
     def update(self, iteration: Iteration, output: StepOutput | None) -> list[Sequence]:
@@ -194,29 +223,44 @@ class Scheduler:
             raise ValueError(f"an iteration that samples {len(iteration.sampled)} sequences came back with {found}")
         slots = self._slots
         live = slots.epoch[iteration.slots] == iteration.epochs
-        slots.in_flight[iteration.slots[live]] -= 1
+        own = iteration.slots[live]
+        slots.in_flight[own] -= 1
+        seen = slots.sampled[own] - slots.in_flight[own]
+        # Entries that need more than their token appended. One that is not live was preempted or has ended.
+        special = ~live
+        special[live] = (
+            (np.isin(output.tokens[live], self.eos_token_ids) & ~slots.ignore_eos[own])
+            | (seen >= slots.limit[own])
+            | (seen == 1)
+            | slots.has_stop_ids[own]
+            | slots.wants_logprobs[own]
+        )
+        self._stop_rate.observe(tokens=int(np.count_nonzero(~slots.certain[own])), stops=0)
+        received = [s for s in iteration.sampled if s.finish_reason is None]
+        for sequence, token in zip(iteration.sampled, output.tokens.tolist(), strict=True):
+            if sequence.finish_reason is None:
+                sequence.output.append(token)
         now = time.perf_counter()
-        stops = np.isin(output.tokens, self.eos_token_ids).tolist()
-        tokens = output.tokens.tolist()
-        received = []
-        for entry, (sequence, is_live) in enumerate(zip(iteration.sampled, live.tolist(), strict=True)):
-            if not is_live:
+        for entry in np.flatnonzero(special).tolist():
+            sequence = iteration.sampled[entry]
+            if not live[entry]:
                 sequence.in_flight -= 1
-            if sequence.finish_reason is not None:
-                continue
-            received.append(sequence)
-            token = tokens[entry]
-            sequence.output.append(token)
-            params = sequence.params
-            if params.logprobs is not None:
-                _record_logprobs(sequence, output, entry)
-            if sequence.first_token_time is None:
-                sequence.first_token_time = now
-            if (stops[entry] and not params.ignore_eos) or token in params.stop_token_ids:
-                self.finish(sequence, "stop")
-            elif len(sequence.output) >= self.output_limit(sequence):
-                self.finish(sequence, "length")
+            if sequence.finish_reason is None:
+                self._inspect(sequence, output, entry, now)
         return received
+
+    def _inspect(self, sequence: Sequence, output: StepOutput, entry: int, now: float) -> None:
+        """Looks at a token that was just appended: log-probabilities, the first token's time, stops."""
+        params = sequence.params
+        token = sequence.output[-1]
+        if params.logprobs is not None:
+            _record_logprobs(sequence, output, entry)
+        if sequence.first_token_time is None:
+            sequence.first_token_time = now
+        if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+            self.finish(sequence, "stop")
+        elif len(sequence.output) >= self.output_limit(sequence):
+            self.finish(sequence, "length")
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a sequence, wherever it is: pages and slot are free at once, its tokens in flight will be dropped."""
@@ -225,6 +269,8 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.finish_time = time.perf_counter()
         self.unfinished -= 1
+        if reason == "stop":
+            self._stop_rate.observe(tokens=0, stops=1)
         if sequence.slot >= 0:
             self._release(sequence.slot)
 
@@ -263,16 +309,21 @@ class Scheduler:
         self.preemptions += 1
         heappush(self._preempted, (sequence.index, sequence))
 
-    def _prompt_chunks(self, budget: int, admit: bool) -> list[_Chunk]:
-        """Chunks of at most `budget` prompt tokens in all, their pages allocated: the partly done prompt first."""
+    def _prompt_chunks(self, decode: int, admit: bool) -> list[_Chunk]:
+        """Chunks of prompts beside `decode` decode rows, their pages allocated: the partly done prompt first."""
         slots = self._slots
+        budget = self.max_batch_tokens - decode
         chunks: list[_Chunk] = []
         partial = np.flatnonzero((slots.epoch != FREE) & (slots.computed < slots.target))
         slot = int(partial[0]) if len(partial) else None
+        forecast = None
+        if budget and self.waiting:
+            forecast = Forecast(self._running_lengths(), self._stop_rate.value)
+            budget = min(budget, self._paced_tokens(forecast, self._least_tokens(decode, slot)))
         while budget > 0:
             if slot is None:
                 candidate = self._candidate() if admit else None
-                if candidate is None or not self._admissible(candidate):
+                if candidate is None or not self._admissible(candidate, forecast):
                     break
                 slot = self._admit(candidate)
             chunk = self._chunk(slot, budget)
@@ -284,6 +335,55 @@ class Scheduler:
                 break
             slot = None
         return chunks
+
+    def _least_tokens(self, decode: int, partial: int | None) -> int:
+        """Prompt tokens below which pacing only wastes time: a prompt that is begun holds pages, and rows are idle."""
+        if decode == 0:
+            return self.max_batch_tokens if partial is not None else 1
+        return 0 if partial is None else -(-int(self._slots.target[partial]) // _SLOWEST_PROMPT)
+
+    def _paced_tokens(self, forecast: Forecast, at_least: int) -> int:
+        """Prompt tokens that this iteration may take so that the KV cache can keep up."""
+        if self._rate_renewal == 0:
+            self._rate_renewal = _RATE_RENEWAL
+            self._rate = self._sustainable_rate(forecast)
+        self._rate_renewal -= 1
+        tokens = self._rate + self._carry
+        whole = max(at_least, int(tokens))
+        self._carry = max(0.0, tokens - whole)
+        return whole
+
+    def _sustainable_rate(self, forecast: Forecast) -> float:
+        """Prompt tokens an iteration that the KV cache can sustain."""
+        if self._queue is None or self._epoch >= self._queue_renewal:
+            self._queue = Forecast(self._queue_lengths(), forecast.stop_rate)
+            self._queue_renewal = self._epoch + _QUEUE_RENEWAL
+        queue = self._queue
+        queue.stop_rate = forecast.stop_rate
+        highest = self.max_batch_tokens / self._queue_prompt
+        capacity = _STEADY_SHARE * self.kv.usable_pages * self.kv.page_size
+        queued = inf if self.expects_more else self.waiting
+        return self._queue_prompt * sustainable_rate(forecast, queue, queued, capacity, self.max_running, highest)
+
+    def _rounding(self) -> float:
+        """KV tokens that a sequence's last page holds in vain, on average."""
+        return (self.kv.page_size - 1) / 2
+
+    def _running_lengths(self) -> Lengths:
+        slots = self._slots
+        used = np.flatnonzero(slots.epoch != FREE)
+        held = np.maximum(slots.computed[used], slots.target[used]) + self._rounding()
+        left = slots.limit[used] - slots.sampled[used]
+        return Lengths(held.astype(np.float64), left.astype(np.float64), slots.certain[used])
+
+    def _queue_lengths(self) -> Lengths:
+        """Lengths of the sequences that come next."""
+        sample = [s for _, s in self._preempted if not s.finished]
+        sample += self._arrivals[self._next_arrival : self._next_arrival + _QUEUE_SAMPLE]
+        held = np.array([len(s) for s in sample], np.float64) + self._rounding()
+        left = np.array([self.output_limit(s) - len(s.output) for s in sample], np.float64)
+        self._queue_prompt = float(held.mean()) - self._rounding()
+        return Lengths(held, left, np.array([_is_certain(s) for s in sample], np.bool_))
 
     def _chunk(self, slot: int, budget: int) -> _Chunk | None:
         """The next chunk of a slot's prompt with its pages allocated; None if no page is free for even one token."""
@@ -309,11 +409,16 @@ class Scheduler:
             return sequence if sequence.in_flight == 0 else None
         return arrival
 
-    def _admissible(self, sequence: Sequence) -> bool:
-        """Whether a sequence may be admitted now."""
+    def _admissible(self, sequence: Sequence, forecast: Forecast | None) -> bool:
+        """Whether a sequence may be admitted now; adds it to the forecast if so."""
         if self.running == 0:
             return True
-        return self.running < self.max_running and self.kv.pages_for(len(sequence) + 1) <= self.kv.free_pages
+        if self.running >= self.max_running or forecast is None:
+            return False
+        held = len(sequence) + self._rounding()
+        left = self.output_limit(sequence) - len(sequence.output)
+        capacity = _FULL_SHARE * self.kv.usable_pages * self.kv.page_size
+        return forecast.admit(held, left, _is_certain(sequence), capacity)
 
     def _admit(self, sequence: Sequence) -> int:
         if self._preempted and self._preempted[0][1] is sequence:
@@ -321,9 +426,13 @@ class Scheduler:
         else:
             self._next_arrival += 1
         self._epoch += 1
-        params = sequence.params
-        certain = params.ignore_eos and not params.stop and not params.stop_token_ids
-        return self._slots.admit(sequence, self._epoch, self.output_limit(sequence), certain)
+        return self._slots.admit(sequence, self._epoch, self.output_limit(sequence), _is_certain(sequence))
+
+
+def _is_certain(sequence: Sequence) -> bool:
+    """Whether nothing but its limit can end a sequence."""
+    params = sequence.params
+    return params.ignore_eos and not params.stop and not params.stop_token_ids
 
 
 def _record_logprobs(sequence: Sequence, output: StepOutput, entry: int) -> None:

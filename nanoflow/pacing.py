@@ -1,0 +1,192 @@
+"""How many prompt tokens an iteration takes, and whether a sequence may be admitted, from predicted use of KV memory.
+
+Contract: prompts come in at the constant rate that the KV cache can sustain, not whenever memory happens to be free.
+Else all sequences of a burst end together, and the dense batch jumps between decode rows alone and a full load of
+prompts.
+
+Let the running sequences use U(t) KV tokens t iterations from now if nobody joins them, and let one more sequence hold
+a(s) tokens s iterations after its admission (zero once it has ended). Sequences admitted at a rate of r an iteration,
+from now until the queue of Q is empty, hold r * (G(t) - G(t - Q / r)), where G is the integral of a.
+
+    rate:   the largest r with U(t) + r * (G(t) - G(t - Q / r)) <= capacity for all t; likewise for the number running
+    budget: r * (mean prompt); everything, if the whole queue fits
+    admit:  if the peak of U with the candidate added fits, now and at every expected end
+
+In a steady state this is the rate `capacity / E[area]`, area being the KV tokens that a request holds summed over its
+iterations; for equal lengths that makes R* = capacity / (input + output / 2) running sequences and R* * (1 + input /
+output) rows a batch. Since the rate is found anew all the time, a wrong guess about lengths is corrected as it shows.
+
+How long a sequence runs is known if nothing but its limit can end it. Otherwise it is taken to stop with a constant
+chance a token, estimated from all tokens and stops seen so far, so that sequences that still run count too.
+"""
+
+from dataclasses import dataclass
+from math import exp
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Forecast", "Lengths", "StopRate", "sustainable_rate"]
+
+Float = NDArray[np.float64]
+
+_GRID = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """What sequences hold and how long they run, one entry each."""
+
+    held: Float
+    """KV tokens held now, or at admission, with what rounding up to pages adds on average."""
+    left: Float
+    """Iterations until the limit ends it."""
+    certain: NDArray[np.bool_]
+    """Whether nothing can end it before."""
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+class StopRate:
+    """The chance that a token ends a sequence that may stop: stops seen over tokens seen."""
+
+    def __init__(self) -> None:
+        self._stops = 0
+        self._tokens = 0
+        self._limits = 0
+        self._sequences = 0
+
+    def expect(self, limit: int) -> None:
+        """A sequence came that may stop before its `limit`: until stops are seen, one is expected by the mean limit."""
+        self._limits += limit
+        self._sequences += 1
+
+    def observe(self, tokens: int, stops: int) -> None:
+        """Sequences that may stop produced `tokens` tokens, and `stops` of them stopped."""
+        self._tokens += tokens
+        self._stops += stops
+
+    @property
+    def value(self) -> float:
+        if not self._sequences:
+            return 0.0
+        return (self._stops + 1) / (self._tokens + self._limits / self._sequences)
+
+
+class Forecast:
+    """KV tokens and slots that the given sequences use over the coming iterations if nobody joins them."""
+
+    def __init__(self, lengths: Lengths, stop_rate: float) -> None:
+        order = np.argsort(-lengths.left)
+        self.size = len(lengths)
+        self.stop_rate = stop_rate
+        self.horizon = float(_horizon(lengths, stop_rate).max(initial=1.0))
+        """Iterations after which next to nothing is left of these sequences."""
+        self._left = lengths.left[order]
+        held, certain = lengths.held[order], lengths.certain[order]
+        # Running sums over the sequences that last longest: tokens held and number, of the certain and of the others.
+        self._sums = np.zeros((4, len(order) + 1))
+        np.cumsum(np.where(certain, held, 0.0), out=self._sums[0, 1:])
+        np.cumsum(certain, out=self._sums[1, 1:])
+        np.cumsum(np.where(certain, 0.0, held), out=self._sums[2, 1:])
+        np.cumsum(~certain, out=self._sums[3, 1:])
+        # Use of KV tokens peaks where a sequence joins (now) or is about to end.
+        self._times = np.concatenate([np.zeros(1), self._left])
+        self._use = self.tokens(self._times)
+        self._bound = float((lengths.held + lengths.left).sum())
+        self._joined: list[tuple[float, float, bool]] = []
+        self._unchecked: list[tuple[float, float, bool]] = []  # joined, but not in `_use` yet
+
+    def _alive(self, times: Float) -> Float:
+        """[4, len(times)] sums over the sequences whose limit is not before each time."""
+        return self._sums[:, np.searchsorted(-self._left, -times, side="right")]
+
+    def tokens(self, times: Float) -> Float:
+        """KV tokens in use `times` iterations from now."""
+        held, count, held_if_alive, count_if_alive = self._alive(times)
+        use: Float = held + count * times + (held_if_alive + count_if_alive * times) * np.exp(-self.stop_rate * times)
+        return use
+
+    def running(self, times: Float) -> Float:
+        """Sequences that run `times` iterations from now."""
+        _, count, _, count_if_alive = self._alive(times)
+        number: Float = count + count_if_alive * np.exp(-self.stop_rate * times)
+        return number
+
+    def admit(self, held: float, left: float, certain: bool, capacity: float) -> bool:
+        """Adds a sequence to the prediction, unless KV tokens in use would then exceed `capacity` at some time."""
+        sequence = (held, left, certain)
+        if self._bound + held + left <= capacity:  # even if all were at their full length at once
+            self._unchecked.append(sequence)
+        else:
+            for earlier in self._unchecked:
+                self._use = self._use_with(*earlier)
+                self._join(*earlier)
+            self._unchecked.clear()
+            use = self._use_with(*sequence)
+            if float(use.max()) > capacity:
+                return False
+            self._use = use
+            self._join(*sequence)
+        self._bound += held + left
+        return True
+
+    def _use_with(self, held: float, left: float, certain: bool) -> Float:
+        """KV tokens in use at all `_times` and `left` iterations from now, with one more sequence."""
+        decay = 0.0 if certain else self.stop_rate
+        use = self._use + (held + self._times) * (self._times <= left) * np.exp(-decay * self._times)
+        at_end = float(self.tokens(np.array([left]))[0]) + (held + left) * exp(-decay * left)
+        for other_held, other_left, other_certain in self._joined:
+            if other_left >= left:
+                at_end += (other_held + left) * (1.0 if other_certain else exp(-self.stop_rate * left))
+        return np.append(use, at_end)
+
+    def _join(self, held: float, left: float, certain: bool) -> None:
+        self._times = np.append(self._times, left)
+        self._joined.append((held, left, certain))
+
+
+def sustainable_rate(
+    running: Forecast, queue: Forecast, queued: float, capacity: float, max_running: float, highest: float
+) -> float:
+    """Sequences to admit an iteration: the highest constant rate, up to `highest`, that never exceeds the capacities.
+
+    Args:
+        running: the sequences that run now.
+        queue: a sample of those that wait; all times count from their admission.
+        queued: number of those that wait; infinite if more will come.
+        capacity: KV tokens.
+        max_running: slots.
+    """
+    times = np.linspace(0.0, max(running.horizon, queue.horizon), _GRID + 1)
+    step = times[1]
+    room = np.stack([capacity - running.tokens(times), max_running - running.running(times)])
+    one = np.stack([queue.tokens(times), queue.running(times)]) / queue.size
+    # What sequences hold that joined at rate 1 from now on.
+    area = np.zeros_like(one)
+    np.cumsum((one[:, 1:] + one[:, :-1]) * (step / 2), axis=1, out=area[:, 1:])
+    rate = max(0.0, float((room[:, 1:] / area[:, 1:]).min()))
+    if rate * times[-1] <= queued:
+        return min(rate, highest)
+    # The queue is empty before the horizon: higher rates may do, since their load passes.
+    low = max(rate, 1e-6 * highest)
+    for _ in range(2):
+        rates = np.geomspace(low, max(highest, low), _GRID)
+        ended = np.maximum(times[None, 1:] - queued / rates[:, None], 0.0)
+        fits = np.ones(_GRID, np.bool_)
+        for free, held in zip(room, area, strict=True):
+            load = rates[:, None] * (held[None, 1:] - np.interp(ended, times, held))
+            fits &= (load <= free[None, 1:]).all(axis=1)
+        best = int(np.flatnonzero(fits)[-1]) if fits.any() else 0
+        if best == _GRID - 1:
+            return highest
+        low, highest = float(rates[best]), float(rates[best + 1])
+    return low if fits.any() else rate
+
+
+def _horizon(lengths: Lengths, stop_rate: float) -> Float:
+    """Iterations that each sequence lasts, for practical purposes."""
+    if stop_rate == 0:
+        return lengths.left
+    return np.where(lengths.certain, lengths.left, np.minimum(lengths.left, 4 / stop_rate))

@@ -7,6 +7,8 @@ from fractions import Fraction
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from nanoflow.models.config import ModelConfig
+from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import KV, SCRATCH
 from nanoflow.pipeline.checker import check_program
@@ -190,6 +192,31 @@ def test_random_plans_compile_clean(data):
     count = len(plan.nano_batches)
     assert check_program(program, full_batch(count), PAGE) == []
     assert check_program(program, data.draw(batches(count)), PAGE) == []
+
+
+def real_graph(architecture: str, fused: bool) -> Graph:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    return build_graph(ModelConfig.from_dict({"architectures": [architecture], **sizes, **heads}), fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_plans_of_real_models_compile_clean(architecture, fused):
+    graph = real_graph(architecture, fused)
+
+    @settings(RANDOM, max_examples=15)
+    @given(st.data())
+    def check(data):
+        plan = data.draw(plans(graph))
+        program = compile_program(plan, graph)
+        batch = full_batch(len(plan.nano_batches))
+        assert check_program(program, batch, PAGE) == []
+        every = [(step, wait) for step in range(len(program.steps)) for wait in program.steps[step].waits]
+        for step, wait in data.draw(st.lists(st.sampled_from(every), max_size=4)) if every else ():
+            assert check_program(without_wait(program, step, wait), batch, PAGE)
+
+    check()
 
 
 @RANDOM

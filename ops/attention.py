@@ -103,7 +103,7 @@ class DecodeAttention(_Attention):
             output[row] = self.attend(queries[row : row + 1], pages, length, window, context.kv)[0]
 
     def paged(self, context: NanoContext) -> None:
-        """CPU: the cache is read page by page, without gathering; see `attention_cpu`."""
+        """CPU: blocks of pages side by side, joined by their log-sum-exp; see `attention_cpu`."""
         paged_decode(
             context, self.queries(context), self.output(context), self.kv_heads, self.scale, self.windows[context.layer]
         )

@@ -77,7 +77,7 @@ def make_model(family: str, changes: dict, seed: int = 0):
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name and parameter.ndim == 1 else 0.0, 0.25)
+            parameter.normal_(1.0 if "norm" in name and parameter.ndim == 1 else 0.0, 0.15)
     given = {**config.to_dict(), "architectures": [f"{family}ForCausalLM"]}
     return model, ModelConfig.from_dict(given)
 
@@ -147,5 +147,5 @@ def test_logits_match_transformers(name: str, reference: bool) -> None:
     for way, options in ways.items():
         runner = GraphRunner(graph, model.state_dict(), Pages(4, len(requests), 16), reference=reference)
         for found, wanted in zip(feed(runner, requests, **options), expected, strict=True):
-            assert wanted.std() > 0.5
+            assert wanted.std() > 0.3
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=lambda text, way=way: f"{way}: {text}")

@@ -4,9 +4,11 @@ import dataclasses
 import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from nanoflow.kv_cache import KVCache
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
@@ -14,6 +16,11 @@ from nanoflow.ops.operation import KV, SCRATCH
 from nanoflow.pipeline.checker import check_program
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
 from nanoflow.pipeline.program import Program, compile_program
+from nanoflow.pipeline.split import split_rows
+from nanoflow.sampling_params import SamplingParams
+from nanoflow.scheduler import Scheduler
+from nanoflow.sequence import Sequence
+from tests.unit.fake_executor import FakeExecutor, run
 from tests.unit.plan_graphs import FakeOperation, dense_batch, llama_graph, read, write
 from tests.unit.plan_strategies import batches, full_batch, plans, stages
 
@@ -192,6 +199,30 @@ def test_random_plans_compile_clean(data):
     count = len(plan.nano_batches)
     assert check_program(program, full_batch(count), PAGE) == []
     assert check_program(program, data.draw(batches(count)), PAGE) == []
+
+
+@settings(RANDOM, max_examples=15)
+@given(plans(GRAPH), st.integers(2, 5))
+def test_scheduled_batches_race_nowhere(plan, page_size):
+    """The batches of a whole small job, as the scheduler forms them with the plan's own split of rows."""
+    scheduler = Scheduler(
+        kv=KVCache(40, page_size, 4, 16),
+        split=lambda decode_rows, prefill_rows: split_rows(plan, decode_rows, prefill_rows),
+        max_batch_tokens=plan.capacity,
+        max_running=4,
+        max_model_len=32,
+    )
+    executor = FakeExecutor(40, page_size, 4)
+    prompts = [np.arange(1, length + 1, dtype=np.int32) for length in (7, 1, 20, 3, 11)]
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    run(scheduler, executor, {0: [Sequence(i, prompt, params, seed=i) for i, prompt in enumerate(prompts)]})
+    program = compile_program(plan, GRAPH)
+    assert len(executor.batches) > 3
+    for batch in executor.batches[:8]:
+        assert all(
+            part.end - part.start <= n.rows for part, n in zip(batch.nano_batches, plan.nano_batches, strict=True)
+        )
+        assert check_program(program, batch, page_size) == []
 
 
 def real_graph(architecture: str, fused: bool) -> Graph:

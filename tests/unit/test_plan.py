@@ -105,6 +105,12 @@ def test_names_that_yaml_would_read_as_something_else():
     assert "key False is read as bool; put it in quotes" in message(TEXT.replace(" b:", " no:").replace(".b", ".no"))
 
 
+def test_anchors_and_merges_are_yaml_as_usual():
+    text = changed("a: {decode: 0.5, prefill: 1/3", "a: &half {decode: 0.5, prefill: 0.5")
+    text = text.replace("b: {decode: 0.5, prefill: 2/3", "b: {<<: *half")
+    assert Plan.loads(text, GRAPH).nano_batches[1] == NanoBatch("b", Fraction(1, 2), Fraction(1, 2), 640)
+
+
 def test_plans_are_frozen():
     plan = Plan.loads(TEXT)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -8,7 +8,7 @@ loop controls, a `tojson` that leaves characters alone, and a ``{% generation %}
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -24,7 +24,7 @@ __all__ = ["ChatTemplate"]
 class _Generation(jinja2.ext.Extension):
     """``{% generation %} ... {% endgeneration %}`` marks the model's own words for training; it renders its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - declared so by the base class
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         line = next(parser.stream).lineno

@@ -15,7 +15,11 @@ __all__ = ["TextStream", "Tokenizer"]
 
 
 class TextStream(Protocol):
-    """Turns a growing list of token ids into text. All pieces joined equal `Tokenizer.decode` of all the ids."""
+    """Turns a growing list of token ids into text. All pieces joined equal `Tokenizer.decode` of all the ids.
+
+    One exception: where a SentencePiece tokenizer falls back to bytes that are not valid UTF-8, `decode` replaces every
+    byte of the run, valid or not, by U+FFFD; a stream has given the valid ones already.
+    """
 
     def push(self, ids: Iterable[int]) -> str:
         """Take more ids; returns the new text that is complete: never half a character."""
@@ -71,15 +75,15 @@ class Tokenizer:
         """Token ids of `text`. With `add_special_tokens`, the start or end tokens that the file asks for."""
         try:
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except UnicodeEncodeError:
-            raise InputError("the text holds half of a surrogate pair, which is not valid Unicode") from None
+        except (TypeError, UnicodeEncodeError):
+            raise InputError("the text is not valid Unicode: it holds half of a surrogate pair") from None
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError:
-            raise InputError("a text holds half of a surrogate pair, which is not valid Unicode") from None
+        except (TypeError, UnicodeEncodeError):
+            raise InputError("a text is not valid Unicode: it holds half of a surrogate pair") from None
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

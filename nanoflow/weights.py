@@ -169,9 +169,9 @@ def _present(item: _Item, checkpoint: Checkpoint) -> bool:
     if item.weight.optional and len(missing) == len(item.parts):
         return False
     if missing:
-        shape = f" of shape {list(item.weight.shape)}" if len(item.parts) == 1 else ""
+        which = f" of shape {list(item.weight.shape)}" if len(item.parts) == 1 else ""
         raise CheckpointError(
-            f"{checkpoint.path}: tensor {missing[0]!r}{shape} is missing. Use a complete checkpoint, whose weights "
+            f"{checkpoint.path}: tensor {missing[0]!r}{which} is missing. Use a complete checkpoint, whose weights "
             "belong to its configuration."
         )
     shapes = [checkpoint.tensors[part] for part in item.parts]

@@ -194,7 +194,7 @@ def llama3_scaling(
     """
     frequencies = theta ** (-np.arange(0, 2 * len(divisors), 2) / (2 * len(divisors)))
     turns = frequencies / (2 * np.pi)  # a token, that is 1 / wavelength
-    factor = float(divisors.max())
+    factor = float(f"{divisors.max():.6g}")  # what float32 rounding made of a round number
     if factor == 1.0:
         candidates = [(8192.0, 1.0, 4.0)]
     else:

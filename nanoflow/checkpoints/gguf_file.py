@@ -28,7 +28,7 @@ __all__ = ["GgufFile"]
 _PIECE = 2**16
 """Elements that are dequantised at a time: with all that comes in between they fit in a core's cache."""
 
-_SCALARS = {
+_SCALARS: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
     GGUFValueType.INT8: np.dtype("<i1"),
     GGUFValueType.UINT16: np.dtype("<u2"),
@@ -41,7 +41,10 @@ _SCALARS = {
     GGUFValueType.INT64: np.dtype("<i8"),
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
-_NUMPY = {GGMLQuantizationType.F64: np.dtype("<f8"), GGMLQuantizationType.F32: np.dtype("<f4")}
+_NUMPY: dict[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F64: np.dtype("<f8"),
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+}
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,6 @@ class SafetensorsFile:
         piece = torch.empty(min(step, flat.numel()), dtype=dtype, pin_memory=out.is_cuda)
         for start in range(0, flat.numel(), step):
             count = min(step, flat.numel() - start)
-            buffer = memoryview(piece[:count].view(torch.uint8).numpy())
+            buffer = memoryview(piece[:count].view(torch.uint8).numpy())  # type: ignore[arg-type]
             self._file.read_into(buffer, entry.start + start * dtype.itemsize, name)
             flat[start : start + count].copy_(piece[:count])

@@ -43,21 +43,19 @@ def parse_memory(value: str | int | float) -> float | int | None:
 
     A number up to 1 is a fraction, with or without quotes; a percentage is not accepted. Raises ValueError.
     """
-    if isinstance(value, str):
-        if value.strip().lower() == "auto":
-            return None
-        try:
-            number = float(value)
-        except ValueError:
-            return parse_size(value)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is not an amount of memory: write auto, a fraction such as 0.5, or a size as 4GiB")
-    else:
-        number = value
+    wrong = f"{value!r} is not an amount of memory: write auto, a fraction such as 0.5, or a size such as 4GiB"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(wrong)
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return parse_size(str(value))
     if 0 < number <= 1:
-        return float(number)
-    if number != int(number) or number <= 0:
-        raise ValueError(f"{value!r} is not an amount of memory: write auto, a fraction such as 0.5, or a size as 4GiB")
+        return number
+    if not 1 < number < 2**63 or number != int(number):
+        raise ValueError(wrong)
     return int(number)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from nanoflow.ops.operation import NanoContext
@@ -31,7 +32,7 @@ BLOCK_TOKENS = 512
 BLOCK_OVERHEAD = 20
 """What a block costs besides its tokens, in tokens (measured: 1.2 us a block and head, 0.07 us a token and head)."""
 
-GATHER_BYTES = 4 << 20
+GATHER_BYTES = 2 << 20
 """Bytes of keys and values gathered at a time: what stays in a core's share of the last-level cache."""
 
 
@@ -60,16 +61,13 @@ class _DecodeBlocks:
     """Holds the units of `GATHER_BYTES` worth of blocks."""
 
 
-def _pages_per_block(pages_S: np.ndarray, page_size: int) -> int:
-    """The power of two that makes the least work of segments with these numbers of pages."""
-    best, least = 1, np.inf
-    pages = 1
-    while pages == 1 or pages * page_size <= BLOCK_TOKENS:
-        cost = float((-(-pages_S // pages)).sum()) * (pages * page_size + BLOCK_OVERHEAD)
-        if cost < least:
-            best, least = pages, cost
-        pages *= 2
-    return best
+def _pages_per_block(pages_S: NDArray[np.int64], page_size: int) -> int:
+    """Pages a block that make the least work of segments with these numbers of pages."""
+    longest = max(1, min(int(pages_S.max()), BLOCK_TOKENS // page_size))
+    numbers, segments = np.unique(pages_S, return_counts=True)
+    candidates = np.arange(1, longest + 1)
+    blocks = (-(-numbers // candidates[:, None]) * segments).sum(-1)
+    return int(candidates[(blocks * (candidates * page_size + BLOCK_OVERHEAD)).argmin()])
 
 
 def _decode_blocks(context: NanoContext, heads: int, window: int | None) -> _DecodeBlocks:

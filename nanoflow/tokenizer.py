@@ -135,7 +135,9 @@ class Tokenizer:
     def _byte_table(self) -> list[bytes] | None:
         """Bytes of every token of a byte-level tokenizer; None for another kind."""
         if self._bytes is None:
-            decoder = json.loads(self.backend.to_str())["decoder"] or {}
+            # The decoder's state is its part of tokenizer.json; asking for all of that would write out the vocabulary.
+            state = self.backend.decoder.__getstate__() if self.backend.decoder is not None else b"{}"
+            decoder = json.loads(state)
             parts = decoder.get("decoders", [decoder])
             if [part.get("type") for part in parts] != ["ByteLevel"]:
                 self._bytes = []

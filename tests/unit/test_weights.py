@@ -290,3 +290,47 @@ def test_peak_memory_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(contents, tmp_path / "model.safetensors")
     assert peak(str(tmp_path)) < 1.3
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_folders_that_transformers_writes(tmp_path: Path, kind: str, tied: bool, shard: str) -> None:
+    """Every parameter arrives, whole or in shards, and the configuration is one that the ports read."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=96,
+        tie_word_embeddings=tied,
+        eos_token_id=[5, 6],
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    peer = getattr(transformers, f"{kind}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.normal_()
+    peer.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+
+    source = open_checkpoint(str(tmp_path))
+    assert source.eos_token_ids == (5, 6)
+    model = build_graph(ModelConfig.from_dict(source.config))
+    weights = load_weights(model, source, torch.float32, "cpu")
+    state = peer.state_dict()
+    used = set()
+    for layer, ops in [(None, model.prologue + model.epilogue), *((n, model.layer) for n in range(model.layers))]:
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        for op in ops:
+            for weight in op.weights:
+                held = (weights.outer if layer is None else weights.layers[layer])[op.name][weight.name]
+                expected = torch.cat([state[prefix + part] for part in weight.parts])
+                assert torch.equal(held.to_dense() if held.is_mkldnn else held, expected)
+                used.update(prefix + part for part in weight.parts)
+    assert used == set(state) - ({"lm_head.weight"} if tied else set())

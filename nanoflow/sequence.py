@@ -32,6 +32,10 @@ class Sequence:
     """Log-probability of each output token, if `params.logprobs` asks for it."""
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     """The `params.logprobs` most likely tokens at each output position, most likely first."""
+    limit: int = 0
+    """Output tokens after which it ends whatever they are; set by the scheduler."""
+    certain: bool = False
+    """Whether nothing but the limit can end it; set by the scheduler."""
     finish_reason: FinishReason | None = None
     slot: int = -1
     """Place among the running sequences, or -1."""

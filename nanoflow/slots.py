@@ -64,7 +64,7 @@ class SlotTable:
     def has_free(self) -> bool:
         return bool(self._free)
 
-    def admit(self, sequence: Sequence, epoch: int, limit: int, certain: bool) -> int:
+    def admit(self, sequence: Sequence, epoch: int) -> int:
         """Gives a sequence a slot and returns it."""
         slot = self._free.pop()
         params = sequence.params
@@ -76,8 +76,8 @@ class SlotTable:
         self.computed[slot] = 0
         self.sampled[slot] = len(sequence.output)
         self.in_flight[slot] = 0
-        self.limit[slot] = limit
-        self.certain[slot] = certain
+        self.limit[slot] = sequence.limit
+        self.certain[slot] = sequence.certain
         self.ignore_eos[slot] = params.ignore_eos
         self.wants_logprobs[slot] = params.logprobs is not None
         self.has_stop_ids[slot] = bool(params.stop_token_ids)

@@ -179,3 +179,22 @@ def test_the_wheel_runs_from_an_unrelated_folder(wheel: Path, tmp_path: Path) ->
     shown = run_python(code, cwd=work, path=site)
     assert str(site / "nanoflow/configs/prompts/quickstart.jsonl") in shown
     assert f"path: {work}/out/quickstart.jsonl" in shown
+
+
+@pytest.mark.slow
+def test_the_wheel_completes_requests(wheel: Path, tmp_path: Path) -> None:
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import sys; sys.argv[0] = 'nanoflow'; from nanoflow.cli import main; main()"
+    overrides = ["workload.synthetic.requests=3", "workload.synthetic.output_len=4"]
+    arguments = [part for override in overrides for part in ("--set", override)]
+    run_python(code, "run", "synthetic", "--quiet", *arguments, cwd=work, path=site)
+    lines = [json.loads(line) for line in (work / "out/synthetic.jsonl").read_text().splitlines()]
+    assert {line["custom_id"] for line in lines} == {"request-1", "request-2", "request-3"}
+    assert all(line["response"]["body"]["usage"]["completion_tokens"] == 4 for line in lines)
+    assert {path.name for path in (work / "out").iterdir()} == {
+        "synthetic.jsonl",
+        "synthetic.config.yaml",
+        "synthetic.report.json",
+    }

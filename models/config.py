@@ -27,6 +27,8 @@ class Defaults:
     """None: hidden size / query heads."""
     max_positions: int = 2048
     sliding_window: int | None = None
+    uses_windows: bool | None = False
+    """Whether the family has sliding windows; None: if `use_sliding_window` says so, from `max_window_layers` on."""
     qkv_bias: bool = False
     """Whether q, k and v always have a bias (and o none), whatever `attention_bias` says."""
 
@@ -84,7 +86,7 @@ class ModelConfig:
             kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=_positive(config, "vocab_size"),
-            eps=float(config.get("rms_norm_eps", 1e-6)),
+            eps=_number(config, "rms_norm_eps", 1e-6),
             rope=_rope(config, head_dim, max_positions),
             windows=_windows(config, layers, defaults),
             max_position_embeddings=max_positions,
@@ -120,27 +122,41 @@ def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -
     return value
 
 
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise UnsupportedModel(f"config.json: {key} must be a number of 0 or more, not {value!r}")
+    return float(value)
+
+
 def _token_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(int(token) for token in value) if isinstance(value, list | tuple) else (int(value),)
+    tokens = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
+        raise UnsupportedModel(f"config.json: eos_token_id must be a token id or a list of them, not {value!r}")
+    return tokens
 
 
 def _windows(config: Mapping[str, Any], layers: int, defaults: Defaults) -> tuple[int | None, ...]:
-    """Each layer's window: by `layer_types` if given, else Qwen's `use_sliding_window` and `max_window_layers`, else
-    all."""
+    """Each layer's window: by `layer_types` if given, else the family's rule."""
     window = config.get("sliding_window", defaults.sliding_window)
-    if "use_sliding_window" in config or "max_window_layers" in config:
+    first = 0
+    if defaults.uses_windows is None:
+        first = int(_number(config, "max_window_layers", 28))
         if not config.get("use_sliding_window", False):
             window = None
-        first = int(config.get("max_window_layers", 28))
-    else:
-        first = 0
+    elif not defaults.uses_windows:
+        window = None
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window <= 0):
         raise UnsupportedModel(f"config.json: sliding_window must be a positive integer or null, not {window!r}")
     types = config.get("layer_types")
     if types is None:
         return tuple(window if layer >= first else None for layer in range(layers))
+    if not isinstance(types, list | tuple):
+        raise UnsupportedModel(f"config.json: layer_types must be a list, not {types!r}")
     known = {"full_attention": None, "sliding_attention": window}
     unknown = [kind for kind in types if kind not in known]
     if unknown or len(types) != layers:

@@ -33,4 +33,4 @@ class Mistral(Llama):
     """Llama's layer with a sliding window in every layer, unless the configuration says null."""
 
     architectures = ("MistralForCausalLM",)
-    defaults = Defaults(kv_heads=8, max_positions=131072, sliding_window=4096)
+    defaults = Defaults(kv_heads=8, max_positions=131072, sliding_window=4096, uses_windows=True)

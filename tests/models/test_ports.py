@@ -1,6 +1,7 @@
 """Every port and variant on tiny random weights: logits within 1e-4 of transformers', however a prompt is cut."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
+from nanoflow.ops.rope import RopeConfig
 from tests.unit.ops_harness import GraphRunner, Pages, Piece, dense_batch
 
 transformers = pytest.importorskip("transformers")
@@ -149,3 +151,58 @@ def test_logits_match_transformers(name: str, reference: bool) -> None:
         for found, wanted in zip(feed(runner, requests, **options), expected, strict=True):
             assert wanted.std() > 0.3
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=lambda text, way=way: f"{way}: {text}")
+
+
+SETTINGS = {
+    "rope": [name for name in VARIANTS if any(word in name for word in ("theta", "linear", "llama3", "yarn"))],
+    "windows": [name for name in VARIANTS if "window" in name or "layer-types" in name],
+    "eps": ["llama-eps"],
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"), [(setting, name) for setting, names in SETTINGS.items() for name in names]
+)
+def test_a_variant_without_its_setting_would_be_noticed(setting: str, name: str) -> None:
+    family, changes = VARIANTS[name]
+    model, config = make_model(family, changes)
+    plain = {"rope": RopeConfig(config.head_dim), "windows": (None,) * config.layers, "eps": 1e-6}[setting]
+    tokens = prompts()[0]
+    graph = build_graph(replace(config, **{setting: plain}))
+    runner = GraphRunner(graph, model.state_dict(), Pages(4, 1, 16), reference=True)
+    (found,) = feed(runner, [tokens], chunk=1000, decode_from=1000, nano_batches=1)
+    assert (found - expected_logits(model, tokens)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("prompt", [1, 20, 32])
+def test_dynamic_rope_matches_decoding_past_the_trained_context(prompt: int) -> None:
+    """transformers stretches the base when a token passes the context, and keeps the keys that it rotated before."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
+    model, config = make_model("Llama", {"rope_parameters": rope, "max_position_embeddings": 32})
+    (tokens,) = prompts((58,))
+    expected = []
+    with torch.no_grad():
+        given = model(torch.tensor([tokens[:prompt]]), use_cache=True)
+        expected.append(given.logits[0])
+        for token in tokens[prompt:]:
+            given = model(torch.tensor([[token]]), past_key_values=given.past_key_values, use_cache=True)
+            expected.append(given.logits[0])
+    wanted = torch.cat(expected)
+    for chunk, decode_from in ((1000, 1000), (7, 40), (5, prompt)):
+        runner = GraphRunner(build_graph(config), model.state_dict(), Pages(4, 1, 16), reference=False)
+        (found,) = feed(runner, [tokens], chunk=chunk, decode_from=decode_from, nano_batches=2)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    model, config = make_model("Llama", {})
+    (tokens,) = prompts((40,))
+    wanted = expected_logits(model, tokens)
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    theirs = model.to(torch.bfloat16)
+    error = (expected_logits(theirs, tokens).float() - wanted).abs().mean()
+    for reference in (True, False):
+        runner = GraphRunner(build_graph(config), state, Pages(4, 1, 16), reference=reference)
+        (found,) = feed(runner, [tokens], chunk=9, decode_from=20, nano_batches=2)
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - wanted).abs().mean() < 1.5 * error

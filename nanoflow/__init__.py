@@ -7,10 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanoflow.llm import LLM as LLM
-    from nanoflow.llm import Completion as Completion
-    from nanoflow.llm import RequestOutput as RequestOutput
-    from nanoflow.sampling_params import SamplingParams as SamplingParams
+    from nanoflow.llm import LLM, Completion, RequestOutput
+    from nanoflow.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "RequestOutput", "SamplingParams"]

@@ -104,7 +104,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise InputError("stop: strings need a tokenizer, and this model came without one; use stop_token_ids")
         try:
-            self.scheduler.check(len(prompt_token_ids), params)
+            self.scheduler.check(len(prompt_token_ids), params.max_tokens)
         except ValueError as error:
             raise InputError(f"prompt: {error}") from None
 

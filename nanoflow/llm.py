@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from nanoflow.config_schema import EngineSection, ModelSection, PipelineSection
 from nanoflow.errors import InputError
 from nanoflow.loading import build_engine, open_model
 from nanoflow.outputs import Completion, RequestOutput, TokenLogprobs
 from nanoflow.sampling_params import SamplingParams
+from nanoflow.tokenizer import Tokenizer
 from nanoflow.validation import checked
 
 __all__ = ["LLM", "Completion", "RequestOutput", "SamplingParams", "TokenLogprobs"]
@@ -60,9 +63,12 @@ class LLM:
         Raises:
             InputError: a prompt is empty or too long, or has unknown token ids; nothing has run then.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        return self._run([(None, p) if not isinstance(p, str) else (p, self._encode(p)) for p in prompts], params)  # type: ignore[misc,arg-type]
+        if isinstance(prompts, str) or _is_token_ids(prompts):
+            prompts = cast("list[Prompt]", [prompts])
+        several = cast("Sequence[Prompt]", prompts)
+        return self._run(
+            [(p, self._need_tokenizer().encode(p)) if isinstance(p, str) else (None, list(p)) for p in several], params
+        )
 
     def chat(
         self,
@@ -70,15 +76,15 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations, each a list of ``{"role": ..., "content": ...}``, through the model's chat template."""
-        if conversations and isinstance(conversations[0], Mapping):
-            conversations = [conversations]  # type: ignore[list-item]
         tokenizer = self._need_tokenizer()
-        rendered = [tokenizer.apply_chat_template(list(c)) for c in conversations]  # type: ignore[arg-type]
-        return self._run([(text, tokenizer.encode(text, add_special_tokens=False)) for text in rendered], params)
+        one = bool(conversations) and isinstance(conversations[0], Mapping)
+        several = cast("Sequence[Sequence[Message]]", [conversations] if one else conversations)
+        texts = [tokenizer.apply_chat_template(messages) for messages in several]
+        return self._run([(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts], params)
 
     def _run(
         self,
-        prompts: Sequence[tuple[str | None, Sequence[int]]],
+        prompts: Sequence[tuple[str | None, list[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[RequestOutput]:
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
@@ -96,10 +102,7 @@ class LLM:
             outputs[output.key] = output
         return [output for output in outputs if output is not None]
 
-    def _encode(self, prompt: str) -> list[int]:
-        return self._need_tokenizer().encode(prompt)
-
-    def _need_tokenizer(self) -> Any:
+    def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError(f"{self.model.checkpoint.path} has no tokenizer: give prompts as lists of token ids")
         return self.tokenizer
@@ -113,3 +116,8 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _is_token_ids(prompts: Sequence[Any]) -> bool:
+    """Whether this is one prompt as token ids, not a list of prompts."""
+    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)

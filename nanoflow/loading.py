@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -15,10 +16,11 @@ from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.executor import KVLayout
-from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import split_rows
+from nanoflow.pipeline.validate import validate
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.store import find_plan
 from nanoflow.tokenizer import Tokenizer
@@ -67,7 +69,7 @@ def build_engine(
     engine: EngineSection,
     pipeline: PipelineSection | None = None,
     *,
-    weights: str = "load",
+    weights: Literal["load", "random"] = "load",
     job: Sequence[int] | None = None,
 ) -> Engine:
     """Load the weights and make the engine.
@@ -122,6 +124,11 @@ def choose_plan(model: Model, engine: EngineSection, pipeline: PipelineSection) 
         )
         return found or sequential
     plan = Plan.load(pipeline.plan, model.graph)
+    sms = torch.cuda.get_device_properties(model.device).multi_processor_count if model.device.type == "cuda" else None
+    try:
+        validate(plan, model.graph, model=model.checkpoint.name, gpu=device_name(model.device), sms=sms)
+    except PlanError as error:
+        raise PlanError(f"{pipeline.plan}: {error}") from None
     if plan.capacity > engine.max_batch_tokens:
         raise ConfigError(
             f"pipeline.plan: {pipeline.plan} has a capacity of {plan.capacity} rows, more than "

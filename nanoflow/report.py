@@ -110,7 +110,8 @@ class RunReport:
             (
                 "iterations",
                 f"{self.iterations:,}, {self.mean_batch_tokens:,.0f} rows on average, "
-                f"{self.largest_batch_tokens:,} at most, {self.executor_busy_share:.0%} of the time busy, {self.preemptions:,} preemptions",
+                f"{self.largest_batch_tokens:,} at most; {self.executor_busy_share:.0%} of the time busy, "
+                f"{self.preemptions:,} preemptions",
             ),
             ("bound by", self._bound_line()),
         ]

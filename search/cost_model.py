@@ -8,8 +8,8 @@ For every iteration, with `Cost` summed over the model's operations (FLOPs ``F``
     T_power   = joules / power limit
 
 The first three are from "NanoFlow: Towards Optimal Large Language Model Serving Throughput" (arXiv
-2408.12757, section 3); power is our addition. The bound is the largest; what a run reaches of it is that time over the time taken. The optimal
-throughput of the paper, ``FLOPS / (2 * P)`` tokens a second, is `optimal_tokens_per_second`.
+2408.12757, section 3); power is our addition. The bound is the largest; what a run reaches of it is that time over the
+time taken. The optimal throughput of the paper, ``FLOPS / (2 * P)`` tokens a second, is `optimal_tokens_per_second`.
 """
 
 from collections.abc import Mapping

@@ -78,9 +78,7 @@ def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        OutputError, match=r"output\.path: cannot write .*/o\.jsonl: .*/file is a file, not a folder"
-    ):
+    with pytest.raises(OutputError, match=r"output\.path: cannot write .*/o\.jsonl: .*/file is a file, not a folder"):
         OutputWriter(tmp_path / "file" / "o.jsonl")
     with pytest.raises(OutputError, match="Is a directory"):
         OutputWriter(tmp_path, restart=True)

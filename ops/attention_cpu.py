@@ -52,7 +52,7 @@ class _DecodeBlocks:
     joined: bool
     """Whether any segment has more than one block."""
     entries: torch.Tensor
-    """[N * H] flat (block, head) entries in (segment, head, block) order: what `embedding_bag` sums."""
+    """[N * H] flat (block, padded head) entries in (segment, head, block) order: what `embedding_bag` sums."""
     bags: torch.Tensor
     """[N * H] the (segment, head) of each entry."""
     offsets_SH: torch.Tensor
@@ -68,6 +68,11 @@ def _pages_per_block(pages_S: NDArray[np.int64], page_size: int) -> int:
     candidates = np.arange(1, longest + 1)
     blocks = (-(-numbers // candidates[:, None]) * segments).sum(-1)
     return int(candidates[(blocks * (candidates * page_size + BLOCK_OVERHEAD)).argmin()])
+
+
+def _padded_group(group: int) -> int:
+    """Query heads a key/value head, made even: the small GEMMs inside run 1.5 times as fast on 4 rows as on 3."""
+    return group if group == 1 else group + group % 2
 
 
 def _decode_blocks(context: NanoContext, heads: int, window: int | None) -> _DecodeBlocks:
@@ -96,7 +101,11 @@ def _decode_blocks(context: NanoContext, heads: int, window: int | None) -> _Dec
     counts_SH = np.repeat(count_S, heads)
     offsets_SH = np.cumsum(counts_SH) - counts_SH
     bags = np.repeat(np.arange(len(counts_SH)), counts_SH)
-    entries = (before_S[bags // heads] + np.arange(len(bags)) - offsets_SH[bags]) * heads + bags % heads
+    group = heads // kv_heads
+    padded = _padded_group(group)
+    head_H = np.arange(heads) // group * padded + np.arange(heads) % group
+    block = before_S[bags // heads] + np.arange(len(bags)) - offsets_SH[bags]
+    entries = block * kv_heads * padded + head_H[bags % heads]
     block_bytes = 2 * kv_heads * per_block * page_size * head_dim * context.kv.element_size()
     gathered = min(len(owner_N), max(1, GATHER_BYTES // block_bytes)) * 2 * kv_heads * per_block
     return _DecodeBlocks(
@@ -121,7 +130,11 @@ def paged_decode(
         return
     heads, head_dim = queries.shape[1:]
     work = context.part.cached(("paged_decode", heads, window), lambda: _decode_blocks(context, heads, window))
-    q_SKGD = torch.unflatten(queries.index_select(0, work.rows_S), 1, (kv_heads, -1))
+    group = heads // kv_heads
+    padded = _padded_group(group)
+    q_SKGD = torch.unflatten(queries.index_select(0, work.rows_S), 1, (kv_heads, group))
+    if padded > group:
+        q_SKGD = functional.pad(q_SKGD, (0, 0, 0, padded - group))
     q_NKGD = q_SKGD.index_select(0, work.owner_N) if work.joined else q_SKGD
     units = context.kv.view(-1, work.buffer.shape[1])
     block_units = len(work.units) // len(work.owner_N)
@@ -139,8 +152,10 @@ def paged_decode(
         lses.append(lse.reshape(-1))
     table = outs[0] if len(outs) == 1 else torch.cat(outs)
     if work.joined:
-        table = _join(work, table, torch.cat(lses))
-    output.index_copy_(0, work.rows_S, table.view(-1, heads, head_dim).to(output.dtype))
+        out_SHD = _join(work, table, torch.cat(lses)).view(-1, heads, head_dim)
+    else:
+        out_SHD = table.view(-1, kv_heads, padded, head_dim)[:, :, :group].flatten(1, 2)
+    output.index_copy_(0, work.rows_S, out_SHD.to(output.dtype))
 
 
 def _join(work: _DecodeBlocks, table: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

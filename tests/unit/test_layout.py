@@ -3,9 +3,11 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,3 +200,24 @@ def test_the_wheel_completes_requests(wheel: Path, tmp_path: Path) -> None:
         "synthetic.config.yaml",
         "synthetic.report.json",
     }
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
+    names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in (*project["dependencies"], *extras)}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().splitlines()
+    pinned = {line.partition("==")[0] for line in lines if "==" in line}
+    assert names - {"nanoflow"} <= pinned
+    assert {"torch==2.13.0", "triton==3.7.1"} <= set(lines)
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in project["dependencies"]}
+    known = names - {"pyyaml"} | {"yaml", "nanoflow"} | set(sys.stdlib_module_names)
+    optional = {"huggingface_hub"}
+    for folder in (*PARTS, "nanoflow"):
+        for path in sources(folder):
+            unknown = {name.split(".")[0] for name in imported(path)} - known - optional
+            assert not unknown, f"{path.relative_to(ROOT)} imports {unknown}: not among pyproject's dependencies"

@@ -30,18 +30,21 @@ from nanoflow.waiting import WaitingQueue
 __all__ = ["Pacer", "sustainable_rate"]
 
 _STEADY_SHARE = 0.98
-"""Part of the KV cache that pacing fills; the rest takes the noise of lengths."""
+"""Part of the KV cache and of the slots that pacing fills; the rest takes the noise of lengths."""
 _FULL_SHARE = 0.99
 """Part that running sequences may be predicted to use; the rest takes the noise of rounding to pages."""
 _SLOWEST_PROMPT = 64
 """Iterations that a prompt may take, however slow the rate."""
 _RENEWAL = 4
 """Iterations after which the rate is found anew."""
+_FOLLOW = 0.2
+"""Part of the way to the new rate that pacing goes."""
 _QUEUE_RENEWAL = 32
 """Admissions after which the forecast of the queue is made anew."""
 _QUEUE_SAMPLE = 512
 """Sequences at the head of the queue that the forecast is made of."""
 _GRID = 32
+"""Times at which the prediction is compared with the capacity, and rates that are tried at once."""
 
 
 class Pacer:
@@ -49,7 +52,8 @@ class Pacer:
 
     def __init__(self, kv: KVCache, slots: SlotTable, queue: WaitingQueue, max_running: int, max_tokens: int) -> None:
         self.stop_rate = StopRate()
-        self._kv = kv
+        self.held_back = False
+        """Whether the last iteration's prompts were held back; else all that waits was predicted to fit."""
         self._slots = slots
         self._queue = queue
         self._max_running = max_running
@@ -67,6 +71,7 @@ class Pacer:
     def queue_changed(self) -> None:
         """The queue has grown: what was predicted is out of date."""
         self._renewal = 0
+        self.held_back = False
         if self._queue_forecast is not None and self._queue_forecast.size < _QUEUE_SAMPLE:
             self._queue_forecast = None
 
@@ -94,7 +99,12 @@ class Pacer:
         """
         if self._renewal == 0:
             self._renewal = _RENEWAL
-            self._rate = self._sustainable_rate(forecast, admissions)
+            rate = self._sustainable_rate(forecast, admissions)
+            held_back = rate * self._mean_prompt < self._max_tokens - 0.5
+            # Lengths make the rate jitter from one time to the next.
+            follow = _FOLLOW if held_back and self.held_back else 1.0
+            self._rate += follow * (rate - self._rate)
+            self.held_back = held_back
         self._renewal -= 1
         tokens = self._rate * self._mean_prompt + self._carry
         whole = max(int(tokens), self._least_tokens(decode, partial))
@@ -103,11 +113,13 @@ class Pacer:
 
     def _least_tokens(self, decode: int, partial: int | None) -> int:
         """Prompt tokens below which pacing only wastes time: a prompt that is begun holds pages, and rows are idle."""
-        if decode == 0:
-            return self._max_tokens if partial is not None else 1
-        return 0 if partial is None else ceil(self._slots.target[partial] / _SLOWEST_PROMPT)
+        if partial is None:
+            return 0 if decode else 1
+        target = int(self._slots.target[partial])
+        return ceil(target / _SLOWEST_PROMPT) if decode else target - int(self._slots.computed[partial])
 
     def _sustainable_rate(self, running: Forecast, admissions: int) -> float:
+        """Sequences to admit an iteration, the queue's forecast renewed if enough of it was admitted."""
         queue = self._queue_forecast
         if queue is None or admissions >= self._queue_made + _QUEUE_RENEWAL:
             queue = self._queue_forecast = self._forecast_queue()
@@ -118,7 +130,7 @@ class Pacer:
             queue,
             queued=inf if self._queue.expects_more else len(self._queue),
             capacity=_STEADY_SHARE * self._tokens,
-            max_running=self._max_running,
+            max_running=_STEADY_SHARE * self._max_running,
             highest=self._max_tokens / self._mean_prompt,
         )
 

@@ -121,6 +121,11 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def paced(self) -> bool:
+        """Whether the last batch's prompts were held back so that the KV cache can keep up."""
+        return self._pacer.held_back
+
+    @property
     def expects_more(self) -> bool:
         """Whether more sequences will be added while others run; pacing then takes the queue for endless."""
         return self._queue.expects_more
@@ -129,9 +134,11 @@ class Scheduler:
     def expects_more(self, value: bool) -> None:
         self._queue.expects_more = value
 
-    def add(self, sequence: Sequence) -> None:
-        """Puts a sequence into the queue. Raises ValueError if it is empty or can never fit."""
-        prompt = len(sequence.prompt)
+    def check(self, prompt: int, max_tokens: int) -> int:
+        """Output tokens that a sequence with `prompt` prompt tokens may have.
+
+        Raises ValueError if it is empty or can never fit.
+        """
         if prompt == 0:
             raise ValueError("the prompt has no tokens; give it at least one")
         if prompt >= self.max_model_len:
@@ -139,7 +146,7 @@ class Scheduler:
                 f"the prompt has {prompt} tokens, which leaves no room for output in a context of {self.max_model_len} "
                 "(engine.max_model_len); shorten it"
             )
-        limit = min(sequence.params.max_tokens, self.max_model_len - prompt)
+        limit = min(max_tokens, self.max_model_len - prompt)
         pages = self.kv.pages_for(prompt + limit - 1)  # the last token's KV is never needed
         room = min(self.kv.usable_pages, self.kv.max_pages_per_sequence)
         if pages > room:
@@ -147,6 +154,11 @@ class Scheduler:
                 f"a prompt of {prompt} tokens with {limit} output tokens needs {pages} KV pages of {self.kv.page_size} "
                 f"tokens, and there are {room}; lower max_tokens, shorten the prompt or raise engine.kv_memory"
             )
+        return limit
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence into the queue. Raises ValueError as `check` does."""
+        limit = self.check(len(sequence.prompt), sequence.params.max_tokens)
         params = sequence.params
         sequence.limit = limit
         sequence.certain = params.ignore_eos and not params.stop and not params.stop_token_ids

@@ -53,11 +53,12 @@ class Series:
 
     @property
     def steady(self) -> slice:
-        """From the first iteration with the KV cache as full as it gets to the last whose prompts were held back."""
+        """From the first iteration with the KV cache as full as it gets, until prompts are no longer held back."""
         if not self.paced.any():
             return slice(0, int(np.flatnonzero(self.rows > self.decode)[-1]) + 1)
-        last = int(np.flatnonzero(self.paced)[-1]) + 1
-        return slice(int(np.argmax(self.kv_share[:last] >= 0.97 * self.kv_share[:last].max())), last)
+        start = int(np.argmax(self.kv_share >= 0.97 * self.kv_share[self.paced].max()))
+        free = np.flatnonzero(~self.paced[start:])
+        return slice(start, start + int(free[0]) if len(free) else len(self.rows))
 
     def successive_change(self) -> np.ndarray:
         """Relative change of rows from one steady-state batch to the next."""

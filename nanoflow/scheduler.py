@@ -59,6 +59,8 @@ class _Chunk:
     slot: int
     start: int
     length: int
+    pages: int
+    """Pages that it needs beyond those that the slot holds."""
     completes: bool
 
 
@@ -309,6 +311,7 @@ class Scheduler:
         chunks: list[_Chunk] = []
         partial = np.flatnonzero((slots.epoch != FREE) & (slots.computed < slots.target))
         slot = int(partial[0]) if len(partial) else None
+        free = self.kv.free_pages
         forecast = None
         if budget and self.waiting:
             forecast = self._pacer.forecast()
@@ -319,27 +322,29 @@ class Scheduler:
                 if candidate is None or not self._admissible(candidate, forecast):
                     break
                 slot = self._admit(candidate)
-            chunk = self._chunk(slot, budget)
+            chunk = self._chunk(slot, budget, free)
             if chunk is None:
                 break
             chunks.append(chunk)
+            free -= chunk.pages
             budget -= chunk.length
             if not chunk.completes:
                 break
             slot = None
+        if chunks:
+            self.kv.allocate(np.array([c.slot for c in chunks]), np.array([c.pages for c in chunks]))
         return chunks
 
-    def _chunk(self, slot: int, budget: int) -> _Chunk | None:
-        """The next chunk of a slot's prompt with its pages allocated; None if no page is free for even one token."""
+    def _chunk(self, slot: int, budget: int, free_pages: int) -> _Chunk | None:
+        """The next chunk of a slot's prompt; None if no page is free for even one token."""
         kv = self.kv
         start = int(self._slots.computed[slot])
         held = int(kv.page_count[slot])
         target = int(self._slots.target[slot])
-        end = min(target, start + budget, (held + kv.free_pages) * kv.page_size)
+        end = min(target, start + budget, (held + free_pages) * kv.page_size)
         if end <= start:
             return None
-        kv.allocate(np.array([slot]), np.array([kv.pages_for(end) - held]))
-        return _Chunk(slot, start, end - start, end == target)
+        return _Chunk(slot, start, end - start, kv.pages_for(end) - held, end == target)
 
     def _admissible(self, sequence: Sequence, forecast: Forecast | None) -> bool:
         """Whether a sequence may be admitted now; adds it to the forecast if so."""

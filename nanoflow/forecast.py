@@ -76,32 +76,41 @@ class Forecast:
         self._left = lengths.left[order]
         held, certain = lengths.held[order], lengths.certain[order]
         # Running sums over the sequences that last longest: tokens held and number, of the certain and of the others.
-        self._sums = np.zeros((4, len(order) + 1))
-        np.cumsum(np.where(certain, held, 0.0), out=self._sums[0, 1:])
-        np.cumsum(certain, out=self._sums[1, 1:])
-        np.cumsum(np.where(certain, 0.0, held), out=self._sums[2, 1:])
-        np.cumsum(~certain, out=self._sums[3, 1:])
+        self._may_stop = stop_rate > 0 and not certain.all()
+        parts = [np.where(certain, held, 0.0), certain, np.where(certain, 0.0, held), ~certain]
+        self._sums = np.zeros((4 if self._may_stop else 2, len(order) + 1))
+        for row, part in zip(self._sums, parts if self._may_stop else (held, np.ones(len(order))), strict=True):
+            np.cumsum(part, out=row[1:])
         # Use of KV tokens peaks where a sequence joins (now) or is about to end.
         self._times = np.concatenate([np.zeros(1), self._left])
-        self._use = self.tokens(self._times)
+        longer = np.arange(len(order) + 1)  # sequences that last at least as long as each of them
+        longer[0] = len(order)
+        self._use = self._total(longer, self._times)
         self._bound = float((lengths.held + lengths.left).sum())
         self._joined: list[tuple[float, float, bool]] = []
         self._unchecked: list[tuple[float, float, bool]] = []  # joined, but not in `_use` yet
 
-    def _alive(self, times: Float) -> Float:
-        """[4, T] sums over the sequences whose limit is not before each time."""
-        return self._sums[:, np.searchsorted(-self._left, -times, side="right")]
+    def _alive(self, times: Float) -> NDArray[np.int64]:
+        """[T] sequences whose limit is not before each time; they are the first ones of the order."""
+        return np.searchsorted(-self._left, -times, side="right")
+
+    def _total(self, alive: NDArray[np.int64], times: Float) -> Float:
+        """[T] KV tokens that the first `alive` sequences hold, so far as they have not stopped."""
+        use: Float = self._sums[0, alive] + self._sums[1, alive] * times
+        if self._may_stop:
+            use += (self._sums[2, alive] + self._sums[3, alive] * times) * np.exp(-self.stop_rate * times)
+        return use
 
     def tokens(self, times: Float) -> Float:
         """[T] KV tokens in use `times` iterations from now."""
-        held, count, held_if_alive, count_if_alive = self._alive(times)
-        use: Float = held + count * times + (held_if_alive + count_if_alive * times) * np.exp(-self.stop_rate * times)
-        return use
+        return self._total(self._alive(times), times)
 
     def running(self, times: Float) -> Float:
         """[T] sequences that run `times` iterations from now."""
-        _, count, _, count_if_alive = self._alive(times)
-        number: Float = count + count_if_alive * np.exp(-self.stop_rate * times)
+        alive = self._alive(times)
+        number: Float = self._sums[1, alive]
+        if self._may_stop:
+            number = number + self._sums[3, alive] * np.exp(-self.stop_rate * times)
         return number
 
     def admit(self, held: float, left: float, certain: bool, capacity: float) -> bool:

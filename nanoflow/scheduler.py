@@ -318,7 +318,7 @@ class Scheduler:
             budget = min(budget, self._pacer.prompt_tokens(forecast, self._epoch, decode, slot))
         while budget > 0:
             if slot is None:
-                candidate = self._queue.head() if admit else None
+                candidate = self._queue.head() if admit and free else None
                 if candidate is None or not self._admissible(candidate, forecast):
                     break
                 slot = self._admit(candidate)

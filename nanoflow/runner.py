@@ -47,7 +47,12 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
     with OutputWriter(config.output.path, restart=restart) as writer:
         model = open_model(config.model, config.engine)
         prompts, errors = _read(config, model)
-        job = [len(p.token_ids) + p.request.params.max_tokens for p in prompts for _ in range(p.request.params.n)]
+        job = [
+            len(p.token_ids) + p.request.params.max_tokens
+            for p in prompts
+            if len(p.token_ids) < model.max_model_len  # the others become error records
+            for _ in range(p.request.params.n)
+        ]
         engine = build_engine(model, config.engine, config.pipeline, weights=config.model.weights, job=job)
         try:
             save_config(config)

@@ -115,8 +115,8 @@ class Engine:
         self.check(prompt_token_ids, params)
         token_ids = np.asarray(prompt_token_ids, dtype=np.int32)
         request = _Request(key, prompt, token_ids.tolist(), params, time.perf_counter(), completions=[None] * params.n)
+        base = params.seed if params.seed is not None else _default_seed(self._submitted)
         for completion in range(params.n):
-            base = params.seed if params.seed is not None else _default_seed(self._submitted)
             stream = self.tokenizer.stream(params.skip_special_tokens) if params.stop and self.tokenizer else None
             progress = _Progress(request, completion, stream)
             seed = _completion_seed(base, completion)

@@ -22,8 +22,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from typing import cast
 
+import numpy as np
 import torch
 
 from nanoflow.ops.batch import TOKEN_ON_DEVICE, DenseBatch, SamplingBatch, StepOutput
@@ -49,6 +51,13 @@ class RowsOnly:
     """The part of an operation that only looks at rows: the sampled ones, gathered."""
 
     rows: slice
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros of `shape`. On a CPU only what is written takes memory: calloc's pages are the system's own zeros."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _kernel(op: Operation, named: str | None, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -92,7 +101,7 @@ class ReferenceExecutor:
             for name, spec in assign_buffers(graph, program.plan, SAMPLED_ROWS).items()
         }
         page = (2, graph.kv_heads, kv.page_size, graph.head_dim)
-        self.kv = [torch.zeros(kv.pages, *page, dtype=dtype, device=device) for _ in range(graph.layers)]
+        self.kv = [_zeros((kv.pages, *page), dtype, device) for _ in range(graph.layers)]
         self.sampler = Sampler(graph.vocab_size, slots, device)
         named = program.plan.kernels
         self._kernels = {op.name: _kernel(op, named.get(op.name), device, dtype) for op in graph.layer}

@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from nanoflow import LLM, RequestOutput, SamplingParams
 from nanoflow.errors import InputError, UserError
 from nanoflow.ops.batch import RESERVED_PAGE
 from nanoflow.ops.operation import NanoContext
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from tests.unit.tiny_model import VOCAB, save_tiny_llama
 
-VOCAB = 300
-EOS = 1
 PAGE_BYTES = 2 * 2 * 2 * 16 * 4
 """Bytes of KV cache a token: layers, k and v, kv heads, head size, float32."""
 
@@ -49,36 +46,7 @@ period:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with two layers whose logits are far apart, and a tokenizer of bytes and some two-letter words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=VOCAB,
-        max_position_embeddings=160,
-        initializer_range=0.4,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = "abcdefgh"
-    words = [(x, y) for x in letters for y in letters][: VOCAB - 2 - len(alphabet)]
-    vocab = {"<pad>": 0, "<eos>": EOS, **{c: i + 2 for i, c in enumerate(alphabet)}}
-    vocab.update({x + y: len(alphabet) + 2 + i for i, (x, y) in enumerate(words)})
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=words))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>", "<pad>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 def make_llm(folder: Path, **options: Any) -> LLM:

@@ -74,6 +74,8 @@ class RunReport:
     device: str
     dtype: str
     plan: str
+    sizes: dict[str, int]
+    """What the configuration's sizes came to: batch and context in tokens, sequences, tokens of a KV page and of all."""
     versions: dict[str, str]
 
     def save(self, path: Path) -> None:
@@ -113,6 +115,11 @@ class RunReport:
                 f"{self.largest_batch_tokens:,} at most; {self.executor_busy_share:.0%} of the time busy, "
                 f"{self.preemptions:,} preemptions",
             ),
+            (
+                "KV cache",
+                f"{self.sizes['kv_tokens']:,} tokens in pages of {self.sizes['page_size']}, "
+                f"context of {self.sizes['max_model_len']:,}",
+            ),
             ("bound by", self._bound_line()),
         ]
 
@@ -135,6 +142,7 @@ def make_report(
     device: str,
     dtype: torch.dtype,
     plan: str,
+    sizes: dict[str, int],
 ) -> RunReport:
     """Sum up a run. Error records count as requests and add no tokens."""
     tokens_in = sum(len(output.prompt_token_ids) for output in outputs)
@@ -166,6 +174,7 @@ def make_report(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         plan=plan,
+        sizes=sizes,
         versions=versions(),
     )
 

@@ -94,6 +94,7 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
         device=device_name(model.device),
         dtype=model.dtype,
         plan=config.pipeline.plan,
+        sizes=engine.scheduler.sizes,
     )
     report.save(config.output.report_path)
     return report

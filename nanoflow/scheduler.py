@@ -113,6 +113,17 @@ class Scheduler:
         self._pacer = Pacer(kv, self._slots, self._queue, self.max_running, max_batch_tokens)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The limits in force, for reports."""
+        return {
+            "max_batch_tokens": self.max_batch_tokens,
+            "max_running": self.max_running,
+            "max_model_len": self.max_model_len,
+            "page_size": self.kv.page_size,
+            "kv_tokens": self.kv.usable_pages * self.kv.page_size,
+        }
+
+    @property
     def running(self) -> int:
         """Sequences that hold a slot."""
         return self._slots.running

@@ -75,7 +75,7 @@ class RunReport:
     dtype: str
     plan: str
     sizes: dict[str, int]
-    """What the configuration's sizes came to: batch and context in tokens, sequences, tokens of a KV page and of all."""
+    """What the configuration's sizes came to, in tokens (`max_running` in sequences)."""
     versions: dict[str, str]
 
     def save(self, path: Path) -> None:

@@ -3,10 +3,12 @@
 Shape legend: T rows, E hidden columns, F columns of the feed-forward layer.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional
 
-from nanoflow.ops.operation import Access, Cost, NanoContext, Operation, Work
+from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Work, triton_on_cuda
 
 __all__ = ["Add", "SiluMul"]
 
@@ -33,6 +35,19 @@ class Add(Operation):
     def reference(self, context: NanoContext) -> None:
         context.rows(self.residual).add_(context.rows(self.branch))
 
+    def triton(self, context: NanoContext) -> None:
+        """See `elementwise_triton`."""
+        from nanoflow.ops import elementwise_triton
+
+        elementwise_triton.add(context.rows(self.residual), context.rows(self.branch))
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)
+
 
 class SiluMul(Operation):
     """``target = silu(gate) * up`` where ``source = [gate | up]`` (SwiGLU, Shazeer 2020, arXiv 2002.05202)."""
@@ -58,3 +73,16 @@ class SiluMul(Operation):
         source_T2F = context.rows(self.source)
         gate_TF, up_TF = source_T2F[:, : self.columns], source_T2F[:, self.columns :]
         torch.mul(functional.silu(gate_TF), up_TF, out=context.rows(self.target))
+
+    def triton(self, context: NanoContext) -> None:
+        """See `elementwise_triton`; the activation is not rounded before the product."""
+        from nanoflow.ops import elementwise_triton
+
+        elementwise_triton.silu_mul(context.rows(self.source), context.rows(self.target))
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)

@@ -1,8 +1,10 @@
 """Token embedding: the operation that fills the residual before the first layer."""
 
+from collections.abc import Mapping
+
 import torch
 
-from nanoflow.ops.operation import Access, Cost, NanoContext, Operation, Weight, Work
+from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Weight, Work, triton_on_cuda
 
 __all__ = ["Embedding"]
 
@@ -34,3 +36,17 @@ class Embedding(Operation):
     def reference(self, context: NanoContext) -> None:
         token_ids_T = context.batch.token_ids_T[context.part.rows]
         torch.index_select(context.weights["weight"], 0, token_ids_T, out=context.rows(self.target))
+
+    def triton(self, context: NanoContext) -> None:
+        """See `elementwise_triton`."""
+        from nanoflow.ops import elementwise_triton
+
+        token_ids_T = context.batch.token_ids_T[context.part.rows]
+        elementwise_triton.gather_rows(context.weights["weight"], token_ids_T, context.rows(self.target))
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)

@@ -5,9 +5,10 @@ operation reads.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from nanoflow.ops.elementwise import Add
-from nanoflow.ops.norm import AddNorm, Norm
+from nanoflow.ops.norm import AddNorm, Norm, QKNorm
 from nanoflow.ops.operation import Operation
 from nanoflow.ops.rope import Append, Rope, RopeAppend
 
@@ -20,12 +21,14 @@ def fuse(operations: Sequence[Operation]) -> tuple[Operation, ...]:
 
 
 def fuse_rope_append(operations: Sequence[Operation]) -> tuple[Operation, ...]:
-    """``rope; append`` of one value -> ``rope_append``: rotated keys go straight to the cache."""
+    """``[qk_norm;] rope; append`` of one value -> ``rope_append``: finished keys go straight to the cache."""
     fused: list[Operation] = []
     for op in operations:
         before = fused[-1] if fused else None
         if isinstance(op, Append) and isinstance(before, Rope) and op.qkv == before.qkv:
-            fused[-1] = RopeAppend(f"{before.name}_{op.name}", before)
+            fused.pop()
+            norm = fused.pop() if fused and isinstance(fused[-1], QKNorm) and fused[-1].qkv == op.qkv else None
+            fused.append(RopeAppend(f"{before.name}_{op.name}", before, cast(QKNorm | None, norm)))
         else:
             fused.append(op)
     return tuple(fused)

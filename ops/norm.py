@@ -6,9 +6,11 @@ transformers does.
 Shape legend: T rows, E columns, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Mapping
+
 import torch
 
-from nanoflow.ops.operation import Access, Cost, NanoContext, Operation, Weight, Work
+from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Weight, Work, triton_on_cuda
 
 __all__ = ["AddNorm", "Norm", "QKNorm", "rms_norm"]
 
@@ -54,6 +56,19 @@ class Norm(Operation):
     def reference(self, context: NanoContext) -> None:
         rms_norm(context.rows(self.source), context.weights["weight"], self.eps, context.rows(self.target))
 
+    def triton(self, context: NanoContext) -> None:
+        """See `norm_triton`."""
+        from nanoflow.ops import norm_triton
+
+        norm_triton.norm(context.rows(self.source), context.weights["weight"], self.eps, context.rows(self.target))
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)
+
 
 class AddNorm(Operation):
     """``residual += branch; target = rms_norm(residual)``: one pass over the residual in place of two."""
@@ -87,6 +102,25 @@ class AddNorm(Operation):
         residual_TE = context.rows(self.residual)
         residual_TE.add_(context.rows(self.branch))
         rms_norm(residual_TE, context.weights["weight"], self.norm.eps, context.rows(self.norm.target))
+
+    def triton(self, context: NanoContext) -> None:
+        """See `norm_triton`."""
+        from nanoflow.ops import norm_triton
+
+        norm_triton.add_norm(
+            context.rows(self.residual),
+            context.rows(self.branch),
+            context.weights["weight"],
+            self.norm.eps,
+            context.rows(self.norm.target),
+        )
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)
 
 
 class QKNorm(Operation):
@@ -125,3 +159,18 @@ class QKNorm(Operation):
         k_TKD = heads_THD[:, self.heads : self.heads + self.kv_heads]
         rms_norm(q_THD, context.weights["q"], self.eps, q_THD)
         rms_norm(k_TKD, context.weights["k"], self.eps, k_TKD)
+
+    def triton(self, context: NanoContext) -> None:
+        """See `rope_triton`."""
+        from nanoflow.ops import rope_triton
+
+        weights = context.weights
+        sizes = (self.heads, self.kv_heads, self.head_dim)
+        rope_triton.qk_norm(context.rows(self.qkv), weights["q"], weights["k"], self.eps, *sizes)
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)

@@ -15,7 +15,19 @@ import torch
 from nanoflow.ops.batch import RowClass
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 
-__all__ = ["KV", "SCRATCH", "Access", "Cost", "NanoContext", "Operation", "Resource", "RowClass", "Weight", "Work"]
+__all__ = [
+    "KV",
+    "SCRATCH",
+    "Access",
+    "Cost",
+    "NanoContext",
+    "Operation",
+    "Resource",
+    "RowClass",
+    "Weight",
+    "Work",
+    "triton_on_cuda",
+]
 
 Resource = Literal["compute", "memory", "network"]
 
@@ -109,6 +121,13 @@ class NanoContext:
 
 
 Kernel = Callable[[NanoContext], None]
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_on_cuda(device: torch.device, dtype: torch.dtype) -> str:
+    """``triton`` where the Triton kernels run, else ``reference``: the choice of most operations."""
+    return "triton" if device.type == "cuda" and dtype in TRITON_DTYPES else "reference"
 
 
 class Operation(ABC):

@@ -7,11 +7,14 @@ Shape legend: T rows, H query heads, K key/value heads, D head size, R half of t
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from nanoflow.ops.operation import KV, Access, Cost, NanoContext, Operation, Work
+from nanoflow.ops.norm import QKNorm, rms_norm
+from nanoflow.ops.operation import KV, Access, Cost, Kernel, NanoContext, Operation, Weight, Work, triton_on_cuda
 
 __all__ = ["ROPE_TYPES", "Append", "Rope", "RopeAppend", "RopeConfig", "rope_tables"]
 
@@ -109,9 +112,16 @@ def _yarn_scale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+@lru_cache(maxsize=16)
+def _frequencies(config: RopeConfig, device: torch.device) -> torch.Tensor:
+    """`inverse_frequencies`, made once a device: no copy from the host while a CUDA graph is captured."""
+    with torch.inference_mode(False):
+        return config.inverse_frequencies(device)
+
+
 def rope_tables(config: RopeConfig, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of every row's angles, both [T, R] float32."""
-    inv_freq_R = config.inverse_frequencies(positions_T.device)
+    inv_freq_R = _frequencies(config, positions_T.device)
     positions_T1 = positions_T.to(torch.float32).unsqueeze(-1)
     if config.type == "dynamic":
         length_T1 = (positions_T1 + 1).clamp(min=config.max_positions)
@@ -142,6 +152,10 @@ class _QKV(Operation):
         heads_TND = torch.unflatten(context.rows(self.qkv), -1, (self.heads + 2 * self.kv_heads, self.head_dim))
         first_value = self.heads + self.kv_heads
         return heads_TND[:, : self.heads], heads_TND[:, self.heads : first_value], heads_TND[:, first_value:]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.heads, self.kv_heads, self.head_dim
 
     def cosines(self, context: NanoContext, rope: RopeConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [T, 1, R], the same in every layer of an iteration."""
@@ -198,6 +212,20 @@ class Rope(_QKV):
         _rotate(q_THD, cos, sin, q_THD)
         _rotate(k_TKD, cos, sin, k_TKD)
 
+    def triton(self, context: NanoContext) -> None:
+        """See `rope_triton`."""
+        from nanoflow.ops import rope_triton
+
+        cos_T1R, sin_T1R = self.cosines(context, self.rope)
+        rope_triton.rope(context.rows(self.qkv), cos_T1R.squeeze(1), sin_T1R.squeeze(1), *self.sizes)
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)
+
 
 class Append(_QKV):
     """Writes the rows' keys and values to the KV cache."""
@@ -213,27 +241,70 @@ class Append(_QKV):
         _, k_TKD, v_TKD = self.split(context)
         self.write_cache(context, k_TKD, v_TKD)
 
+    def triton(self, context: NanoContext) -> None:
+        """See `rope_triton`."""
+        from nanoflow.ops import rope_triton
+
+        index_T = context.batch.kv_index_T[context.part.rows]
+        rope_triton.append(context.rows(self.qkv), context.kv, index_T, *self.sizes)
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)
+
 
 class RopeAppend(_QKV):
-    """`Rope` and `Append` in one: rotated queries stay in ``qkv``, rotated keys go to the KV cache only."""
+    """`Rope` and `Append` in one, after `norm` if given: finished queries stay in ``qkv``, finished keys go to the KV
+    cache only."""
 
-    def __init__(self, name: str, rope: Rope) -> None:
+    def __init__(self, name: str, rope: Rope, norm: QKNorm | None = None) -> None:
         super().__init__(name, rope.qkv, rope.heads, rope.kv_heads, rope.head_dim)
         self.rope = rope.rope
+        self.norm = norm
 
     @property
     def accesses(self) -> tuple[Access, ...]:
         return (Access(self.qkv), Access(self.qkv, write=True), Access(KV, write=True))
 
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return () if self.norm is None else self.norm.weights
+
     def cost(self, work: Work, itemsize: int) -> Cost:
         rotated = work.rows * (self.heads + self.kv_heads) * self.head_dim
         copied = work.rows * self.kv_heads * self.head_dim
-        return Cost(flops=3.0 * rotated, bytes=2.0 * (rotated + copied) * itemsize)
+        flops = 3.0 if self.norm is None else 7.0
+        return Cost(flops=flops * rotated, bytes=2.0 * (rotated + copied) * itemsize)
 
     def reference(self, context: NanoContext) -> None:
         cos, sin = self.cosines(context, self.rope)
         q_THD, k_TKD, v_TKD = self.split(context)
-        _rotate(q_THD, cos, sin, q_THD)
         rotated_TKD = torch.empty_like(k_TKD)
+        if self.norm is not None:
+            rms_norm(q_THD, context.weights["q"], self.norm.eps, q_THD)
+            rms_norm(k_TKD, context.weights["k"], self.norm.eps, rotated_TKD)
+            k_TKD = rotated_TKD
+        _rotate(q_THD, cos, sin, q_THD)
         _rotate(k_TKD, cos, sin, rotated_TKD)
         self.write_cache(context, rotated_TKD, v_TKD)
+
+    def triton(self, context: NanoContext) -> None:
+        """See `rope_triton`."""
+        from nanoflow.ops import rope_triton
+
+        cos_T1R, sin_T1R = self.cosines(context, self.rope)
+        index_T = context.batch.kv_index_T[context.part.rows]
+        weights = context.weights
+        norm = None if self.norm is None else (weights["q"], weights["k"], self.norm.eps)
+        tables = (cos_T1R.squeeze(1), sin_T1R.squeeze(1))
+        rope_triton.rope_append(context.rows(self.qkv), *tables, context.kv, index_T, *self.sizes, norm)
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "triton": self.triton}
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        return triton_on_cuda(device, dtype)

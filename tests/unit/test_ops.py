@@ -204,10 +204,11 @@ def test_fused_graph_equals_traced_graph(given) -> None:
     config = ModelConfig.from_dict(given)
     fused, traced = build_graph(config), build_graph(config, fused=False)
     names = [op.name for op in traced.layer]
-    head = ["input_layernorm", "qkv"] + (["qk_norm"] if given is QWEN3 else [])
+    head = ["input_layernorm", "qkv"]
+    norm = ["qk_norm"] if given is QWEN3 else []
     attention = ["decode_attention", "prefill_attention", "o"]
     tail = ["gate_up", "silu_mul", "down", "add"]
-    assert names == [*head, "rope", "append", *attention, "attention_add", "post_attention_layernorm", *tail]
+    assert names == [*head, *norm, "rope", "append", *attention, "attention_add", "post_attention_layernorm", *tail]
     assert [op.name for op in fused.layer] == [*head, "rope_append", *attention, "add_norm", *tail]
     state = random_state(config, traced)
     pages = Pages(4, 4, 3)

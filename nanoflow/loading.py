@@ -8,6 +8,7 @@ import torch
 
 from nanoflow.checkpoints import Checkpoint, open_checkpoint
 from nanoflow.config_schema import EngineSection, ModelSection, PipelineSection
+from nanoflow.devices import check_head_size, choose_device
 from nanoflow.engine import Engine
 from nanoflow.errors import ConfigError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
@@ -24,7 +25,7 @@ from nanoflow.pipeline.validate import validate
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.store import find_plan
 from nanoflow.tokenizer import Tokenizer
-from nanoflow.weights import load_weights
+from nanoflow.weights import load_weights, required_bytes
 
 __all__ = ["Model", "build_engine", "open_model"]
 
@@ -50,10 +51,11 @@ class Model:
 
 def open_model(model: ModelSection, engine: EngineSection) -> Model:
     """Open the checkpoint and trace the graph; no weights are read yet. Raises UserError or UnsupportedModel."""
-    device = _device(engine.device)
+    device = choose_device(engine.device)
     dtype = _dtype(model.dtype, device)
     checkpoint = open_checkpoint(model.path, need_weights=model.weights == "load")
     config = ModelConfig.from_dict(checkpoint.config)
+    check_head_size(config.head_dim, device)
     limit = config.max_position_embeddings
     if engine.max_model_len != "auto" and engine.max_model_len > limit:
         raise ConfigError(
@@ -83,6 +85,11 @@ def build_engine(
     """
     plan = choose_plan(model, engine, pipeline or PipelineSection())
     page_size = CPU_PAGE_SIZE if engine.page_size == "auto" else int(engine.page_size)
+    if model.device.type == "cuda":
+        # Before minutes of loading: whether what the weights will leave holds the job's longest request.
+        left = free_bytes(model.device) - required_bytes(model.graph, model.dtype)
+        if left >= 0:  # loading refuses the rest, with a better message
+            _kv_pages(model, engine, page_size, job, free=left)
     loaded = load_weights(model.graph, model.checkpoint, model.dtype, model.device, weights)
     pages = _kv_pages(model, engine, page_size, job)
     executor = ReferenceExecutor(
@@ -137,8 +144,13 @@ def choose_plan(model: Model, engine: EngineSection, pipeline: PipelineSection) 
     return plan
 
 
-def _kv_pages(model: Model, engine: EngineSection, page_size: int, job: Sequence[int] | None) -> int:
-    """Pages of the KV cache, the reserved one included, by `engine.kv_memory` (see `kv_bytes`)."""
+def _kv_pages(
+    model: Model, engine: EngineSection, page_size: int, job: Sequence[int] | None, free: int | None = None
+) -> int:
+    """Pages of the KV cache, the reserved one included, by `engine.kv_memory` (see `kv_bytes`).
+
+    `free` memory of the device is measured unless given. Raises OutOfMemoryError if the longest request does not fit.
+    """
     graph = model.graph
     page_bytes = 2 * graph.layers * graph.kv_heads * graph.head_dim * page_size * model.dtype.itemsize
     if job is None:
@@ -148,14 +160,17 @@ def _kv_pages(model: Model, engine: EngineSection, page_size: int, job: Sequence
         each = sorted((-(-min(tokens, model.max_model_len) // page_size) for tokens in job), reverse=True)
         needed = each[0] if each else 1
     useful = sum(each[: engine.max_running])
-    size = kv_bytes(engine.kv_memory, device=model.device, job_bytes=(useful + 1) * page_bytes)
+    free = free_bytes(model.device) if free is None else free
+    size = kv_bytes(engine.kv_memory, device=model.device, job_bytes=(useful + 1) * page_bytes, free=free)
     pages = min(size // page_bytes, useful + 1)
     if pages < needed + 1:
+        need, room = (needed + 1) * page_bytes, (pages - 1) * page_size
+        holds = f" What is there holds {room} tokens: lower max_tokens or engine.max_model_len to that;"
+        half = " use model.dtype: bfloat16, which halves what is needed;" if model.dtype.itemsize > 2 else ""
         raise OutOfMemoryError(
-            f"engine.kv_memory: {engine.kv_memory} is {format_bytes(size)} here, with "
-            f"{format_bytes(free_bytes(model.device))} free, and the job's longest request alone needs "
-            f"{format_bytes((needed + 1) * page_bytes)} of KV cache; raise kv_memory, lower max_tokens or "
-            "engine.max_model_len, or use a machine with more memory"
+            f"engine.kv_memory: {engine.kv_memory} is {format_bytes(size)} here, with {format_bytes(free)} free, and "
+            f"the job's longest request alone needs {format_bytes(need)} of KV cache: {format_bytes(need - size)} are "
+            f"missing.{holds if room > 0 else ''}{half} raise kv_memory, or use a machine with more memory"
         )
     return pages
 
@@ -163,19 +178,6 @@ def _kv_pages(model: Model, engine: EngineSection, page_size: int, job: Sequence
 def device_name(device: torch.device) -> str:
     """What plans and reports call the device: the GPU's name, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        index = int(name.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"engine.device: {name} was asked for and this machine has {torch.cuda.device_count()} GPUs that torch "
-                f"{torch.__version__} can use; use cpu or auto, or install a CUDA build of torch and a driver for it"
-            )
-    return torch.device(name)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

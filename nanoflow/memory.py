@@ -171,8 +171,10 @@ def kv_bytes(
         size = int(total * share) - (total - free)
         if size <= 0:
             raise OutOfMemoryError(
-                f"engine.kv_memory: {format_bytes(total - free)} of the GPU's {format_bytes(total)} are in use, which "
-                f"leaves nothing of the {share:.0%} that a run may take. Use a smaller model or free the GPU."
+                f"engine.kv_memory: {format_bytes(total - free)} of the GPU's {format_bytes(total)} are taken by the "
+                f"model and by others, which leaves nothing of the {share:.0%} that a run may take: "
+                f"{format_bytes(-size)} too much. End what else uses the GPU, set kv_memory to a fraction nearer to 1, "
+                "or use a smaller model."
             )
         return size
     return min(job_bytes, int(free * CPU_SHARE)) if value is None else int(free * value)

@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 
 from nanoflow.checkpoints.base import Checkpoint
-from nanoflow.errors import CheckpointError, OutOfMemoryError
-from nanoflow.memory import format_bytes, free_bytes
+from nanoflow.devices import memory_shortage
+from nanoflow.errors import CheckpointError
+from nanoflow.memory import free_bytes
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Operation, Weight
 
@@ -218,7 +219,4 @@ def _randomise(item: _Item, tensor: torch.Tensor, seed: int) -> None:
 def _check_memory(graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
     need, have = required_bytes(graph, dtype), free_bytes(device)
     if need > have:
-        raise OutOfMemoryError(
-            f"the model's weights need {format_bytes(need)} as {str(dtype).removeprefix('torch.')} and "
-            f"{format_bytes(have)} are free on {device}. Use a smaller model, or bfloat16 instead of float32."
-        )
+        raise memory_shortage(need, have, dtype, device)

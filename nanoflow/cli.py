@@ -88,6 +88,25 @@ def schema() -> None:
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what this machine can do for a run and what is missing; ends with 2 if something that runs need is."""
+    with _mistakes_as_messages(debug):
+        from nanoflow import doctor as looks  # loads torch
+
+        checks = looks.examine()
+        if as_json:
+            typer.echo(json.dumps(looks.as_json(checks), indent=2))
+        else:
+            looks.print_checks(checks, Console())
+        failed = any(check.state in ("missing", "broken") for check in checks)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
 def main() -> None:
     """Entry point of the `nanoflow` command."""
     app()

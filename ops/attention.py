@@ -108,12 +108,20 @@ class DecodeAttention(_Attention):
             context, self.queries(context), self.output(context), self.kv_heads, self.scale, self.windows[context.layer]
         )
 
+    def triton(self, context: NanoContext) -> None:
+        """GPU: equal stretches of blocks a program; see `decode_attention_triton`."""
+        from nanoflow.ops.decode_attention_triton import paged_decode_triton
+
+        paged_decode_triton(
+            context, self.queries(context), self.output(context), self.scale, self.windows[context.layer]
+        )
+
     @property
     def kernels(self) -> Mapping[str, Kernel]:
-        return {"reference": self.reference, "paged": self.paged}
+        return {"reference": self.reference, "paged": self.paged, "triton": self.triton}
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
-        return "paged" if device.type == "cpu" else "reference"
+        return {"cpu": "paged", "cuda": "triton"}.get(device.type, "reference")
 
 
 class PrefillAttention(_Attention):
@@ -156,9 +164,18 @@ class PrefillAttention(_Attention):
             context, self.queries(context), self.output(context), self.kv_heads, self.scale, self.windows[context.layer]
         )
 
+    def triton(self, context: NanoContext) -> None:
+        """GPU: blocks of queries over pages in place; see `prefill_attention_triton`."""
+        from nanoflow.ops.prefill_attention_triton import run_prefill_attention
+
+        queries, output = self.queries(context), self.output(context)
+        run_prefill_attention(context, queries, output, self.scale, self.windows[context.layer])
+
     @property
     def kernels(self) -> Mapping[str, Kernel]:
-        return {"reference": self.reference, "gathered": self.gathered}
+        return {"reference": self.reference, "gathered": self.gathered, "triton": self.triton}
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        if device.type == "cuda" and dtype.itemsize <= 4 and self.head_dim <= 256:
+            return "triton"
         return "gathered" if device.type == "cpu" else "reference"

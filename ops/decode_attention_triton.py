@@ -1,0 +1,324 @@
+"""Decode attention over the paged KV cache in Triton.
+
+All (key/value head, block) pairs of the work list form one line of work, head after head. The grid is persistent: each
+program takes an equal stretch of the line, whatever segments it crosses, so that the load is even for any mix of
+context lengths, and long contexts are split by themselves. Inside a program one flat, software-pipelined loop runs over
+blocks: loads for the next segment are under way while the last one is finished.
+
+A segment that lies in one program is written at once. One that crosses programs leaves its pieces (unnormalised output,
+maximum, sum) in a workspace; whichever program arrives last joins them, in a fixed order, so results do not depend on
+timing. No program waits for another.
+
+Keys and values come through a TMA descriptor over the whole pool (sm_90 and up; the unseen rest of a page must hold
+finite numbers, as on the CPU) or through pointers (unseen tokens are not read).
+
+Legend: H query heads, K key/value heads, G query heads a key/value head (padded to M rows), D head size (padded to
+DP), B tokens a block (padded to BP), P programs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nanoflow.ops.decode_work import HEADER, decode_work
+from nanoflow.ops.operation import NanoContext
+
+__all__ = [
+    "MAX_HEAD_DIM",
+    "DecodeConfig",
+    "DecodeWorkspace",
+    "decode_attention",
+    "decode_config",
+    "paged_decode_triton",
+]
+
+MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
+_HEADER = tl.constexpr(HEADER)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to run the kernel; `decode_config` gives the measured choice."""
+
+    block_tokens: int
+    """Tokens a block; must divide the page size."""
+    stages: int
+    """Depth of the software pipeline."""
+    warps: int
+    programs_per_sm: int
+    tma: bool
+    max_registers: int | None = None
+    """Registers a thread; None leaves them to the compiler. Fewer make room for more programs on an SM."""
+
+
+class DecodeWorkspace:
+    """Where programs leave the pieces of split segments; one launch at a time may use it, any number in turn."""
+
+    def __init__(self, programs: int, group: int, head_dim: int, device: torch.device) -> None:
+        self.programs = programs
+        self.pieces = torch.empty(2 * programs, group, head_dim, dtype=torch.float32, device=device)
+        self.maxima = torch.empty(2 * programs, group, dtype=torch.float32, device=device)
+        self.sums = torch.empty(2 * programs, group, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(programs, dtype=torch.int32, device=device)
+        """Pieces that are there, by the last program of their segment. Every launch leaves zeros."""
+
+
+def block_tokens_for(page_size: int, largest: int) -> int:
+    """The largest divisor of the page size that is at most `largest`."""
+    return next(tokens for tokens in range(min(page_size, largest), 0, -1) if page_size % tokens == 0)
+
+
+def decode_config(
+    page_size: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int], group: int = 1
+) -> DecodeConfig:
+    """The configuration for a layer's shape on a GPU of this compute capability."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"decode attention: head size {head_dim} is not supported; the largest is {MAX_HEAD_DIM}")
+    row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
+    # 16 KiB of keys a block, as for 64 tokens of head size 128 in 16 bits.
+    block = block_tokens_for(page_size, min(128, max(16, (16 << 10) // row_bytes)))
+    tma = capability[0] == 9 and block >= 16 and block & (block - 1) == 0 and head_dim * dtype.itemsize % 16 == 0
+    return DecodeConfig(block, stages=3 if tma else 2, warps=4, programs_per_sm=2 if tma else 3, tma=tma)
+
+
+@triton.jit
+def _entry(work, capacity, head, count, position):
+    """Fields of the work list at a position on the line, of which `head` is the head."""
+    entry = work + _HEADER + (position - head * count)
+    block = tl.load(entry)
+    row = tl.load(entry + capacity)
+    span = tl.load(entry + 2 * capacity)
+    done = tl.load(entry + 3 * capacity)
+    remaining = tl.load(entry + 4 * capacity)
+    return block, row, span, done, remaining
+
+
+@triton.jit
+def _program_of(position, total, programs):
+    """The program whose stretch of the line holds `position`."""
+    return (((position.to(tl.int64) + 1) * programs - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def _join(
+    start, end, row, head, total, programs, out, out_stride, pieces, maxima, sums, arrived,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Reports a piece of the segment at positions ``start .. end - 1`` as written; the last to report joins all."""
+    first_program = _program_of(start, total, programs)
+    last_program = _program_of(end - 1, total, programs)
+    before = tl.atomic_add(arrived + last_program, 1, sem="acq_rel")
+    if before == last_program - first_program:
+        tl.store(arrived + last_program, 0)
+        g = tl.arange(0, M)
+        d = tl.arange(0, DP)
+        inside = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+        acc = tl.zeros([M, DP], tl.float32)
+        maximum = tl.full([M], float("-inf"), tl.float32)
+        sum_ = tl.zeros([M], tl.float32)
+        for program in tl.range(first_program, last_program + 1, loop_unroll_factor=2):
+            slot = 2 * program + (program == first_program).to(tl.int32)
+            # Other SMs wrote these: read past the first-level cache.
+            one_max = tl.load(maxima + slot * GROUP + g, mask=g < GROUP, other=0.0, cache_modifier=".cg")
+            one_sum = tl.load(sums + slot * GROUP + g, mask=g < GROUP, other=1.0, cache_modifier=".cg")
+            offsets = (slot * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
+            piece = tl.load(pieces + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+            new = tl.maximum(maximum, one_max)
+            old_weight = tl.exp2(maximum - new)
+            weight = tl.exp2(one_max - new)
+            acc = acc * old_weight[:, None] + piece * weight[:, None]
+            sum_ = sum_ * old_weight + one_sum * weight
+            maximum = new
+        target = out + row.to(tl.int64) * out_stride + (head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
+        tl.store(target, (acc / sum_[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _decode_kernel(
+    q, kv, out, work, pieces, maxima, sums, arrived, capacity, q_stride, out_stride, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, B: tl.constexpr,
+    M: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    count = tl.load(work)
+    total = count.to(tl.int64) * KV_HEADS
+    # No stretch in the middle may be empty: it would never report. Programs past the line's length have none.
+    programs = tl.minimum(tl.num_programs(0), tl.maximum(total, 1)).to(tl.int32)
+    first = (program * total // programs).to(tl.int32)
+    last = tl.where(program < programs, (program + 1) * total // programs, first).to(tl.int32)
+    g = tl.arange(0, M)
+    d = tl.arange(0, DP)
+    n = tl.arange(0, BP)
+    inside = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    q_tile = tl.zeros([M, DP], q.dtype.element_ty)
+    acc = tl.zeros([M, DP], tl.float32)
+    maximum = tl.full([M], float("-inf"), tl.float32)
+    sum_ = tl.zeros([M], tl.float32)
+    # An entry is loaded a turn ahead: no load of keys waits for it, and the compiler pipelines keys and values alone.
+    head = first // tl.maximum(count, 1)
+    block, row, span, done, remaining = _entry(work, capacity, head, count, first)
+    for position in range(first, last):
+        page = block // (PAGE // B)
+        begin = span & 0xFFFF
+        end = span >> 16
+        if TMA:
+            token = (page * 2 * KV_HEADS + head) * PAGE + (block % (PAGE // B)) * B
+            k = kv.load([token, 0])
+            v = kv.load([token + KV_HEADS * PAGE, 0])
+        else:
+            token = (page.to(tl.int64) * 2 * KV_HEADS + head) * PAGE + (block % (PAGE // B)) * B
+            source = kv + token * HEAD_DIM + n[:, None] * HEAD_DIM + d[None, :]
+            seen = ((n >= begin) & (n < end))[:, None] & (d < HEAD_DIM)[None, :]
+            k = tl.load(source, mask=seen, other=0.0)
+            v = tl.load(source + KV_HEADS * PAGE * HEAD_DIM, mask=seen, other=0.0)
+        if (done == 0) | (position == first):
+            source_q = q + row.to(tl.int64) * q_stride + (head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
+            q_tile = tl.load(source_q, mask=inside, other=0.0)
+        # Scores in base 2. Every block has a seen token, so the maximum is finite.
+        scores = tl.dot(q_tile, k.T, input_precision="ieee") * scale
+        scores = tl.where(((n >= begin) & (n < end))[None, :], scores, float("-inf"))
+        new = tl.maximum(maximum, tl.max(scores, 1))
+        weights = tl.exp2(scores - new[:, None])
+        shrink = tl.exp2(maximum - new)
+        sum_ = sum_ * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        maximum = new
+        if (remaining == 0) | (position == last - 1):
+            begun_here = position - done >= first
+            if begun_here & (remaining == 0):
+                target = out + row.to(tl.int64) * out_stride + (head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(target, (acc / sum_[:, None]).to(out.dtype.element_ty), mask=inside)
+            else:
+                slot = 2 * program + begun_here.to(tl.int32)
+                tl.store(pieces + (slot * GROUP + g)[:, None] * HEAD_DIM + d[None, :], acc, mask=inside)
+                tl.store(maxima + slot * GROUP + g, maximum, mask=g < GROUP)
+                tl.store(sums + slot * GROUP + g, sum_, mask=g < GROUP)
+            acc = tl.zeros([M, DP], tl.float32)
+            maximum = tl.full([M], float("-inf"), tl.float32)
+            sum_ = tl.zeros([M], tl.float32)
+        following = tl.minimum(position + 1, last - 1)
+        head = following // count
+        block, row, span, done, remaining = _entry(work, capacity, head, count, following)
+
+    if first < last:
+        # Every thread's pieces are written before one thread reports them.
+        tl.debug_barrier()
+        head = first // count
+        _, row, _, done, remaining = _entry(work, capacity, head, count, first)
+        if done > 0:
+            _join(
+                first - done, first + remaining + 1, row, head, total, programs, out, out_stride, pieces, maxima,
+                sums, arrived, GROUP, HEAD_DIM, M, DP,
+            )  # fmt: skip
+        head = (last - 1) // count
+        _, row, _, done, remaining = _entry(work, capacity, head, count, last - 1)
+        start = last - 1 - done
+        if (remaining > 0) & (start >= first):
+            _join(
+                start, last + remaining, row, head, total, programs, out, out_stride, pieces, maxima,
+                sums, arrived, GROUP, HEAD_DIM, M, DP,
+            )  # fmt: skip
+
+
+def kernel_constants(
+    heads: int, kv_heads: int, head_dim: int, page_size: int, config: DecodeConfig
+) -> dict[str, int | bool]:
+    """The kernel's compile-time arguments."""
+    group = heads // kv_heads
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "PAGE": page_size,
+        "B": config.block_tokens,
+        "M": max(16, triton.next_power_of_2(group)),
+        "DP": max(16, triton.next_power_of_2(head_dim)),
+        "BP": max(16, triton.next_power_of_2(config.block_tokens)),
+        "TMA": config.tma,
+    }
+
+
+def decode_attention(
+    q_THD: torch.Tensor,
+    kv: torch.Tensor,
+    out_THD: torch.Tensor,
+    work: torch.Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    scale: float,
+    config: DecodeConfig,
+) -> None:
+    """``out[row] = softmax(scale * q[row] k^T) v`` over each listed row's context, rows and heads as in `work`.
+
+    Rows that `work` does not list are not touched. The grid is the workspace's number of programs.
+
+    Args:
+        q_THD: queries [T, H, D], head sizes contiguous; rows may be strided (a view of the qkv buffer).
+        kv: [pages, 2, K, page size, D], contiguous.
+        out_THD: [T, H, D], as `q_THD`.
+        work: int32, from `decode_work` with the config's `block_tokens`, on the device.
+        workspace: of H / K query heads a key/value head.
+    """
+    heads, head_dim = q_THD.shape[1:]
+    _, _, kv_heads, page_size, _ = kv.shape
+    if page_size % config.block_tokens:
+        raise ValueError(f"blocks of {config.block_tokens} tokens do not divide pages of {page_size}")
+    constants = kernel_constants(heads, kv_heads, head_dim, page_size, config)
+    source: Any = kv
+    if config.tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        source = TensorDescriptor.from_tensor(kv.view(-1, head_dim), [config.block_tokens, constants["DP"]])
+    _decode_kernel[(workspace.programs,)](
+        q_THD, source, out_THD, work, workspace.pieces, workspace.maxima, workspace.sums, workspace.arrived,
+        (len(work) - HEADER) // 5, q_THD.stride(0), out_THD.stride(0), scale * LOG2_E,
+        **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=config.max_registers,
+    )  # fmt: skip
+
+
+def paged_decode_triton(
+    context: NanoContext,
+    q_THD: torch.Tensor,
+    out_THD: torch.Tensor,
+    scale: float,
+    window: int | None,
+    *,
+    config: DecodeConfig | None = None,
+    sms: int | None = None,
+) -> None:
+    """Attention of the nano-batch's decode rows on `sms` SMs (default: all); work list and workspace are made once an
+    iteration."""
+    part, host = context.part, context.batch.host
+    if part.decode.start == part.decode.stop:
+        return
+    heads, head_dim = q_THD.shape[1:]
+    page_size = context.batch.page_size
+    device = context.kv.device
+    group = heads // context.kv.shape[2]
+
+    def choose() -> tuple[DecodeConfig, DecodeWorkspace]:
+        properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        capability = (properties.major, properties.minor) if properties else (8, 0)
+        chosen = config or decode_config(page_size, head_dim, context.kv.dtype, capability, group)
+        count = sms or (properties.multi_processor_count if properties else 2)
+        return chosen, DecodeWorkspace(count * chosen.programs_per_sm, group, head_dim, device)
+
+    def make_work() -> torch.Tensor:
+        listed = decode_work(
+            host.decode_rows[part.decode],
+            host.decode_context[part.decode],
+            host.decode_pages[part.decode],
+            page_size=page_size,
+            block_tokens=chosen.block_tokens,
+            window=window,
+        )
+        return torch.from_numpy(listed).to(device)
+
+    chosen, workspace = part.cached(("decode_triton", heads, config, sms), choose)
+    work = part.cached(("decode_triton_work", chosen.block_tokens, window), make_work)
+    decode_attention(q_THD, context.kv, out_THD, work, workspace, scale=scale, config=chosen)

@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from nanoflow.ops.batch import PenaltyReset
 
-__all__ = ["PenaltyCounts"]
+__all__ = ["PenaltyCounts", "to_device"]
+
+
+def to_device(array: NDArray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:  # type: ignore[type-arg]
+    """`array` on `device`. A copy to a GPU goes through pinned memory and waits for nothing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        return tensor.to(dtype).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device=device, dtype=dtype)
 
 
 class PenaltyCounts:
@@ -30,8 +38,8 @@ class PenaltyCounts:
             place = self._place.get(reset.slot)
             if place is None:
                 place = self._place[reset.slot] = self._take()
-            prompt = torch.from_numpy(reset.prompt.astype(np.int64)).to(self._device)
-            output = torch.from_numpy(reset.output.astype(np.int64)).to(self._device)
+            prompt = to_device(reset.prompt, torch.int64, self._device)
+            output = to_device(reset.output, torch.int64, self._device)
             self._prompt[place].zero_().index_fill_(0, prompt, True)
             self._output[place].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
@@ -65,11 +73,20 @@ class PenaltyCounts:
         ones = torch.ones_like(tokens_R, dtype=torch.int32)
         self._output.index_put_((self._places(slots), tokens_R), ones, accumulate=True)
 
-    def _places(self, slots: NDArray[np.int32]) -> torch.Tensor:
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[places, V] uint8, whether a token stands in the prompt; [places, V] int32, how often in the output."""
+        return self._prompt.view(torch.uint8), self._output
+
+    def places(self, slots: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Row of each slot's counts in `tables`."""
         missing = [slot for slot in slots.tolist() if slot not in self._place]
         if missing:
             raise ValueError(f"slot {missing[0]} uses penalties but no PenaltyReset named it")
-        return torch.tensor([self._place[slot] for slot in slots.tolist()], dtype=torch.int64, device=self._device)
+        return np.array([self._place[slot] for slot in slots.tolist()], np.int32)
+
+    def _places(self, slots: NDArray[np.int32]) -> torch.Tensor:
+        return to_device(self.places(slots), torch.int64, self._device)
 
     def _take(self) -> int:
         if not self._free:

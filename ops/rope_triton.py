@@ -135,10 +135,13 @@ def rope(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    **config: int,
+    heads_block: int = HEADS_BLOCK,
+    warps: int = WARPS,
 ) -> None:
     """Rotates the queries and keys of `qkv`, [T, (H + 2K) * D], in place. Cosines and sines are float32."""
-    _launch(qkv, (0, heads + kv_heads), (heads, kv_heads, head_dim), tables=(cosines_TR, sines_TR), **config)
+    tables = (cosines_TR, sines_TR)
+    ends = (0, heads + kv_heads)
+    _launch(qkv, ends, (heads, kv_heads, head_dim), tables=tables, heads_block=heads_block, warps=warps)
 
 
 def append(
@@ -148,11 +151,13 @@ def append(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    **config: int,
+    heads_block: int = HEADS_BLOCK,
+    warps: int = WARPS,
 ) -> None:
     """Writes keys and values of `qkv` to `kv`, [pages, 2, K, page size, D], at the tokens `kv_index_T`."""
     ends = (heads, heads + 2 * kv_heads)
-    _launch(qkv, ends, (heads, kv_heads, head_dim), kv=kv, kv_index=kv_index_T, **config)
+    sizes = (heads, kv_heads, head_dim)
+    _launch(qkv, ends, sizes, kv=kv, kv_index=kv_index_T, heads_block=heads_block, warps=warps)
 
 
 def rope_append(
@@ -165,7 +170,8 @@ def rope_append(
     kv_heads: int,
     head_dim: int,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
-    **config: int,
+    heads_block: int = HEADS_BLOCK,
+    warps: int = WARPS,
 ) -> None:
     """`rope` and `append` in one pass; keys and values of `qkv` stay as they were.
 
@@ -179,7 +185,8 @@ def rope_append(
         norm=norm,
         kv=kv,
         kv_index=kv_index_T,
-        **config,
+        heads_block=heads_block,
+        warps=warps,
     )
 
 
@@ -191,10 +198,13 @@ def qk_norm(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    **config: int,
+    heads_block: int = HEADS_BLOCK,
+    warps: int = WARPS,
 ) -> None:
     """RMS norm of every query and key head of `qkv`, in place."""
-    _launch(qkv, (0, heads + kv_heads), (heads, kv_heads, head_dim), norm=(q_weight_D, k_weight_D, eps), **config)
+    norm = (q_weight_D, k_weight_D, eps)
+    ends = (0, heads + kv_heads)
+    _launch(qkv, ends, (heads, kv_heads, head_dim), norm=norm, heads_block=heads_block, warps=warps)
 
 
 def _launch(

@@ -19,13 +19,15 @@ Shape legend: S rows to sample, R some of those rows, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nanoflow.ops.batch import SamplingBatch, StepOutput
-from nanoflow.ops.penalties import PenaltyCounts
+from nanoflow.ops.penalties import PenaltyCounts, to_device
+from nanoflow.ops.sampling_rows import describe
 
 __all__ = ["Sampler", "StepTensors", "philox_uniform"]
 
@@ -71,11 +73,23 @@ def philox_uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int32]) -> N
 
 
 class Sampler:
-    """Samples batches and keeps what the next one needs: each slot's last token, and penalty counts where in use."""
+    """Samples batches and keeps what the next one needs: each slot's last token, and penalty counts where in use.
 
-    def __init__(self, vocab_size: int, slots: int, device: torch.device) -> None:
+    Args:
+        kernels: `reference` is plain PyTorch, `triton` the kernels of `sampling_triton`; by default the latter on a
+            CUDA device. Log-probabilities are PyTorch in both.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        slots: int,
+        device: torch.device,
+        kernels: Literal["reference", "triton"] | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = device
+        self.kernels = kernels or ("triton" if device.type == "cuda" else "reference")
         self.last_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         """[slots] the token that each slot sampled last."""
         self._penalties = PenaltyCounts(vocab_size, device)
@@ -110,7 +124,7 @@ class Sampler:
         )
 
     def _tensor(self, array: NDArray, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[type-arg]
-        return torch.from_numpy(array).to(device=self.device, dtype=dtype)
+        return to_device(array, dtype, self.device)
 
     def _sample(self, logits_SV: torch.Tensor, batch: SamplingBatch, rows: slice, widest: int) -> StepTensors:
         """One chunk: entries `rows` of the batch; `logits_SV` holds their logits only."""
@@ -125,13 +139,40 @@ class Sampler:
         changed[batch.bias_entries[biased] - rows.start] = True
         self._penalties.release(batch.slots[rows][~penalised])
 
-        if not changed.any():
+        if self.kernels == "triton" and logits_SV.dtype != torch.float64:
+            tokens_S = self._sample_triton(logits_SV, batch, rows, changed, penalised)
+        elif not changed.any():
             tokens_S = logits_SV.argmax(-1)
         else:
             tokens_S = self._sample_changed(logits_SV, batch, rows, changed, penalised, biased)
         if widest < 0:
             return StepTensors(tokens_S)
         return self._log_probabilities(logits_SV, tokens_S, batch.logprobs[rows], widest)
+
+    def _sample_triton(
+        self,
+        logits_SV: torch.Tensor,
+        batch: SamplingBatch,
+        rows: slice,
+        changed: NDArray[np.bool_],
+        penalised: NDArray[np.bool_],
+    ) -> torch.Tensor:
+        """Tokens of a chunk: an argmax of every row, then the rows in which something else was asked."""
+        from nanoflow.ops import sampling_triton
+
+        tokens_S = torch.empty(len(logits_SV), dtype=torch.int64, device=self.device)
+        if not changed.all():
+            sampling_triton.argmax(logits_SV, tokens_S)
+        if changed.any():
+            index = np.flatnonzero(changed)
+            entries = index + rows.start
+            places = np.full(len(index), -1, np.int32)
+            places[penalised[index]] = self._penalties.places(batch.slots[entries[penalised[index]]])
+            uniform = philox_uniform(batch.seeds[entries], batch.positions[entries])
+            words = describe(batch, entries, rows.start, places, uniform, self.vocab_size)
+            about = self._tensor(words.numpy(), torch.int32)
+            sampling_triton.sample_rows(logits_SV, about, len(index), *self._penalties.tables, tokens_S)
+        return tokens_S
 
     def _sample_changed(
         self,

@@ -7,11 +7,14 @@ Shape legend: T rows, I input columns, O output columns.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
+from nanoflow.ops.gemm import GEMM_KERNELS, GemmKernel, matmul
+from nanoflow.ops.gemm_choice import stored_choices
 from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Weight, Work
 
 __all__ = ["Linear", "Shard"]
@@ -90,12 +93,27 @@ class Linear(Operation):
         else:
             torch.addmm(bias, source_TI, weight.t(), out=target_TO)
 
+    def gemm(self, context: NanoContext, kernel: GemmKernel) -> None:
+        """On a GPU; see `nanoflow.ops.gemm.matmul`."""
+        matmul(
+            context.rows(self.source),
+            context.weights["weight"],
+            context.rows(self.target),
+            bias=context.weights.get("bias"),
+            kernel=kernel,
+        )
+
     @property
     def kernels(self) -> Mapping[str, Kernel]:
-        return {"reference": self.reference, "onednn": self.onednn}
+        kernels: dict[str, Kernel] = {"reference": self.reference, "onednn": self.onednn}
+        measured: GemmKernel = "measured"
+        return kernels | {name: partial(self.gemm, kernel=name) for name in (measured, *GEMM_KERNELS)}
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
-        return "onednn" if device.type == "cpu" else "reference"
+        """On a GPU "measured" (the fastest for the rows at hand) if this shape was measured there, else "cublas"."""
+        if device.type != "cuda":
+            return "onednn" if device.type == "cpu" else "reference"
+        return "measured" if stored_choices(device).knows(sum(self.outputs), self.inputs, dtype) else "cublas"
 
     def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         if name != "weight" or weight.device.type != "cpu" or weight.dtype != torch.float32:

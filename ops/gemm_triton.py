@@ -1,0 +1,325 @@
+"""Triton GEMM: ``out = x @ w.T + bias``, and ``out = silu(x @ gate.T) * (x @ up.T)`` of a weight ``[gate | up]``.
+
+Two persistent kernels share one tile's maths. Their grid is the SM budget times the CTAs an SM.
+
+- `_tile_gemm` gives each CTA whole output tiles. It fits where the tiles fill the CTAs' last round.
+- `_stream_gemm` first spreads the K steps of the tiles that would not fill whole rounds evenly over all CTAs (stream-K,
+  Osama et al. 2023, arXiv 2301.03598), then goes on with whole tiles. A tile's owner computes its first K steps, the
+  last thing that it does among the spread steps; the CTAs with the later steps do those first, write float32 partial
+  sums to a workspace and raise a flag. The owner adds them in a fixed order, so results do not change between runs, and
+  lowers the flags, so a workspace is ready for the next launch. Owners wait for CTAs that start before them only: no
+  deadlock, whatever else runs on the GPU. Two launches that may overlap need two workspaces.
+
+A tile is `block_m` rows by `block_n` + `extra_n` columns: two accumulators side by side, since Triton's own blocks are
+powers of two and 160 or 192 columns often fill the GPU better. With SiLU the second accumulator holds `up`'s columns.
+
+On sm_90 and later x, w and out go through TMA descriptors made on the host; elsewhere, and where an address or a row is
+not a multiple of 16 bytes, through pointers.
+
+Shape legend: M rows, N output columns, K input columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanoflow.ops.gemm_config import GemmConfig, Workspace
+
+__all__ = ["launch"]
+
+
+@triton.jit
+def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile: down the rows of a group first, so that CTAs of one round share w's blocks in L2."""
+    in_group = GROUP_M * tiles_n
+    group = tile // in_group
+    first_m = group * GROUP_M
+    rows = min(tiles_m - first_m, GROUP_M)
+    within = tile % in_group
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def _load(source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        block = source.load([row, column])
+    else:
+        at_row = row + tl.arange(0, ROWS)
+        at_column = column + tl.arange(0, COLUMNS)
+        inside = (at_row[:, None] < rows) & (at_column[None, :] < columns)
+        block = tl.load(source + at_row[:, None].to(tl.int64) * stride + at_column[None, :], mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
+def _multiply(
+    x, w, w_extra, row, column, extra, first, last, M, N, K, stride_x, stride_w,
+    BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """K steps `first` to `last` - 1 of one tile, in float32."""
+    sum_0 = tl.zeros((BM, BN), dtype=tl.float32)
+    sum_1 = tl.zeros((BM, BX if BX else 1), dtype=tl.float32)
+    for step in range(first, last):
+        at = step * BK
+        x_block = _load(x, row, at, M, K, stride_x, BM, BK, TMA)
+        w_block = _load(w, column, at, N, K, stride_w, BN, BK, TMA)
+        sum_0 = tl.dot(x_block, w_block.T, sum_0, input_precision=PRECISION)
+        if BX:
+            extra_block = _load(w_extra, extra, at, N, K, stride_w, BX, BK, TMA)
+            sum_1 = tl.dot(x_block, extra_block.T, sum_1, input_precision=PRECISION)
+    return sum_0, sum_1
+
+
+@triton.jit
+def _add_bias(value, bias, column, N, COLUMNS: tl.constexpr):
+    at_column = column + tl.arange(0, COLUMNS)
+    return value + tl.load(bias + at_column, mask=at_column < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store(out, value, row, column, M, N, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        out.store([row, column], value.to(out.dtype))
+    else:
+        at_row = row + tl.arange(0, ROWS)
+        at_column = column + tl.arange(0, COLUMNS)
+        inside = (at_row[:, None] < M) & (at_column[None, :] < N)
+        pointers = out + at_row[:, None].to(tl.int64) * stride + at_column[None, :]
+        tl.store(pointers, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _halves(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(value, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _block(start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a dense block."""
+    return start + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _put_partial(start, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """Write partial sums, one dense block a part."""
+    if PARTS == 1:
+        tl.store(_block(start, ROWS, COLUMNS), value, cache_modifier=".cg")
+    else:
+        left, right = _halves(value, ROWS, COLUMNS)
+        _put_partial(start, left, ROWS, COLUMNS // 2, PARTS // 2)
+        _put_partial(start + ROWS * COLUMNS // 2, right, ROWS, COLUMNS // 2, PARTS // 2)
+
+
+@triton.jit
+def _finish(
+    out, bias, value, up, partials, up_partials, others, partial_stride, row, column, up_column, M, N, stride_out,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Add the partial sums of `others` CTAs, then bias and SiLU, then store: in `PARTS` (1, 2 or 4) pieces along the
+    columns, which keeps registers and the store's buffer small."""
+    if PARTS > 1:
+        value_0, value_1 = _halves(value, ROWS, COLUMNS)
+        up_0, up_1 = up, up
+        if SILU:
+            up_0, up_1 = _halves(up, ROWS, COLUMNS)
+        half: tl.constexpr = COLUMNS // 2
+        _finish(
+            out, bias, value_0, up_0, partials, up_partials, others, partial_stride,
+            row, column, up_column, M, N, stride_out, ROWS, half, PARTS // 2, BIAS, SILU, TMA,
+        )  # fmt: skip
+        _finish(
+            out, bias, value_1, up_1, partials + ROWS * half, up_partials + ROWS * half, others, partial_stride,
+            row, column + half, up_column + half, M, N, stride_out, ROWS, half, PARTS // 2, BIAS, SILU, TMA,
+        )  # fmt: skip
+    else:
+        for other in range(0, others):
+            offset = other * partial_stride
+            value += tl.load(_block(partials + offset, ROWS, COLUMNS), cache_modifier=".cg")
+            if SILU:
+                up += tl.load(_block(up_partials + offset, ROWS, COLUMNS), cache_modifier=".cg")
+        if BIAS:
+            value = _add_bias(value, bias, column, N, COLUMNS)
+            if SILU:
+                up = _add_bias(up, bias, up_column, N, COLUMNS)
+        if SILU:
+            value = value / (1.0 + tl.exp(-value)) * up
+            _store(out, value, row, column, M, N // 2, stride_out, ROWS, COLUMNS, TMA)
+        else:
+            _store(out, value, row, column, M, N, stride_out, ROWS, COLUMNS, TMA)
+
+
+@triton.jit
+def _finish_tile(
+    out, out_extra, bias, sum_0, sum_1, partials, others, row, column, extra, M, N, stride_out,
+    BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, PARTS: tl.constexpr,
+    BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Both accumulators of a tile; `partials` are those of the first of `others` CTAs."""
+    extra_partials = partials + BM * BN
+    _finish(
+        out, bias, sum_0, sum_1, partials, extra_partials, others, BM * (BN + BX), row, column, extra,
+        M, N, stride_out, BM, BN, PARTS, BIAS, SILU, TMA,
+    )  # fmt: skip
+    if BX and not SILU:
+        _finish(
+            out_extra, bias, sum_1, sum_1, extra_partials, extra_partials, others, BM * (BN + BX), row, extra,
+            extra, M, N, stride_out, BM, BX, 1, BIAS, False, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _columns(tile_n, N, BN: tl.constexpr, BX: tl.constexpr, SILU: tl.constexpr):
+    """First columns of a tile's two accumulators. Of the last tile, the first may be cut off and the second empty."""
+    if SILU:
+        column = tile_n * BN
+        extra = N // 2 + column
+    else:
+        column = tile_n * (BN + BX)
+        extra = column + BN
+    return column, extra
+
+
+@triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n"])
+def _tile_gemm(
+    x, w, w_extra, out, out_extra, bias, M, N, K, stride_x, stride_w, stride_out, tiles_m, tiles_n,
+    BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0)
+    programs = tl.num_programs(0)
+    steps = tl.cdiv(K, BK)
+    stored = first - programs
+    for tile in tl.range(first, tiles_m * tiles_n, programs, flatten=FLATTEN):
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        column, extra = _columns(tile_n, N, BN, BX, SILU)
+        sum_0, sum_1 = _multiply(
+            x, w, w_extra, tile_m * BM, column, extra, 0, steps, M, N, K, stride_x, stride_w,
+            BM, BN, BX, BK, TMA, PRECISION,
+        )  # fmt: skip
+        # Counted anew, so that the place does not live through the K loop and hold up its pipeline.
+        stored += programs
+        tile_m, tile_n = _place(stored, tiles_m, tiles_n, GROUP_M)
+        column, extra = _columns(tile_n, N, BN, BX, SILU)
+        _finish_tile(
+            out, out_extra, bias, sum_0, sum_1, bias, 0, tile_m * BM, column, extra, M, N, stride_out,
+            BM, BN, BX, PARTS, BIAS, SILU, TMA,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "spread"])
+def _stream_gemm(
+    x, w, w_extra, out, out_extra, bias, partials, flags, M, N, K, stride_x, stride_w, stride_out, tiles_m, tiles_n,
+    spread,
+    BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first `spread` tiles by K steps, the others whole."""
+    programs = tl.num_programs(0)
+    rank = programs - 1 - tl.program_id(0)  # those who are waited for have the higher rank, and start earlier
+    steps = tl.cdiv(K, BK)
+    spread_steps = spread * steps
+    position = spread_steps * rank // programs
+    end = spread_steps * (rank + 1) // programs
+    whole = spread + tl.program_id(0)
+    while (position < end) | (whole < tiles_m * tiles_n):
+        if position < end:
+            tile = position // steps
+            first = position - tile * steps
+            last = min(steps, end - tile * steps)
+            position = tile * steps + last
+        else:
+            tile = whole
+            first = 0
+            last = steps
+            whole += programs
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        column, extra = _columns(tile_n, N, BN, BX, SILU)
+        sum_0, sum_1 = _multiply(
+            x, w, w_extra, tile_m * BM, column, extra, first, last, M, N, K, stride_x, stride_w,
+            BM, BN, BX, BK, TMA, PRECISION,
+        )  # fmt: skip
+        if first > 0:
+            mine = partials + rank * (BM * (BN + BX))
+            _put_partial(mine, sum_0, BM, BN, PARTS)
+            if BX:
+                _put_partial(mine + BM * BN, sum_1, BM, BX, PARTS if SILU else 1)
+            tl.debug_barrier()  # all threads' partial sums are written before one thread raises the flag
+            tl.atomic_xchg(flags + rank, 1, sem="release")
+        else:
+            others = 0
+            covered = tile * steps + last
+            while covered < (tile + 1) * steps:
+                others += 1
+                while tl.atomic_cas(flags + rank + others, 1, 0, sem="acquire") != 1:
+                    pass
+                covered = spread_steps * (rank + others + 1) // programs
+            _finish_tile(
+                out, out_extra, bias, sum_0, sum_1, partials + (rank + 1) * (BM * (BN + BX)), others,
+                tile_m * BM, column, extra, M, N, stride_out, BM, BN, BX, PARTS, BIAS, SILU, TMA,
+            )  # fmt: skip
+
+
+def launch(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: GemmConfig,
+    *,
+    sms: int,
+    silu: bool,
+    tma: bool,
+    workspace: Workspace | None,
+) -> None:
+    """Run `config` on x [M, K], w [N, K], out [M, N] (or [M, N // 2] with `silu`, w being ``[gate | up]``).
+
+    Rows of all three are contiguous. `tma` needs addresses and rows of multiples of 16 bytes. `workspace` is needed by
+    a `stream` config; see `GemmConfig.workspace_bytes`.
+    """
+    rows, inputs = x.shape
+    columns = w.shape[0]
+    tiles_m, tiles_n = config.tiles(rows, columns, silu)
+    tiles = tiles_m * tiles_n
+    spread = config.spread_tiles(tiles, sms)
+    block_x = config.block_n if silu else config.extra_n
+    parts = config.epilogue_parts
+    if tma:
+        part = config.block_n // parts
+        sources = (
+            TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [config.block_m, config.block_k]),
+            TensorDescriptor(w, [columns, inputs], [w.stride(0), 1], [config.block_n, config.block_k]),
+            TensorDescriptor(w, [columns, inputs], [w.stride(0), 1], [block_x or config.block_n, config.block_k]),
+            TensorDescriptor(out, list(out.shape), [out.stride(0), 1], [config.block_m, part]),
+            TensorDescriptor(out, list(out.shape), [out.stride(0), 1], [config.block_m, config.extra_n or part]),
+        )
+    else:
+        sources = (x, w, w, out, out)
+    sizes = (rows, columns, inputs, x.stride(0), w.stride(0), out.stride(0), tiles_m, tiles_n)
+    constants = {
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BX": block_x,
+        "BK": config.block_k,
+        "GROUP_M": config.group_m,
+        "PARTS": parts,
+        "BIAS": bias is not None,
+        "SILU": silu,
+        "TMA": tma,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    if config.registers:
+        constants["maxnreg"] = config.registers
+    bias = x if bias is None else bias
+    if spread:
+        if workspace is None:
+            raise ValueError(f"{config} spreads tiles over CTAs and needs a workspace")
+        grid = sms * config.ctas_per_sm
+        _stream_gemm[(grid,)](*sources, bias, workspace.partials, workspace.flags, *sizes, spread, **constants)
+    else:
+        grid = min(tiles, sms * config.ctas_per_sm)
+        _tile_gemm[(grid,)](*sources, bias, *sizes, FLATTEN=config.flatten, **constants)

@@ -79,10 +79,14 @@ def decode_config(
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"decode attention: head size {head_dim} is not supported; the largest is {MAX_HEAD_DIM}")
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
-    # 16 KiB of keys a block, as for 64 tokens of head size 128 in 16 bits.
+    # 16 KiB of keys a block: 64 tokens of head size 128 in 16 bits.
     block = block_tokens_for(page_size, min(128, max(16, (16 << 10) // row_bytes)))
     tma = capability[0] == 9 and block >= 16 and block & (block - 1) == 0 and head_dim * dtype.itemsize % 16 == 0
-    return DecodeConfig(block, stages=3 if tma else 2, warps=4, programs_per_sm=2 if tma else 3, tma=tma)
+    if dtype.itemsize > 2 or head_dim > 128 or group > 16:  # for being right; nobody runs these fast
+        return DecodeConfig(block, stages=2, warps=4, programs_per_sm=2, tma=tma)
+    if tma:
+        return DecodeConfig(block, stages=3, warps=4, programs_per_sm=3, tma=True, max_registers=168)
+    return DecodeConfig(block, stages=3, warps=4, programs_per_sm=2, tma=False)
 
 
 @triton.jit
@@ -93,8 +97,13 @@ def _entry(work, capacity, head, count, position):
     row = tl.load(entry + capacity)
     span = tl.load(entry + 2 * capacity)
     done = tl.load(entry + 3 * capacity)
-    remaining = tl.load(entry + 4 * capacity)
-    return block, row, span, done, remaining
+    return block, row, span, done
+
+
+@triton.jit
+def _remaining(work, capacity, count, position):
+    """Blocks of the same segment after a position on the line."""
+    return tl.load(work + _HEADER + 4 * capacity + position - position // count * count)
 
 
 @triton.jit
@@ -160,8 +169,12 @@ def _decode_kernel(
     sum_ = tl.zeros([M], tl.float32)
     # An entry is loaded a turn ahead: no load of keys waits for it, and the compiler pipelines keys and values alone.
     head = first // tl.maximum(count, 1)
-    block, row, span, done, remaining = _entry(work, capacity, head, count, first)
+    block, row, span, done = _entry(work, capacity, head, count, first)
+    ends_segment = _remaining(work, capacity, tl.maximum(count, 1), tl.maximum(last - 1, 0)) == 0
     for position in range(first, last):
+        following = tl.minimum(position + 1, last - 1)
+        next_head = following // count
+        next_block, next_row, next_span, next_done = _entry(work, capacity, next_head, count, following)
         page = block // (PAGE // B)
         begin = span & 0xFFFF
         end = span >> 16
@@ -188,9 +201,10 @@ def _decode_kernel(
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         maximum = new
-        if (remaining == 0) | (position == last - 1):
+        is_last = position == last - 1
+        if (next_done == 0) | is_last:
             begun_here = position - done >= first
-            if begun_here & (remaining == 0):
+            if begun_here & (ends_segment | (is_last == 0)):
                 target = out + row.to(tl.int64) * out_stride + (head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
                 tl.store(target, (acc / sum_[:, None]).to(out.dtype.element_ty), mask=inside)
             else:
@@ -201,22 +215,23 @@ def _decode_kernel(
             acc = tl.zeros([M, DP], tl.float32)
             maximum = tl.full([M], float("-inf"), tl.float32)
             sum_ = tl.zeros([M], tl.float32)
-        following = tl.minimum(position + 1, last - 1)
-        head = following // count
-        block, row, span, done, remaining = _entry(work, capacity, head, count, following)
+        head = next_head
+        block, row, span, done = next_block, next_row, next_span, next_done
 
     if first < last:
         # Every thread's pieces are written before one thread reports them.
         tl.debug_barrier()
         head = first // count
-        _, row, _, done, remaining = _entry(work, capacity, head, count, first)
+        _, row, _, done = _entry(work, capacity, head, count, first)
+        remaining = _remaining(work, capacity, count, first)
         if done > 0:
             _join(
                 first - done, first + remaining + 1, row, head, total, programs, out, out_stride, pieces, maxima,
                 sums, arrived, GROUP, HEAD_DIM, M, DP,
             )  # fmt: skip
         head = (last - 1) // count
-        _, row, _, done, remaining = _entry(work, capacity, head, count, last - 1)
+        _, row, _, done = _entry(work, capacity, head, count, last - 1)
+        remaining = _remaining(work, capacity, count, last - 1)
         start = last - 1 - done
         if (remaining > 0) & (start >= first):
             _join(

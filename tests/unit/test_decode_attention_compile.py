@@ -1,0 +1,100 @@
+"""The Triton decode attention compiles for several GPUs without one, within a GPU's registers and shared memory; its
+work list says what it should."""
+
+import numpy as np
+import pytest
+import torch
+
+from nanoflow.ops.decode_work import FIELDS, HEADER, decode_blocks, decode_work
+
+triton = pytest.importorskip("triton")
+
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+def compiled(target: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nanoflow.ops.decode_attention_triton import _decode_kernel, decode_config, kernel_constants
+
+    config = decode_config(page_size, head_dim, dtype, divmod(target, 10), heads // kv_heads)
+    constants = kernel_constants(heads, kv_heads, head_dim, page_size, config)
+    name = NAMES[dtype]
+    signature = dict.fromkeys(("q", "kv", "out"), f"*{name}")
+    signature |= dict.fromkeys(("pieces", "maxima", "sums"), "*fp32")
+    signature |= dict.fromkeys(("work", "arrived"), "*i32")
+    signature |= dict.fromkeys(("capacity", "q_stride", "out_stride"), "i32")
+    signature["scale"] = "fp32"
+    if config.tma:
+        signature["kv"] = f"tensordesc<{name}[{config.block_tokens}, {constants['DP']}]>"
+    signature |= dict.fromkeys(constants, "constexpr")
+    arguments = _decode_kernel.arg_names
+    aligned = [*(key for key in signature if signature[key].startswith("*")), "q_stride", "out_stride"]
+    attributes = {(arguments.index(key),): [["tt.divisibility", 16]] for key in aligned}
+    source = ASTSource(_decode_kernel, {key: signature[key] for key in arguments}, constants, attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.max_registers}
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options), config
+
+
+@pytest.mark.parametrize(
+    ("target", "heads", "kv_heads", "head_dim", "page_size", "dtype"),
+    [
+        (80, 32, 8, 128, 128, torch.bfloat16),
+        (80, 4, 4, 64, 16, torch.float32),
+        (90, 32, 8, 128, 128, torch.bfloat16),
+        (90, 64, 8, 128, 64, torch.bfloat16),
+        (90, 32, 32, 80, 64, torch.float16),
+        (90, 9, 3, 64, 16, torch.float32),
+        (90, 8, 1, 256, 64, torch.bfloat16),
+        (100, 32, 8, 128, 128, torch.bfloat16),
+        (100, 14, 2, 64, 48, torch.bfloat16),
+    ],
+)
+def test_compiles(target, heads, kv_heads, head_dim, page_size, dtype) -> None:
+    kernel, config = compiled(target, heads, kv_heads, head_dim, page_size, dtype)
+    assert kernel.metadata.shared <= SHARED_MEMORY[target]
+    if dtype == torch.bfloat16 and head_dim == 128 and target == 90:
+        # Keys and values are pipelined, and all programs of an SM fit into its shared memory side by side.
+        block = 2 * config.block_tokens * head_dim * 2
+        assert kernel.metadata.shared >= (config.stages - 1) * block
+        assert config.programs_per_sm * (kernel.metadata.shared + 1024) <= 228 << 10
+        assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 64])
+def test_work_list(window) -> None:
+    page_size, block = 16, 8
+    context = np.array([1, 8, 9, 40, 64, 17], np.int32)
+    rows = np.array([3, 4, 5, 9, 10, 11], np.int32)
+    pages = np.random.default_rng(0).permutation(100)[: len(rows) * 4].reshape(-1, 4).astype(np.int32)
+    work = decode_work(rows, context, pages, page_size=page_size, block_tokens=block, window=window, capacity=50)
+    count = int(work[0])
+    assert len(work) == HEADER + FIELDS * 50
+    assert count == decode_blocks(context, block_tokens=block, window=window)
+    blocks, row, span, done, remaining = work[HEADER:].reshape(FIELDS, 50)[:, :count]
+    seen: dict[int, list[int]] = {int(r): [] for r in rows}
+    for i in range(count):
+        seen[int(row[i])] += [int(blocks[i]) * block + t for t in range(span[i] & 0xFFFF, span[i] >> 16)]
+        same = np.flatnonzero(row == row[i])
+        assert (done[i], remaining[i]) == (i - same[0], same[-1] - i)
+    for segment, length in enumerate(context.tolist()):
+        tokens = range(0 if window is None else max(0, length - window), length)
+        wanted = [int(pages[segment, t // page_size]) * page_size + t % page_size for t in tokens]
+        assert seen[int(rows[segment])] == wanted
+
+
+def test_a_work_list_that_does_not_fit_is_refused() -> None:
+    one = np.array([100], np.int32)
+    with pytest.raises(ValueError, match="do not fit into a work list of 5"):
+        decode_work(one, one, np.zeros((1, 7), np.int32), page_size=16, block_tokens=16, capacity=5)
+    with pytest.raises(ValueError, match="do not divide pages of 24"):
+        decode_work(one, one, np.zeros((1, 7), np.int32), page_size=24, block_tokens=16)
+
+
+def test_an_unsupported_head_size_is_refused() -> None:
+    from nanoflow.ops.decode_attention_triton import decode_config
+
+    with pytest.raises(ValueError, match="head size 512 is not supported; the largest is 256"):
+        decode_config(64, 512, torch.bfloat16, (9, 0))

@@ -47,7 +47,8 @@ def matmul(
         kernel: "measured" is the one that was measured to be the fastest for this shape and SM budget, or cuBLAS.
         config: of the Triton kernels; by default the measured one or a guess.
         workspace: of Triton's stream configs, one for each stream that runs GEMMs. By default one is kept for the
-            current stream; it grows when needed, so warm up before capturing a CUDA graph.
+            current stream. In the capture of a CUDA graph, pass one, or run once on the capturing stream before: one
+            that is made in a capture is cleared by every launch.
 
     Raises:
         ValueError: the kernel cannot do this; see `unavailable`.

@@ -94,7 +94,7 @@ def unavailable(kernel: str, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor
         return None
     if kernel == "deep_gemm":
         if _deep_gemm() is None:
-            return "DeepGEMM is not installed or does not load here; pip install sgl-deep-gemm (it needs nvcc)"
+            return "DeepGEMM is not installed or does not load here; pip install 'nanoflow[deep-gemm]' (it needs nvcc)"
         if x.dtype != torch.bfloat16:
             return f"{x.dtype} is not supported; use bfloat16"
         if torch.cuda.get_device_capability(x.device)[0] < 9:

@@ -40,7 +40,7 @@ def compile_all(device: str) -> None:
 
     wanted = [(config, False) for config in TILES] + [(config, True) for config in SILU_TILES]
     launch(*wanted[0])
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(12 if torch.device(device).type == "cuda" else 1) as pool:  # the interpreter knows one
         for done in [pool.submit(launch, *one) for one in wanted[1:]]:
             done.result()
     if torch.device(device).type == "cuda":

@@ -31,6 +31,12 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
         "bos_token_id": None,
     }
     LlamaForCausalLM(LlamaConfig(**(values | changes))).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save the tokenizer of bytes and pairs of letters into `folder`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = "abcdefgh"
     words = [(x, y) for x in letters for y in letters][: VOCAB - 2 - len(alphabet)]
@@ -41,4 +47,3 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>", "<pad>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    return folder

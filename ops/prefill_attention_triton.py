@@ -1,6 +1,7 @@
 """Prefill attention over pages in Triton: a block of queries against its keys, softmax on the way (FlashAttention 2).
 
-A program takes items of the work list (`prefill_work`) one after the other. An item is a block of M rows, each a
+A program takes one item of the work list (`prefill_work`); the hardware deals the next one to the SM that is free first
+(a program that loops over items spilled more registers). An item is a block of M rows, each a
 (token, query head) pair of one key/value head: heads that share keys are packed side by side, so that a short chunk
 fills the block and each key is loaded for all of them. Keys come in blocks of N: first those that every row sees,
 without a mask, then those on the diagonal (and, with a sliding window, those at its start before both). Scores are
@@ -10,12 +11,14 @@ Keys and values are loaded through a TMA descriptor that views the layer's cache
 multiple of N), else through pointers. In the pages that hold a request's keys everything must be finite; keys that no
 row sees weigh nothing. Pages past the context are not read.
 
+Triton 3.6 and 3.7 fail to compile this loop with `warp_specialize` for sm_90. With 4 warps and two programs a SM, one
+program's softmax runs beside the other's products.
+
 Shape legend: T rows of the dense batch, H query heads, K key/value heads, D head size, C segments, P columns of the
 page table, I items, M rows of a block of queries, N keys of a block.
 """
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -75,12 +78,12 @@ def _attend(
     q, m, total, acc, kv, kv_rows, table, start, stop, last, position, kv_head, scale,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr, TMA: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
-    SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys ``start .. stop`` (in whole blocks) to a block of queries; `last` is the last key that exists."""
     # The page of the next block is loaded a block early: a TMA load would otherwise wait for it.
     page = tl.load(table + tl.minimum(start, last) // PAGE)
-    for key in tl.range(start, stop, N, warp_specialize=SPECIALIZE):
+    for key in tl.range(start, stop, N):
         k = _load_block(kv, kv_rows, table, page, key, last + 1, 0, kv_head,
                         KV_HEADS, PAGE, D, N, BLOCK_D, WHOLE, TMA)  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -97,91 +100,77 @@ def prefill_attention_kernel(
     q, kv, kv_rows, pages, work, out, q_stride, out_stride, pages_stride, scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`work` [1 + I, 8] as `prefill_work` makes it; `scale` holds log2(e). WINDOW 0 is none."""
     TOKENS: tl.constexpr = M // PACK
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    item = tl.program_id(0)
     count = tl.load(work)
-    for start_item in tl.range(0, count, programs):
-        # Forth in even rounds, back in odd ones: items come heavy first, so no program gets the heavier all the time.
-        back = (start_item // programs) % 2
-        item = start_item + tl.where(back == 1, programs - 1 - program, program)
-        if item < count:
-            fields = work + (item + 1) * 8
-            row = tl.load(fields).to(tl.int64)
-            tokens = tl.load(fields + 1)
-            first = tl.load(fields + 2)
-            segment = tl.load(fields + 3)
-            head = tl.load(fields + 4)
-            kv_head = head // GROUP
-            table = pages + segment.to(tl.int64) * pages_stride
+    if item >= count:
+        return
+    fields = work + (item + 1) * 8
+    row = tl.load(fields).to(tl.int64)
+    tokens = tl.load(fields + 1)
+    first = tl.load(fields + 2)
+    segment = tl.load(fields + 3)
+    head = tl.load(fields + 4)
+    kv_head = head // GROUP
+    table = pages + segment.to(tl.int64) * pages_stride
 
-            token = tl.arange(0, M) // PACK
-            columns = tl.arange(0, BLOCK_D)
-            here = head * D + tl.arange(0, M) % PACK * D
-            valid = ((token < tokens) & (token < TOKENS))[:, None] & (columns < D)[None, :]
-            q_block = tl.load(
-                q + row * q_stride + (token * q_stride + here)[:, None] + columns[None, :], mask=valid, other=0.0
-            )
-            position = first + tl.minimum(token, tokens - 1)
+    token = tl.arange(0, M) // PACK
+    columns = tl.arange(0, BLOCK_D)
+    here = head * D + tl.arange(0, M) % PACK * D
+    valid = ((token < tokens) & (token < TOKENS))[:, None] & (columns < D)[None, :]
+    q_block = tl.load(q + row * q_stride + (token * q_stride + here)[:, None] + columns[None, :], mask=valid, other=0.0)
+    position = first + token
 
-            last = first + tokens - 1
-            diagonal = (first + 1) // N * N
-            stop = (last // N + 1) * N
-            m = tl.full([M], float("-inf"), tl.float32)
-            total = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, BLOCK_D], tl.float32)
-            start = 0
-            if WINDOW > 0:
-                start = tl.maximum(first - WINDOW + 1, 0) // N * N
-                inside = (tl.maximum(last - WINDOW + 1, 0) + N - 1) // N * N
-                inside = tl.minimum(inside, stop)
-                m, total, acc = _attend(
-                    q_block, m, total, acc, kv, kv_rows, table, start, inside, last, position, kv_head, scale,
-                    KV_HEADS, PAGE, D, N, BLOCK_D, WHOLE, TMA, WINDOW, True, SPECIALIZE, PRECISION,
-                )  # fmt: skip
-                start = inside
-                diagonal = tl.maximum(diagonal, start)
-            m, total, acc = _attend(
-                q_block, m, total, acc, kv, kv_rows, table, start, diagonal, last, position, kv_head, scale,
-                KV_HEADS, PAGE, D, N, BLOCK_D, WHOLE, TMA, WINDOW, False, SPECIALIZE, PRECISION,
-            )  # fmt: skip
-            m, total, acc = _attend(
-                q_block, m, total, acc, kv, kv_rows, table, diagonal, stop, last, position, kv_head, scale,
-                KV_HEADS, PAGE, D, N, BLOCK_D, WHOLE, TMA, WINDOW, True, SPECIALIZE, PRECISION,
-            )  # fmt: skip
-            tl.store(
-                out + row * out_stride + (token * out_stride + here)[:, None] + columns[None, :],
-                (acc / total[:, None]).to(out.dtype.element_ty),
-                mask=valid,
-            )
+    last = first + tokens - 1
+    diagonal = (first + 1) // N * N
+    stop = (last // N + 1) * N
+    m = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    start = 0
+    if WINDOW > 0:
+        start = tl.maximum(first - WINDOW + 1, 0) // N * N
+        inside = (tl.maximum(last - WINDOW + 1, 0) + N - 1) // N * N
+        inside = tl.minimum(inside, stop)
+        m, total, acc = _attend(
+            q_block, m, total, acc, kv, kv_rows, table, start, inside, last, position, kv_head, scale,
+            KV_HEADS, PAGE, D, N, BLOCK_D, WHOLE, TMA, WINDOW, True, PRECISION,
+        )  # fmt: skip
+        start = inside
+        diagonal = tl.maximum(diagonal, start)
+    m, total, acc = _attend(
+        q_block, m, total, acc, kv, kv_rows, table, start, diagonal, last, position, kv_head, scale,
+        KV_HEADS, PAGE, D, N, BLOCK_D, WHOLE, TMA, WINDOW, False, PRECISION,
+    )  # fmt: skip
+    m, total, acc = _attend(
+        q_block, m, total, acc, kv, kv_rows, table, diagonal, stop, last, position, kv_head, scale,
+        KV_HEADS, PAGE, D, N, BLOCK_D, WHOLE, TMA, WINDOW, True, PRECISION,
+    )  # fmt: skip
+    tl.store(
+        out + row * out_stride + (token * out_stride + here)[:, None] + columns[None, :],
+        (acc * (1.0 / total)[:, None]).to(out.dtype.element_ty),
+        mask=valid,
+    )
 
 
 def default_tile(head_dim: int, itemsize: int, page_size: int, capability: tuple[int, int]) -> PrefillTile:
-    """The tile for a head size, bytes an element, page size and compute capability; measured on an H100 for D = 128."""
+    """The tile for a head size, bytes an element, page size and compute capability."""
     if itemsize > 2:
-        return PrefillTile(16 if head_dim > 128 else 32, 32, warps=4, stages=1, ctas_per_sm=2)
+        return PrefillTile(16 if head_dim > 128 else 32, 32, warps=4, stages=1)
     if capability == (9, 0) and page_size % 64 == 0 and head_dim >= 64 and head_dim % 8 == 0:
         if head_dim > 128:
             return PrefillTile(128, 64, warps=8, stages=2, tma=True)
-        return PrefillTile(128, 128 if page_size % 128 == 0 else 64, warps=8, stages=2, tma=True)
+        return PrefillTile(128, 64, warps=4, stages=2, tma=True)
     if head_dim > 128:
         return PrefillTile(64, 32, warps=4, stages=2)
     return PrefillTile(128, 64, warps=8, stages=2)
 
 
-@cache
-def _device(index: int) -> tuple[int, tuple[int, int]]:
-    """SMs and compute capability of a GPU; of the interpreter's, for index -1."""
-    if index < 0:
-        return 2, (0, 0)
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, (properties.major, properties.minor)
-
-
-def _device_of(tensor: torch.Tensor) -> tuple[int, tuple[int, int]]:
-    return _device(tensor.get_device() if tensor.is_cuda else -1)
+def _capability(tensor: torch.Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
 
 
 def kernel_constants(
@@ -192,8 +181,7 @@ def kernel_constants(
         "GROUP": heads // kv_heads, "PACK": pack_heads(tile, heads, kv_heads), "KV_HEADS": kv_heads,
         "PAGE": page_size, "D": head_dim, "WINDOW": window or 0, "M": tile.block_m, "N": tile.block_n,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "WHOLE": page_size % tile.block_n == 0,
-        "TMA": tile.tma, "SPECIALIZE": tile.warp_specialize,
-        "PRECISION": "ieee" if itemsize > 2 else "tf32",
+        "TMA": tile.tma, "PRECISION": "ieee" if itemsize > 2 else "tf32",
     }  # fmt: skip
 
 
@@ -207,7 +195,6 @@ def prefill_attention(
     tile: PrefillTile,
     scale: float,
     window: int | None = None,
-    sms: int | None = None,
 ) -> None:
     """Softmax(q k^T * scale) v of the items in `work`, written to their rows of `out_THD`; other rows stay.
 
@@ -218,8 +205,8 @@ def prefill_attention(
         q_THD: queries, a view with heads side by side (its row stride may be that of the qkv buffer).
         kv: the layer's cache, [pages, 2, K, page size, D], contiguous.
         pages_CP: int32 page table of all segments.
-        work: int32 [1 + I, 8] from `prefill_work`, made for this tile, window and these heads.
-        sms: SMs to fill, all of the GPU by default; with `tile.ctas_per_sm` it gives the grid.
+        work: int32 [1 + I, 8] from `prefill_work`, made for this tile, window and these heads. Room for
+            more items costs programs that end at once.
 
     Raises:
         ValueError: a tile with TMA does not fit the pages or the dtype.
@@ -238,10 +225,8 @@ def prefill_attention(
     block = [tile.block_n, int(str(constants["BLOCK_D"]))]
     kv_rows = TensorDescriptor.from_tensor(kv.view(-1, head_dim), block) if tile.tma else None
     capacity = work.shape[0] - 1
-    programs = tile.ctas_per_sm * (sms or _device_of(q_THD)[0])
-    grid = (min(capacity, programs) if programs else capacity,)
     if capacity:
-        prefill_attention_kernel[grid](
+        prefill_attention_kernel[(capacity,)](
             q_THD, kv, kv_rows, pages_CP, work, out_THD, q_THD.stride(0), out_THD.stride(0), pages_CP.stride(0),
             scale * math.log2(math.e), **constants, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -259,7 +244,7 @@ def run_prefill_attention(
     batch, part, kv = context.batch, context.part, context.kv
     heads, head_dim = q_THD.shape[1:]
     kv_heads = kv.shape[2]
-    tile = tile or default_tile(head_dim, kv.element_size(), kv.shape[3], _device_of(kv)[1])
+    tile = tile or default_tile(head_dim, kv.element_size(), kv.shape[3], _capability(kv))
 
     def pages() -> torch.Tensor:
         return torch.from_numpy(batch.host.prefill_pages).to(batch.device, torch.int32)

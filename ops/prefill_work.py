@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FIELDS", "PrefillTile", "item_bound", "pack_heads", "prefill_work", "reversed_rounds"]
+__all__ = ["FIELDS", "PrefillTile", "item_bound", "pack_heads", "prefill_work"]
 
 FIELDS = 8
 """Columns of the list: row, rows, position of the first row, segment, first query head; the rest is unused."""
@@ -40,14 +40,10 @@ class PrefillTile:
     """Keys taken at a time."""
     warps: int
     stages: int
-    ctas_per_sm: int = 1
-    """Programs launched for every SM; 0 launches one for every item."""
     pack: int = 0
     """Query heads of one key/value head side by side in a block; 0 takes as many as fit."""
     tma: bool = False
     """Keys and values through a TMA descriptor; needs sm_90, 16-bit values and pages of a multiple of `block_n`."""
-    warp_specialize: bool = False
-    """Loads and GEMMs in warps of their own; takes effect on sm_90 with 4 warps."""
 
 
 def pack_heads(tile: PrefillTile, heads: int, kv_heads: int) -> int:
@@ -125,15 +121,3 @@ def prefill_work(
     items[:, 3] = segment_B[block] + first_segment
     items[:, 4] = chunk[order] * pack
     return work
-
-
-def reversed_rounds(programs: int, count: int) -> list[list[int]]:
-    """The items of each of `programs` programs, as the kernel deals them: forth in even rounds, back in odd ones."""
-    hands: list[list[int]] = [[] for _ in range(programs)]
-    for start in range(0, count, programs):
-        for program in range(programs):
-            back = (start // programs) % 2 == 1
-            item = start + (programs - 1 - program if back else program)
-            if item < count:
-                hands[program].append(item)
-    return hands

@@ -13,7 +13,7 @@ from tests.unit.ops_harness import CPU, Piece, dense_batch
 from tests.unit.test_ops_attention import LENGTHS, Case
 
 POINTERS = PrefillTile(32, 16, warps=4, stages=2)
-EACH = PrefillTile(16, 32, warps=4, stages=2, ctas_per_sm=0, pack=1)
+UNPACKED = PrefillTile(16, 32, warps=4, stages=2, pack=1)
 TMA = PrefillTile(32, 16, warps=4, stages=2, tma=True)
 TMA_32 = PrefillTile(64, 32, warps=4, stages=2, tma=True)
 F32, F16 = torch.float32, torch.float16
@@ -26,7 +26,7 @@ CASES = {
     "window-1": (6, 2, 32, 8, F32, 1, POINTERS),
     "window-5": (4, 2, 32, 16, F32, 5, POINTERS),
     "window-64": (4, 2, 32, 32, F32, 64, POINTERS),
-    "one-item-a-program": (4, 2, 32, 32, F32, None, EACH),
+    "heads-apart": (4, 2, 32, 32, F32, None, UNPACKED),
     "head-80": (5, 1, 80, 16, F32, None, POINTERS),
     "head-7-pages-of-1": (3, 1, 7, 1, F32, 64, POINTERS),
     "tma": (4, 2, 64, 32, F16, None, TMA),

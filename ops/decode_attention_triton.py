@@ -143,7 +143,7 @@ def _join(
             sum_ = sum_ * old_weight + one_sum * weight
             maximum = new
         target = out + row.to(tl.int64) * out_stride + (head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(target, (acc / sum_[:, None]).to(out.dtype.element_ty), mask=inside)
+        tl.store(target, (acc * (1.0 / sum_)[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -206,7 +206,7 @@ def _decode_kernel(
             begun_here = position - done >= first
             if begun_here & (ends_segment | (is_last == 0)):
                 target = out + row.to(tl.int64) * out_stride + (head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
-                tl.store(target, (acc / sum_[:, None]).to(out.dtype.element_ty), mask=inside)
+                tl.store(target, (acc * (1.0 / sum_)[:, None]).to(out.dtype.element_ty), mask=inside)
             else:
                 slot = 2 * program + begun_here.to(tl.int32)
                 tl.store(pieces + (slot * GROUP + g)[:, None] * HEAD_DIM + d[None, :], acc, mask=inside)

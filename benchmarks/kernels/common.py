@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 SLICE_SECONDS = 0.25
-"""One candidate's turn: long against the energy counter's steps (some tens of milliseconds)."""
+"""One candidate's turn: some steps of the card's energy counter (each some tens of milliseconds)."""
 SAMPLE_SECONDS = 1e-3
 """Least time of one timed replay: a graph holds as many calls as that takes."""
 MAX_CALLS = 200
@@ -113,7 +113,8 @@ class _Replays:
         """Replay for about `seconds`; the queue is kept some replays deep, so that launching costs nothing."""
         samples: list[float] = []
         self._wait()
-        begun, energy = time.perf_counter(), energy_joules() if self._on_gpu else None
+        begun = time.perf_counter()
+        meter = _EnergyMeter() if self._on_gpu and record else None
         waiting: list[tuple[Any, Any]] = []
         while time.perf_counter() - begun < seconds:
             if not self._on_gpu:
@@ -128,15 +129,17 @@ class _Replays:
             waiting.append(pair)
             if len(waiting) > 8:
                 samples.append(self._milliseconds(waiting.pop(0)))
+            if meter is not None:
+                meter.look()
         samples += [self._milliseconds(pair) for pair in waiting]
         self._wait()
         if record:
             self._samples += samples
             self._counted += len(samples) * self._calls
-            after = energy_joules() if energy is not None else None
-            if energy is not None and after is not None:
-                self._energy.append(after - energy)
-                self._energy_seconds += time.perf_counter() - begun
+            used = meter.used() if meter is not None else None
+            if used is not None:
+                self._energy.append(used[0])
+                self._energy_seconds += used[1]
 
     def _milliseconds(self, pair: tuple[Any, Any]) -> float:
         pair[1].synchronize()
@@ -159,6 +162,32 @@ class _Replays:
             joules=watts * median * 1e-3 if watts is not None else None,
             calls=self._counted,
         )
+
+
+class _EnergyMeter:
+    """Energy between two steps of the card's counter, which moves only every some tens of milliseconds."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[float, float]] = []
+        self._looked = time.perf_counter()
+        self._last = energy_joules()
+
+    def look(self) -> None:
+        """Note a step of the counter; looks at most every two milliseconds."""
+        now = time.perf_counter()
+        if self._last is None or now - self._looked < 2e-3:
+            return
+        self._looked, joules = now, energy_joules()
+        if joules is not None and joules != self._last:
+            self._steps.append((now, joules))
+            self._last = joules
+
+    def used(self) -> tuple[float, float] | None:
+        """Joules and seconds from the first step to the last; None if fewer than two were seen."""
+        if len(self._steps) < 2:
+            return None
+        (began, first), (ended, last) = self._steps[0], self._steps[-1]
+        return last - first, ended - began
 
 
 def _plain(calls: list[Callable[[], object]]) -> _Replays:

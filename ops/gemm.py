@@ -7,6 +7,7 @@ Shape legend: M rows, N output columns, K input columns.
 """
 
 import importlib
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -150,6 +151,13 @@ def _triton(
         config = found.config if found else None
     if config is None:
         config = default_config(rows, columns, budget, x.dtype, tma=tma, silu=silu)
+    if config.specialize:
+        if tma and bias is None and not silu and x.dtype != torch.float32:
+            from nanoflow.ops.gemm_specialized_triton import launch_specialized
+
+            launch_specialized(x, w, out, config, sms=budget)
+            return
+        config = replace(config, specialize=False, warps=8, epilogue_parts=2)
     if workspace is None and config.stream:
         workspace = _stream_workspace(config, budget, x.device, silu)
     launch(x, w, out, bias, config, sms=budget, silu=silu, tma=tma, workspace=workspace)

@@ -29,6 +29,9 @@ class GemmConfig:
     """Spread the last rounds' K steps evenly over all CTAs instead of leaving some without a tile."""
     flatten: bool = False
     """Let the loads of a CTA's next tile start before the last one is stored."""
+    specialize: bool = False
+    """Warps that only load beside two groups that multiply: `warps` is 4, no bias, no SiLU; see
+    `gemm_specialized_triton`. Where that cannot be, the same tile runs with eight warps."""
     registers: int = 0
     """Most registers a thread; 0 leaves it to the compiler."""
 
@@ -40,7 +43,7 @@ class GemmConfig:
         words += [f"c{self.ctas_per_sm}"] if self.ctas_per_sm != 1 else []
         words += [f"e{self.epilogue_parts}"] if self.epilogue_parts != 1 else []
         words += [f"r{self.registers}"] if self.registers else []
-        words += [word for word in ("stream", "flatten") if getattr(self, word)]
+        words += [word for word in ("stream", "flatten", "specialize") if getattr(self, word)]
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +107,9 @@ TILES = (
     GemmConfig(128, 128, 0, 64, 4, 3, ctas_per_sm=2, epilogue_parts=2),
     GemmConfig(128, 128, 0, 64, 4, 3, ctas_per_sm=2, epilogue_parts=2, stream=True),
     GemmConfig(64, 256, 0, 64, 4, 4, epilogue_parts=2),
+    GemmConfig(128, 256, 0, 64, 4, 3, specialize=True),
+    GemmConfig(256, 128, 0, 64, 4, 3, specialize=True),
+    GemmConfig(128, 128, 0, 64, 4, 4, specialize=True),
 )
 """Configs of 16-bit types for sm_90 worth measuring. None spills registers there."""
 

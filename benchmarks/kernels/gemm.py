@@ -166,7 +166,7 @@ def time(device: str, quick: bool = False) -> list[dict[str, Any]]:
     for case in cases:
         if quick and case.rows != ROWS[0]:
             continue
-        choice, rows = measure(case, device, 0.2 if quick else 0.5)
+        choice, rows = measure(case, device, 0.2 if quick else 0.4)
         choices.add(case.rows, *SHAPES[case.name], case.sms, torch.bfloat16, choice, silu=case.silu)
         table += rows
     choices.save(choice_file(choice_folders()[0], str(choices.machine["gpu"])))

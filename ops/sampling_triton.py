@@ -27,9 +27,12 @@ __all__ = ["MAX_PARTS", "argmax", "parts_for", "sample_rows"]
 
 BLOCK = 4096
 WARPS = 4
+PREPARE_BLOCK = 1024
 SEARCH_BLOCK = 2048
-DRAW_BLOCK = 8192
+DRAW_BLOCK = 4096
 DRAW_WARPS = 16
+STAGES = 3
+"""Tiles of a row in flight at once in `draw`, where a row has a program of its own."""
 PROGRAMS = 2112
 """Programs that fill a large GPU: 16 for each of 132 SMs."""
 MAX_PARTS = 64
@@ -168,12 +171,14 @@ def _scaled(work, token, largest, temperature, floor, VOCAB: tl.constexpr):
 
 
 @triton.jit
-def _above(work, largest, temperature, floor, threshold, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def _above(
+    work, largest, temperature, floor, threshold, VOCAB: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
     """How many values lie above `threshold`, and their mass."""
     lane = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.int32)
     mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):
         x = _scaled(work, start + lane, largest, temperature, floor, VOCAB)
         count += (x > threshold).to(tl.int32)
         mass += tl.where(x > threshold, _exp(x), 0.0)
@@ -181,7 +186,10 @@ def _above(work, largest, temperature, floor, threshold, VOCAB: tl.constexpr, BL
 
 
 @triton.jit
-def _threshold(work, largest, temperature, floor, target, MASS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def _threshold(
+    work, largest, temperature, floor, target, MASS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
     """The largest value such that those at or above it weigh `target` (by their mass, or one each)."""
     lane = tl.arange(0, BLOCK)
     low = tl.full([], -INFINITY, tl.float32)  # heavy enough
@@ -198,7 +206,7 @@ def _threshold(work, largest, temperature, floor, target, MASS: tl.constexpr, VO
         w3 = tl.zeros([BLOCK], tl.float32)
         least = tl.full([BLOCK], INFINITY, tl.float32)
         most = tl.full([BLOCK], -INFINITY, tl.float32)
-        for start in range(0, VOCAB, BLOCK):
+        for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):
             x = _scaled(work, start + lane, largest, temperature, floor, VOCAB)
             weight = _exp(x) if MASS else 1.0
             w0 += tl.where(x >= p0, weight, 0.0)
@@ -235,13 +243,14 @@ def _narrow(pivot, weights, target, low, high):
 
 @triton.jit
 def _draw(
-    work, largest, temperature, floor, threshold, uniform, VOCAB: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
-):
+    work, largest, temperature, floor, threshold, uniform, VOCAB: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The first token whose cumulative mass, in the order of tokens, passes `uniform` of the whole."""
     lane = tl.arange(0, BLOCK)
     place = tl.arange(0, TILES)
     sums = tl.zeros([TILES], tl.float64)
-    for start in range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):
         x = _scaled(work, start + lane, largest, temperature, floor, VOCAB)
         mass = tl.where(x >= threshold, _exp(x), 0.0).to(tl.float64)
         sums += tl.where(place == start // BLOCK, tl.sum(mass, axis=0), 0.0)
@@ -263,7 +272,7 @@ def _draw(
 @triton.jit
 def draw_kernel(
     rows, work, values, tokens, output, out, VOCAB: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
-    SEARCH_BLOCK: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    SEARCH_BLOCK: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     about = rows + index * WORDS
@@ -278,17 +287,19 @@ def draw_kernel(
             threshold = tl.full([], -INFINITY, tl.float32)
             if top_k > 0:
                 threshold = _threshold(
-                    mine, largest, temperature, floor, top_k.to(tl.float64), False, VOCAB, SEARCH_BLOCK
+                    mine, largest, temperature, floor, top_k.to(tl.float64), False, VOCAB, SEARCH_BLOCK, STAGES
                 )
             if top_p < 1:
-                above, total = _above(mine, largest, temperature, floor, threshold, VOCAB, SEARCH_BLOCK)
+                above, total = _above(mine, largest, temperature, floor, threshold, VOCAB, SEARCH_BLOCK, STAGES)
                 if top_k > 0:  # of values tied with the last one kept, as many as fill k
                     total += tl.maximum(top_k - above, 0).to(tl.float64) * _exp(threshold).to(tl.float64)
-                by_mass = _threshold(mine, largest, temperature, floor, top_p * total, True, VOCAB, SEARCH_BLOCK)
+                by_mass = _threshold(
+                    mine, largest, temperature, floor, top_p * total, True, VOCAB, SEARCH_BLOCK, STAGES
+                )
                 threshold = tl.maximum(threshold, by_mass)
             low = tl.load(about + UNIFORM).to(tl.int64) & 0xFFFFFFFF
             uniform = (low | (tl.load(about + UNIFORM + 1).to(tl.int64) << 32)).to(tl.float64, bitcast=True)
-            token = _draw(mine, largest, temperature, floor, threshold, uniform, VOCAB, TILES, BLOCK)
+            token = _draw(mine, largest, temperature, floor, threshold, uniform, VOCAB, TILES, BLOCK, STAGES)
         tl.store(out + entry, token.to(tl.int64))
         place = tl.load(about + PLACE).to(tl.int64)
         if place >= 0:
@@ -346,6 +357,10 @@ def sample_rows(
     out_S: torch.Tensor,
     *,
     work_RV: torch.Tensor | None = None,
+    draw_block: int = DRAW_BLOCK,
+    search_block: int = SEARCH_BLOCK,
+    warps: int = DRAW_WARPS,
+    stages: int = STAGES,
 ) -> None:
     """Samples the `count` rows that `rows` describes and writes their tokens, int64, to their entries of `out_S`.
 
@@ -360,17 +375,17 @@ def sample_rows(
     vocab = logits_SV.shape[1]
     if work_RV is None:
         work_RV = logits_SV.new_empty(count, vocab, dtype=torch.float32)
-    block, tiles, parts = _split(count, vocab, BLOCK // 2, None)
+    block, tiles, parts = _split(count, vocab, PREPARE_BLOCK, None)
     values, tokens = _workspace(logits_SV, count * parts)
     # Products stay apart from sums (enable_fp_fusion): the values are those of the PyTorch path, bit by bit.
     prepare_kernel[(count * parts,)](
         logits_SV, logits_SV.stride(0), rows, prompt, output, work_RV, values, tokens,
         VOCAB=vocab, PARTS=parts, TILES=tiles, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
-    draw_block = min(DRAW_BLOCK, int(triton.next_power_of_2(vocab)))
+    draw_block = min(draw_block, int(triton.next_power_of_2(vocab)))
     draw_kernel[(count,)](
         rows, work_RV, values, tokens, output, out_S,
         VOCAB=vocab, PARTS=parts, PARTS_BLOCK=triton.next_power_of_2(parts),
-        SEARCH_BLOCK=min(SEARCH_BLOCK, draw_block), TILES=triton.next_power_of_2(triton.cdiv(vocab, draw_block)),
-        BLOCK=draw_block, num_warps=DRAW_WARPS,
+        SEARCH_BLOCK=min(search_block, draw_block), TILES=triton.next_power_of_2(triton.cdiv(vocab, draw_block)),
+        BLOCK=draw_block, STAGES=stages, num_warps=warps,
     )  # fmt: skip

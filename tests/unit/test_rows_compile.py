@@ -77,13 +77,14 @@ KERNELS = {
         sampling_triton.prepare_kernel,
         {"logits": "*T", "stride": "i32", "rows": "*i32", "prompt": "*u8", "output": "*i32", "work": "*fp32"}
         | {"values": "*fp32", "tokens": "*i32"},
-        {**PARTS, "TILES": 16, "BLOCK": 2048},
+        {**PARTS, "TILES": 32, "BLOCK": 1024},
         4,
     ),
     "draw": (
         sampling_triton.draw_kernel,
         {"rows": "*i32", "work": "*fp32", "values": "*fp32", "tokens": "*i32", "output": "*i32", "out": "*i64"},
-        {"VOCAB": VOCAB, "PARTS": 4, "PARTS_BLOCK": 4, "SEARCH_BLOCK": 2048, "TILES": 16, "BLOCK": 8192},
+        {"VOCAB": VOCAB, "PARTS": 4, "PARTS_BLOCK": 4, "SEARCH_BLOCK": 2048, "TILES": 32, "BLOCK": 4096}
+        | {"STAGES": 3},
         16,
     ),
 }

@@ -309,7 +309,7 @@ def draw_kernel(
 
 def parts_for(rows: int, vocab: int, block: int = BLOCK) -> int:
     """Parts that each row is cut into so that the programs fill a GPU."""
-    return max(1, min(triton.cdiv(PROGRAMS, max(rows, 1)), triton.cdiv(vocab, block), MAX_PARTS))
+    return max(1, min(-(-PROGRAMS // max(rows, 1)), -(-vocab // block), MAX_PARTS))
 
 
 def _split(rows: int, vocab: int, block: int, parts: int | None) -> tuple[int, int, int]:

@@ -66,9 +66,13 @@ def _softmax_step(s, m, total, acc, key, position, scale, N: tl.constexpr, WINDO
         seen = keys <= position[:, None]
         if WINDOW > 0:
             seen = seen & (keys > position[:, None] - WINDOW)
-        s = tl.where(seen, s, HIDDEN)
-    new_m = tl.maximum(m, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - new_m[:, None])
+        # Scaled before it is masked: a fused multiply-add of HIDDEN, less its own rounded product, is far from zero.
+        s = tl.where(seen, s * scale, HIDDEN)
+        new_m = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - new_m[:, None])
+    else:
+        new_m = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - new_m[:, None])
     old = tl.exp2(m - new_m)
     return p, new_m, total * old + tl.sum(p, 1), acc * old[:, None]
 

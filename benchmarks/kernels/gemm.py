@@ -155,10 +155,13 @@ def measure(case: Case, device: str, seconds: float) -> tuple[Choice, list[dict[
 
 
 def time(device: str, quick: bool = False) -> list[dict[str, Any]]:
-    """Whole GPU at every number of rows, the fewest rows also on a part of the SMs, and gate_up with SiLU."""
+    """Whole GPU at every number of rows, the fewest rows also on a part of the SMs, and gate_up with SiLU.
+
+    An interrupt ends it early; the cases that were finished are kept.
+    """
     compile_all(device)
     whole = device_sms(torch.device(device))
-    cases = [Case(name, rows, whole, True, False) for name in SHAPES for rows in ROWS]
+    cases = [Case(name, rows, whole, True, False) for rows in ROWS for name in SHAPES]
     cases += [Case(name, ROWS[0], PARTITION, False, False) for name in SHAPES]
     cases += [Case("gate_up", rows, whole, True, True) for rows in ROWS]
     choices = Choices(machine_of(torch.device(device)))
@@ -166,8 +169,13 @@ def time(device: str, quick: bool = False) -> list[dict[str, Any]]:
     for case in cases:
         if quick and case.rows != ROWS[0]:
             continue
-        choice, rows = measure(case, device, 0.2 if quick else 0.4)
+        try:
+            choice, rows = measure(case, device, 0.2 if quick else 0.4)
+        except KeyboardInterrupt:
+            print(f"interrupted at {case}: the cases before it are kept", flush=True)
+            break
         choices.add(case.rows, *SHAPES[case.name], case.sms, torch.bfloat16, choice, silu=case.silu)
+        choices.save(choice_file(choice_folders()[0], str(choices.machine["gpu"])))
         table += rows
-    choices.save(choice_file(choice_folders()[0], str(choices.machine["gpu"])))
+        print(f"{case}: {choice}", flush=True)
     return table

@@ -43,7 +43,7 @@ def relative_error(
 
 
 @pytest.mark.parametrize("config", TILES, ids=str)
-@pytest.mark.parametrize("shape", [(640, 4096, 1024), (333, 1000, 520), (1, 256, 64), (1280, 6144, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(640, 4096, 1024), (333, 1000, 520)], ids=str)
 def test_every_config(config: GemmConfig, shape: tuple[int, int, int]) -> None:
     assert relative_error(*shape, config) < LIMITS[torch.bfloat16]
     assert relative_error(*shape, config, sms=100, bias=True) < LIMITS[torch.bfloat16]

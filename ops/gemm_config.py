@@ -68,6 +68,13 @@ class GemmConfig:
             return 0
         return tiles if tiles < 2 * programs else tiles % programs + programs
 
+    def programs(self, tiles: int, steps: int, sms: int) -> int:
+        """CTAs to launch for tiles of `steps` K steps each. Where tiles are spread, each CTA has a step at least: its
+        share must not be empty, since others wait for it; four, if the tiles are few."""
+        programs = sms * self.ctas_per_sm
+        spread = self.spread_tiles(tiles, sms)
+        return min(programs, spread * -(-steps // 4) if spread else tiles)
+
     def workspace_bytes(self, sms: int, silu: bool = False) -> int:
         """Bytes of partial sums that a stream config needs on `sms` SMs; 0 for others."""
         if not self.stream:

@@ -315,11 +315,10 @@ def launch(
     if config.registers:
         constants["maxnreg"] = config.registers
     bias = x if bias is None else bias
+    grid = config.programs(tiles, -(-inputs // config.block_k), sms)
     if spread:
         if workspace is None:
             raise ValueError(f"{config} spreads tiles over CTAs and needs a workspace")
-        grid = sms * config.ctas_per_sm
         _stream_gemm[(grid,)](*sources, bias, workspace.partials, workspace.flags, *sizes, spread, **constants)
     else:
-        grid = min(tiles, sms * config.ctas_per_sm)
         _tile_gemm[(grid,)](*sources, bias, *sizes, FLATTEN=config.flatten, **constants)

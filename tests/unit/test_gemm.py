@@ -75,6 +75,17 @@ def test_tiles_cover_and_only_unfilled_rounds_are_spread() -> None:
     assert GemmConfig(128, 256).spread_tiles(120, 100) == 0
 
 
+@pytest.mark.parametrize("sms", [1, 7, 100, 132])
+@pytest.mark.parametrize("ctas_per_sm", [1, 2])
+def test_no_cta_that_others_wait_for_has_nothing_to_do(sms: int, ctas_per_sm: int) -> None:
+    config = GemmConfig(128, 256, stream=True, ctas_per_sm=ctas_per_sm)
+    for tiles in range(1, 600):
+        for steps in (1, 4, 9, 64):
+            programs, spread = config.programs(tiles, steps, sms), config.spread_tiles(tiles, sms)
+            assert 1 <= programs <= sms * ctas_per_sm
+            assert spread * steps >= programs or not spread
+
+
 def make_choices() -> Choices:
     choices = Choices(H100)
     stream = Choice("triton", GemmConfig(128, 256, stages=4, stream=True), 0.03, 0.04)

@@ -59,6 +59,10 @@ def test_any_number_of_sms(config: GemmConfig, sms: int) -> None:
     assert error(40, 128, 112, config, sms=sms) < 1e-2
 
 
+def test_more_sms_than_k_steps() -> None:
+    assert error(16, 32, 48, STREAM, sms=40) < 1e-2
+
+
 @pytest.mark.parametrize("config", [SMALL, EXTRA, STREAM, STREAM_EXTRA], ids=str)
 def test_bias(config: GemmConfig) -> None:
     assert error(35, 120, 48, config, bias=True) < 1e-2

@@ -111,6 +111,8 @@ class ParsedRequest:
     messages: tuple[Message, ...] = ()
     """The conversation; a message's content is a string or a list of ``{"type": "text", "text": ...}``."""
     metadata: Mapping[str, Any] | None = None
+    arrival: float | None = None
+    """Seconds after the run's start at which the request arrives; None: it is there from the start."""
 
     def error(self, message: str, code: str = "invalid_request") -> ErrorRecord:
         """The record that says why this request, though well formed, cannot be answered."""

@@ -10,13 +10,10 @@ from pydantic import ValidationError
 
 from nanoflow.config_schema import (
     EngineSection,
-    Length,
     ModelSection,
     OutputSection,
     PipelineSection,
     RunConfig,
-    SyntheticSection,
-    TraceSection,
     WorkloadSection,
 )
 from nanoflow.errors import ConfigError, OutputError
@@ -24,13 +21,10 @@ from nanoflow.validation import explain, shorten
 
 __all__ = [
     "EngineSection",
-    "Length",
     "ModelSection",
     "OutputSection",
     "PipelineSection",
     "RunConfig",
-    "SyntheticSection",
-    "TraceSection",
     "WorkloadSection",
     "dump_config",
     "load_config",

@@ -8,22 +8,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nanoflow.sampling_params import SamplingParams
+from nanoflow.section import Count, Name, Section
+from nanoflow.workload_schema import ArrivalSection, SyntheticSection, TraceSection
 
 __all__ = [
     "EngineSection",
-    "Length",
-    "LognormalLength",
     "ModelSection",
     "OutputSection",
     "PipelineSection",
     "RunConfig",
-    "SyntheticSection",
-    "TraceSection",
     "WorkloadSection",
 ]
 
@@ -53,22 +49,12 @@ def _device(value: Any) -> Any:
     raise ValueError("it must be auto, cpu, cuda or cuda:N")
 
 
-def _range(value: Any) -> Any:
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return tuple(value)
-    raise ValueError("it must be [low, high]")
+def _none_is_null(value: Any) -> Any:
+    return None if value == "none" else value
 
 
 AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
-Count = Annotated[int, Field(ge=1)]
-Range = Annotated[tuple[Count, Count], BeforeValidator(_range)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A frozen section that refuses unknown keys and does not turn one type into another."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+Arrival = Annotated[ArrivalSection | None, BeforeValidator(_none_is_null)]
 
 
 class ModelSection(Section):
@@ -85,94 +71,17 @@ class ModelSection(Section):
     )
 
 
-class TraceSection(Section):
-    """Request lengths from a CSV file with the columns ContextTokens and GeneratedTokens; the tokens are random."""
-
-    path: Name = Field(description="The CSV file.")
-    first: Count | None = Field(None, description="Take only this many rows, from the top; null: all.")
-    max_input: Count | None = Field(None, description="Longer prompts are cut to this many tokens; null: as they are.")
-    max_output: Count | None = Field(None, description="Longer outputs are cut to this many tokens; null: as they are.")
-    seed: int = Field(0, ge=0, description="Of the random token ids.")
-
-
-class LognormalLength(Section):
-    """Lengths whose logarithm is normal, as the lengths of real prompts roughly are."""
-
-    mean: float = Field(gt=0, description="Mean length in tokens, before the cut to min and max.")
-    sigma: float = Field(ge=0, description="Standard deviation of the natural logarithm of the length.")
-    min: Count = Field(1, description="Shorter lengths become this.")
-    max: Count | None = Field(None, description="Longer lengths become this; null: no limit.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.max is not None and self.max < self.min:
-            raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
-        return self
-
-
-def _number_or_section(schema: dict[str, Any]) -> None:
-    section = dict(schema)
-    schema.clear()
-    schema["anyOf"] = [{"type": "integer", "minimum": 1}, section]
-
-
-class Length(Section):
-    """A distribution of lengths in tokens: exactly one of the keys is set. A bare number N means ``{constant: N}``."""
-
-    model_config = ConfigDict(json_schema_extra=_number_or_section)
-
-    constant: Count | None = Field(None, description="Every length is this.")
-    uniform: Range | None = Field(
-        None, description="[low, high]: every length from low to high is equally likely, both included."
-    )
-    lognormal: LognormalLength | None = Field(None, description="Lengths whose logarithm is normal.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _number_is_constant(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return {"constant": value}
-        if not isinstance(value, dict | Length):
-            raise ValueError("it must be a number, {uniform: [low, high]} or {lognormal: {mean: M, sigma: S}}")
-        return value
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if sum(v is not None for v in (self.constant, self.uniform, self.lognormal)) != 1:
-            raise ValueError("it must have exactly one of constant, uniform and lognormal")
-        if self.uniform is not None and self.uniform[0] > self.uniform[1]:
-            raise ValueError("uniform must be [low, high] with low no larger than high")
-        return self
-
-    def sample(self, generator: np.random.Generator, count: int) -> NDArray[np.int64]:
-        """`count` lengths in tokens, each at least 1."""
-        if self.uniform is not None:
-            return generator.integers(self.uniform[0], self.uniform[1], count, endpoint=True)
-        if self.lognormal is not None:
-            # The mean of exp(N(mu, sigma^2)) is exp(mu + sigma^2 / 2).
-            spec = self.lognormal
-            mu = np.log(spec.mean) - spec.sigma**2 / 2
-            drawn = np.rint(np.minimum(generator.lognormal(mu, spec.sigma, count), 2.0**31))
-            return np.clip(drawn, spec.min, spec.max).astype(np.int64)
-        assert self.constant is not None
-        return np.full(count, self.constant, dtype=np.int64)
-
-
-class SyntheticSection(Section):
-    """Random prompts; outputs have exactly the drawn length (end-of-sequence is ignored)."""
-
-    input_len: Length = Field(description="Tokens of a prompt: N, {uniform: [A, B]} or {lognormal: {...}}.")
-    output_len: Length = Field(description="Tokens of an output, in the same forms.")
-    requests: Count = Field(100, description="How many requests.")
-    seed: int = Field(0, ge=0, description="Of the lengths and the token ids.")
-
-
 class WorkloadSection(Section):
-    """What is to be run: exactly one of the keys is set."""
+    """What is to be run: exactly one of input, trace and synthetic is set."""
 
     input: Name | None = Field(None, description="A JSONL file: OpenAI batch lines, or the short form.")
     trace: TraceSection | None = Field(None, description="Request lengths from a CSV file.")
     synthetic: SyntheticSection | None = Field(None, description="Random requests.")
+    arrival: Arrival = Field(
+        None,
+        description="When requests arrive: none (all are there from the start), trace, {poisson: RATE}, "
+        "{constant: RATE} or {gamma: {rate: RATE, burstiness: B}}, in requests a second.",
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -181,6 +90,8 @@ class WorkloadSection(Section):
             raise ValueError(
                 f"it must have exactly one of input, trace and synthetic, not {' and '.join(given) or 'none of them'}"
             )
+        if self.arrival is not None and self.arrival.trace is not None and self.trace is None:
+            raise ValueError(f"arrival: trace needs a trace, and the run has {given[0]}; use poisson, constant or gamma")
         return self
 
 

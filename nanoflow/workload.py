@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.batch_file import ErrorRecord, ParsedRequest, read_requests
-from nanoflow.config_schema import RunConfig, SyntheticSection, TraceSection
+from nanoflow.config_schema import RunConfig
 from nanoflow.errors import InputError
+from nanoflow.lengths import LONGEST
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.validation import shorten
+from nanoflow.workload_schema import SyntheticSection, TraceSection
 
 __all__ = ["TRACE_COLUMNS", "read_workload"]
 
@@ -53,8 +55,9 @@ def _random_requests(
 
 def _synthetic_lengths(spec: SyntheticSection) -> NDArray[np.int64]:
     generator = np.random.default_rng(spec.seed)
-    inputs = spec.input_len.sample(generator, spec.requests)
-    return np.stack([inputs, spec.output_len.sample(generator, spec.requests)], axis=1)
+    each = zip(spec.lengths, (spec.max_input, spec.max_output), strict=True)
+    columns = [np.minimum(length.sample(generator, spec.requests), cap or LONGEST) for length, cap in each]
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def _trace_lengths(spec: TraceSection) -> NDArray[np.int64]:

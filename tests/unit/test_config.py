@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from nanoflow.config import dump_config, load_config, save_config, shipped_configs
-from nanoflow.config_schema import Length, RunConfig
+from nanoflow.config_schema import RunConfig
 from nanoflow.errors import ConfigError, OutputError, ParameterError, UserError
+from nanoflow.lengths import Length
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.validation import known_keys
 
@@ -86,7 +87,7 @@ def test_a_config_is_frozen(run_yaml: Path) -> None:
         ("workload.synthetic.input_len=x", "workload.synthetic.input_len", "{uniform: [low, high]}"),
         ("workload.synthetic.input_len={uniform: [9, 3]}", "workload.synthetic.input_len", "[low, high]"),
         ("workload.synthetic.input_len={uniform: 3}", "workload.synthetic.input_len.uniform", "[low, high]"),
-        ("workload.synthetic.output_len={lognormal: {mean: 9}}", "workload.synthetic.output_len", "sigma: is missing"),
+        ("workload.synthetic.output_len={lognormal: {mean: 9}}", "workload.synthetic.output_len", "exactly one of sigma"),
         ("pipeline.plan=none.yaml", "pipeline.plan", "none.yaml not found"),
         ("model.path=models/none.gguf", "model.path", "not found"),
         ("model.path=./none", "model.path", "not found"),

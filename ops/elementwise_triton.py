@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanoflow.ops.dependent_launch import dependent_launch, start_after_others
+
 __all__ = ["BLOCK", "WARPS", "add", "embed", "gather_rows", "silu_mul"]
 
 BLOCK = 2048
@@ -18,7 +20,11 @@ WARPS = 4
 
 
 @triton.jit
-def silu_mul_kernel(source, out, source_stride, out_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul_kernel(
+    source, out, source_stride, out_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        start_after_others()
     BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // BLOCKS).to(tl.int64)
@@ -32,7 +38,11 @@ def silu_mul_kernel(source, out, source_stride, out_stride, COLUMNS: tl.constexp
 
 
 @triton.jit
-def add_kernel(residual, branch, residual_stride, branch_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def add_kernel(
+    residual, branch, residual_stride, branch_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        start_after_others()
     BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // BLOCKS).to(tl.int64)
@@ -55,7 +65,10 @@ def gather_kernel(
     ON_DEVICE: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        start_after_others()
     BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // BLOCKS).to(tl.int64)
@@ -80,9 +93,9 @@ def silu_mul(source_T2F: torch.Tensor, out_TF: torch.Tensor, *, block: int = BLO
         return
     block = _block(columns, block)
     grid = (rows * triton.cdiv(columns, block),)
-    silu_mul_kernel[grid](
-        source_T2F, out_TF, source_T2F.stride(0), out_TF.stride(0), COLUMNS=columns, BLOCK=block, num_warps=warps
-    )
+    strides = (source_T2F.stride(0), out_TF.stride(0))
+    constants = {"COLUMNS": columns, "BLOCK": block, "num_warps": warps, **dependent_launch(out_TF.device)}
+    silu_mul_kernel[grid](source_T2F, out_TF, *strides, **constants)
 
 
 def add(residual_TE: torch.Tensor, branch_TE: torch.Tensor, *, block: int = BLOCK, warps: int = WARPS) -> None:
@@ -93,7 +106,8 @@ def add(residual_TE: torch.Tensor, branch_TE: torch.Tensor, *, block: int = BLOC
     block = _block(columns, block)
     grid = (rows * triton.cdiv(columns, block),)
     strides = (residual_TE.stride(0), branch_TE.stride(0))
-    add_kernel[grid](residual_TE, branch_TE, *strides, COLUMNS=columns, BLOCK=block, num_warps=warps)
+    constants = {"COLUMNS": columns, "BLOCK": block, "num_warps": warps, **dependent_launch(branch_TE.device)}
+    add_kernel[grid](residual_TE, branch_TE, *strides, **constants)
 
 
 def gather_rows(
@@ -143,4 +157,5 @@ def _gather(
         COLUMNS=columns,
         BLOCK=block,
         num_warps=warps,
+        **dependent_launch(out_TE.device),
     )

@@ -18,7 +18,7 @@ from torch.nn import functional
 from nanoflow.ops.gemm_choice import stored_choices
 from nanoflow.ops.gemm_config import GemmConfig, Workspace, default_config
 
-__all__ = ["GEMM_KERNELS", "GemmKernel", "matmul", "prepare_workspace", "unavailable"]
+__all__ = ["GEMM_KERNELS", "GemmKernel", "matmul", "unavailable"]
 
 GemmKernel = Literal["measured", "cublas", "triton", "deep_gemm"]
 
@@ -47,7 +47,7 @@ def matmul(
         sms: SMs to use; all if None. cuBLAS takes what it likes.
         kernel: "measured" is the one that was measured to be the fastest for this shape and SM budget, or cuBLAS.
         config: of the Triton kernels; by default the measured one or a guess.
-        workspace: of Triton's stream configs, one for each stream that runs GEMMs. By default one is kept for the
+        workspace: of Triton's split configs, one for each stream that runs GEMMs. By default one is kept for the
             current stream. In the capture of a CUDA graph, pass one, or run once on the capturing stream before: one
             that is made in a capture is cleared by every launch.
 
@@ -104,11 +104,6 @@ def unavailable(kernel: str, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor
     return f"unknown; there are {', '.join(GEMM_KERNELS)}"
 
 
-def prepare_workspace(sms: int, config: GemmConfig, device: torch.device, *, silu: bool = False) -> Workspace:
-    """A workspace for `config` on `sms` SMs (any number of SMs up to `sms` may then use it)."""
-    return Workspace(config.workspace_bytes(sms, silu), sms * config.ctas_per_sm, device)
-
-
 @cache
 def device_sms(device: torch.device) -> int:
     """SMs of a GPU; of a CPU, where the kernels run in Triton's interpreter, a few."""
@@ -150,7 +145,7 @@ def _triton(
         found = stored_choices(x.device).find(rows, columns, inputs, budget, x.dtype, silu=silu)
         config = found.config if found else None
     if config is None:
-        config = default_config(rows, columns, budget, x.dtype, tma=tma, silu=silu)
+        config = default_config(rows, columns, inputs, budget, x.dtype, tma=tma, silu=silu)
     if config.specialize:
         if tma and bias is None and not silu and x.dtype != torch.float32:
             from nanoflow.ops.gemm_specialized_triton import launch_specialized
@@ -158,7 +153,7 @@ def _triton(
             launch_specialized(x, w, out, config, sms=budget)
             return
         config = replace(config, specialize=False, warps=8, epilogue_parts=2)
-    if workspace is None and config.stream:
+    if workspace is None and config.split:
         workspace = _stream_workspace(config, budget, x.device, silu)
     launch(x, w, out, bias, config, sms=budget, silu=silu, tma=tma, workspace=workspace)
 
@@ -168,9 +163,9 @@ def _stream_workspace(config: GemmConfig, sms: int, device: torch.device, silu: 
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     kept = _workspaces.setdefault((device.index, stream), [])
     for workspace in kept:
-        if workspace.holds(config.workspace_bytes(sms, silu), sms * config.ctas_per_sm):
+        if workspace.holds(config, sms, silu=silu):
             return workspace
-    workspace = prepare_workspace(sms, config, device, silu=silu)
+    workspace = Workspace(config, sms, device, silu=silu)
     # What a capture allocates belongs to its graph's pool and must not serve others.
     if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         kept.append(workspace)

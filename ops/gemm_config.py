@@ -1,12 +1,41 @@
 """How the Triton GEMM is cut: one tile's size, how tiles are spread over the SMs, and a default for any shape."""
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["SILU_TILES", "TILES", "GemmConfig", "Workspace", "candidates", "default_config"]
+__all__ = ["SILU_TILES", "TILES", "GemmConfig", "Split", "Workspace", "candidates", "default_config"]
+
+LEAST_STEPS = 8
+"""K steps of a piece, at least: filling its pipeline takes three."""
+LEAST_TAIL = 4
+"""K steps of a tile that helpers take, at least."""
+HAND_OVER = 2.0
+"""K steps that it takes to write or to read a tile's partial sums."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the first `tiles` tiles are cut along K: into `pieces` of `length` steps, and a `tail` for the helpers."""
+
+    tiles: int
+    pieces: int
+    length: int
+    tail: int
+    helpers: int
+
+    @property
+    def programs(self) -> int:
+        """CTAs that take part."""
+        return self.tiles * self.pieces + self.helpers
+
+    @property
+    def partials(self) -> int:
+        """Partial sums of a tile, at most: a helper's share is no shorter than a tail, so two meet in one at most."""
+        return self.pieces - 1 + (2 if self.helpers else 0)
 
 
 @dataclass(frozen=True)
@@ -25,8 +54,8 @@ class GemmConfig:
     ctas_per_sm: int = 1
     epilogue_parts: int = 1
     """Pieces that the first accumulator is stored in: 1, 2 or 4."""
-    stream: bool = False
-    """Spread the last rounds' K steps evenly over all CTAs instead of leaving some without a tile."""
+    split: bool = False
+    """Cut the K steps of the tiles that would not fill a last round among all CTAs; see `split_tiles`."""
     flatten: bool = False
     """Let the loads of a CTA's next tile start before the last one is stored."""
     specialize: bool = False
@@ -36,14 +65,14 @@ class GemmConfig:
     """Most registers a thread; 0 leaves it to the compiler."""
 
     def __str__(self) -> str:
-        """Short, for tables: ``128x256x64 w8 s3 stream``."""
+        """Short, for tables: ``128x256x64 w8 s3 split``."""
         columns = f"{self.block_n}+{self.extra_n}" if self.extra_n else f"{self.block_n}"
         words = [f"{self.block_m}x{columns}x{self.block_k} w{self.warps} s{self.stages}"]
         words += [f"g{self.group_m}"] if self.group_m != 8 else []
         words += [f"c{self.ctas_per_sm}"] if self.ctas_per_sm != 1 else []
         words += [f"e{self.epilogue_parts}"] if self.epilogue_parts != 1 else []
         words += [f"r{self.registers}"] if self.registers else []
-        words += [word for word in ("stream", "flatten", "specialize") if getattr(self, word)]
+        words += [word for word in ("split", "flatten", "specialize") if getattr(self, word)]
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,38 +89,48 @@ class GemmConfig:
         outputs = columns // 2 if silu else columns
         return -(-rows // self.block_m), -(-outputs // self.columns(silu))
 
-    def spread_tiles(self, tiles: int, sms: int) -> int:
-        """Tiles whose K steps are spread over all CTAs: those that would not fill a round, and one full round more, so
-        that a CTA takes part in few of them."""
-        programs = sms * self.ctas_per_sm
-        if not self.stream or tiles % programs == 0:
-            return 0
-        return tiles if tiles < 2 * programs else tiles % programs + programs
+    def split_tiles(self, tiles: int, steps: int, sms: int) -> Split | None:
+        """How the tiles of the last, unfilled round are cut, for tiles of `steps` K steps; None if they stay whole.
 
-    def programs(self, tiles: int, steps: int, sms: int) -> int:
-        """CTAs to launch for tiles of `steps` K steps each. Where tiles are spread, each CTA has a step at least: its
-        share must not be empty, since others wait for it; four, if the tiles are few."""
+        Each becomes as many pieces as there are CTAs for each. CTAs that are left over help: they share out the last
+        steps of all these tiles evenly. Pieces are then as long as lets a tile's owner, who adds up what the others
+        computed, and the helpers end together.
+        """
         programs = sms * self.ctas_per_sm
-        spread = self.spread_tiles(tiles, sms)
-        return min(programs, spread * -(-steps // 4) if spread else tiles)
+        rest = tiles % programs
+        if not self.split or not rest:
+            return None
+        pieces = min(programs // rest, max(1, steps // LEAST_STEPS))
+        helpers = programs - pieces * rest if pieces == programs // rest else 0
+        if helpers:
+            share = rest / helpers
+            length = (share * steps + HAND_OVER * (share + 1 - pieces)) / (1 + share * pieces)
+            tail = steps - pieces * math.ceil(length)
+            if tail >= LEAST_TAIL and rest * tail >= helpers:
+                return Split(rest, pieces, math.ceil(length), tail, helpers)
+        length = -(-steps // pieces)
+        pieces = -(-steps // length)
+        return Split(rest, pieces, length, 0, 0) if pieces > 1 else None
 
-    def workspace_bytes(self, sms: int, silu: bool = False) -> int:
-        """Bytes of partial sums that a stream config needs on `sms` SMs; 0 for others."""
-        if not self.stream:
-            return 0
-        columns = 2 * self.block_n if silu else self.block_n + self.extra_n
-        return sms * self.ctas_per_sm * self.block_m * columns * 4
+    def tile_bytes(self, silu: bool = False) -> int:
+        """Of one tile's partial sums."""
+        return self.block_m * (2 * self.block_n if silu else self.block_n + self.extra_n) * 4
 
 
 class Workspace:
-    """Partial sums and flags of stream configs. One for each stream that runs GEMMs: launches must not overlap."""
+    """Partial sums and flags of split configs. One for each stream that runs GEMMs: launches must not overlap.
 
-    def __init__(self, nbytes: int, programs: int, device: torch.device) -> None:
-        self.partials = torch.empty(max(nbytes // 4, 1), dtype=torch.float32, device=device)
-        self.flags = torch.zeros(max(programs, 1), dtype=torch.int32, device=device)
+    Of a size that holds any split of `config` on up to `sms` SMs.
+    """
 
-    def holds(self, nbytes: int, programs: int) -> bool:
-        return self.partials.numel() * 4 >= nbytes and self.flags.numel() >= programs
+    def __init__(self, config: GemmConfig, sms: int, device: torch.device, *, silu: bool = False) -> None:
+        slots = 2 * sms * config.ctas_per_sm if config.split else 1
+        self.partials = torch.empty(slots * config.tile_bytes(silu) // 4, dtype=torch.float32, device=device)
+        self.flags = torch.zeros(slots, dtype=torch.int32, device=device)
+
+    def holds(self, config: GemmConfig, sms: int, *, silu: bool = False) -> bool:
+        slots = 2 * sms * config.ctas_per_sm
+        return self.partials.numel() * 4 >= slots * config.tile_bytes(silu) and self.flags.numel() >= slots
 
 
 TILES = (
@@ -99,33 +138,26 @@ TILES = (
     GemmConfig(128, 256, 0, 64, 8, 4, epilogue_parts=4),
     GemmConfig(128, 256, 0, 64, 8, 3, epilogue_parts=2, flatten=True),
     GemmConfig(128, 256, 0, 64, 8, 4, epilogue_parts=4, flatten=True),
-    GemmConfig(128, 256, 0, 64, 8, 4, epilogue_parts=2, stream=True),
-    GemmConfig(128, 256, 0, 64, 8, 4, epilogue_parts=4, stream=True),
+    GemmConfig(128, 256, 0, 64, 8, 4, epilogue_parts=4, split=True),
+    GemmConfig(128, 256, 0, 64, 8, 3, epilogue_parts=2, split=True),
+    GemmConfig(128, 256, 64, 64, 8, 3, epilogue_parts=4),
+    GemmConfig(256, 128, 32, 64, 8, 3, epilogue_parts=2),
+    GemmConfig(256, 128, 32, 64, 8, 4, epilogue_parts=4),
     GemmConfig(256, 128, 0, 64, 8, 4, epilogue_parts=2),
-    GemmConfig(256, 128, 0, 64, 8, 3, epilogue_parts=2, flatten=True),
-    GemmConfig(256, 128, 0, 64, 8, 4, epilogue_parts=2, stream=True),
+    GemmConfig(256, 128, 0, 64, 8, 4, epilogue_parts=2, split=True),
     GemmConfig(128, 128, 64, 64, 8, 4, epilogue_parts=2),
-    GemmConfig(128, 128, 64, 64, 8, 4, epilogue_parts=2, flatten=True),
-    GemmConfig(128, 128, 64, 64, 8, 5, epilogue_parts=4, stream=True),
-    GemmConfig(128, 128, 32, 64, 8, 4, epilogue_parts=2),
     GemmConfig(128, 128, 32, 64, 8, 5, epilogue_parts=4),
     GemmConfig(128, 128, 0, 64, 8, 5, epilogue_parts=2, flatten=True),
-    GemmConfig(128, 128, 0, 128, 8, 3, epilogue_parts=2),
     GemmConfig(128, 128, 0, 64, 4, 3, ctas_per_sm=2, epilogue_parts=2),
-    GemmConfig(128, 128, 0, 64, 4, 3, ctas_per_sm=2, epilogue_parts=2, stream=True),
-    GemmConfig(64, 256, 0, 64, 4, 4, epilogue_parts=2),
     GemmConfig(128, 256, 0, 64, 4, 3, specialize=True),
     GemmConfig(256, 128, 0, 64, 4, 3, specialize=True),
-    GemmConfig(128, 128, 0, 64, 4, 4, specialize=True),
 )
 """Configs of 16-bit types for sm_90 worth measuring. None spills registers there."""
 
 SILU_TILES = (
     GemmConfig(128, 128, 0, 64, 8, 4, epilogue_parts=2),
-    GemmConfig(128, 128, 0, 64, 8, 3, epilogue_parts=2, flatten=True),
-    GemmConfig(128, 128, 0, 64, 8, 4, epilogue_parts=4, stream=True),
+    GemmConfig(128, 128, 0, 64, 8, 4, epilogue_parts=4, split=True),
     GemmConfig(256, 64, 0, 64, 8, 4),
-    GemmConfig(128, 64, 0, 64, 8, 4),
 )
 """The same with SiLU, where a tile has two accumulators of `block_n` columns."""
 
@@ -139,18 +171,23 @@ AMPERE = GemmConfig(128, 128, 0, 32, 8, 4)
 """Of 16-bit types without TMA."""
 
 
-def candidates(rows: int, columns: int, sms: int, *, silu: bool = False) -> list[GemmConfig]:
+def candidates(rows: int, columns: int, inputs: int, sms: int, *, silu: bool = False) -> list[GemmConfig]:
     """The configs worth measuring for one shape on `sms` SMs, likeliest first, those that waste too much left out."""
-    tiles = SILU_TILES if silu else TILES
-    useful = [config for config in tiles if not config.stream or _spreads(config, rows, columns, sms, silu)]
-    rated = sorted(useful, key=lambda config: _idle(config, rows, columns, sms, silu))
-    least = _idle(rated[0], rows, columns, sms, silu)
-    return [config for config in rated if _idle(config, rows, columns, sms, silu) < least * 1.35]
+    rated = []
+    for config in SILU_TILES if silu else TILES:
+        tiles_m, tiles_n = config.tiles(rows, columns, silu)
+        steps = -(-inputs // config.block_k)
+        split = config.split_tiles(tiles_m * tiles_n, steps, sms)
+        if config.split and not split:
+            continue
+        rated.append((_guess(config, tiles_m * tiles_n, steps, sms, silu, split), config))
+    rated.sort(key=lambda entry: entry[0])
+    return [config for guess, config in rated if guess < rated[0][0] * 1.3]
 
 
 @cache
 def default_config(
-    rows: int, columns: int, sms: int, dtype: torch.dtype, *, tma: bool, silu: bool = False
+    rows: int, columns: int, inputs: int, sms: int, dtype: torch.dtype, *, tma: bool, silu: bool = False
 ) -> GemmConfig:
     """A config for any shape when none was measured."""
     if dtype == torch.float32:
@@ -159,24 +196,17 @@ def default_config(
         return AMPERE
     if rows <= 64:
         return SMALL
-    return candidates(rows, columns, sms, silu=silu)[0]
+    return candidates(rows, columns, inputs, sms, silu=silu)[0]
 
 
-def _count(config: GemmConfig, rows: int, columns: int, silu: bool) -> int:
-    tiles_m, tiles_n = config.tiles(rows, columns, silu)
-    return tiles_m * tiles_n
-
-
-def _spreads(config: GemmConfig, rows: int, columns: int, sms: int, silu: bool) -> bool:
-    return config.spread_tiles(_count(config, rows, columns, silu), sms) > 0
-
-
-def _idle(config: GemmConfig, rows: int, columns: int, sms: int, silu: bool) -> float:
-    """Rough time: rounds of tiles, each by its area and by how its blocks' loads compare with its arithmetic."""
-    tiles = _count(config, rows, columns, silu)
+def _guess(config: GemmConfig, tiles: int, steps: int, sms: int, silu: bool, split: Split | None) -> float:
+    """Rough time: K steps of the CTA that has most of them, each the longer of its arithmetic and its traffic in shared
+    memory (what the copies write and the matrix units read, 128 bytes a cycle)."""
     programs = sms * config.ctas_per_sm
-    width = config.columns(silu) * (2 if silu else 1)
-    rounds = tiles / programs + 0.06 if config.spread_tiles(tiles, sms) else -(-tiles // programs)
-    area = config.block_m * width
-    loads = 1 + 12 / config.block_m + 12 / width
-    return rounds * area * loads * config.ctas_per_sm
+    rounds = -(-tiles // programs)
+    most = (rounds - 1) * steps + split.length + split.partials * HAND_OVER if split else rounds * steps
+    widths = [config.block_n, config.block_n if silu else config.extra_n]
+    groups = config.block_m / 64
+    arithmetic = sum(widths) * groups * 2  # m64nNk16 takes N / 2 cycles, and a step of 64 has four
+    read = sum(4 * groups * (16 + width / 4) for width in widths if width)
+    return most * max(arithmetic, read + config.block_m + sum(widths)) * config.block_k / 64 * config.ctas_per_sm

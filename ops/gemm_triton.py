@@ -3,12 +3,13 @@
 Two persistent kernels share one tile's maths. Their grid is the SM budget times the CTAs an SM.
 
 - `_tile_gemm` gives each CTA whole output tiles. It fits where the tiles fill the CTAs' last round.
-- `_stream_gemm` first spreads the K steps of the tiles that would not fill whole rounds evenly over all CTAs (stream-K,
-  Osama et al. 2023, arXiv 2301.03598), then goes on with whole tiles. A tile's owner computes its first K steps, the
-  last thing that it does among the spread steps; the CTAs with the later steps do those first, write float32 partial
-  sums to a workspace and raise a flag. The owner adds them in a fixed order, so results do not change between runs, and
-  lowers the flags, so a workspace is ready for the next launch. Owners wait for CTAs that start before them only: no
-  deadlock, whatever else runs on the GPU. Two launches that may overlap need two workspaces.
+- `_split_gemm` first cuts the tiles that would not fill whole rounds along K (see `GemmConfig.split_tiles`), then goes
+  on with whole tiles. As in stream-K (Osama et al. 2023, arXiv 2301.03598) all CTAs get about the same number of steps;
+  but pieces start at the same steps in all tiles, so that CTAs which share a block of x or w want it at the same
+  time, while it is in L2. A tile's first piece is its owner's. The others write float32 partial sums to a workspace
+  and raise a flag. The owner adds them in a fixed order, so results do not change between runs, and lowers the flags,
+  so a workspace is ready for the next launch. Owners wait for CTAs that start before them only: no deadlock, whatever
+  else runs on the GPU. Two launches that may overlap need two workspaces.
 
 A tile is `block_m` rows by `block_n` + `extra_n` columns: two accumulators side by side, since Triton's own blocks are
 powers of two and 160 or 192 columns often fill the GPU better. With SiLU the second accumulator holds `up`'s columns.
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow.ops.dependent_launch import dependent_launch, start_after_others
 from nanoflow.ops.gemm_config import GemmConfig, Workspace
 
 __all__ = ["launch"]
@@ -186,8 +188,10 @@ def _tile_gemm(
     x, w, w_extra, out, out_extra, bias, M, N, K, stride_x, stride_w, stride_out, tiles_m, tiles_n,
     BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        start_after_others()
     first = tl.program_id(0)
     programs = tl.num_programs(0)
     steps = tl.cdiv(K, BK)
@@ -209,27 +213,46 @@ def _tile_gemm(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "spread"])
-def _stream_gemm(
+@triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "split_tiles", "pieces", "length", "tail", "helpers"])
+def _split_gemm(
     x, w, w_extra, out, out_extra, bias, partials, flags, M, N, K, stride_x, stride_w, stride_out, tiles_m, tiles_n,
-    spread,
+    split_tiles, pieces, length, tail, helpers,
     BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first `spread` tiles by K steps, the others whole."""
+    """The first `split_tiles` tiles in pieces, the others whole. A tile has `pieces` + 1 slots for partial sums."""
+    if PDL:
+        start_after_others()
     programs = tl.num_programs(0)
-    rank = programs - 1 - tl.program_id(0)  # those who are waited for have the higher rank, and start earlier
     steps = tl.cdiv(K, BK)
-    spread_steps = spread * steps
-    position = spread_steps * rank // programs
-    end = spread_steps * (rank + 1) // programs
-    whole = spread + tl.program_id(0)
-    while (position < end) | (whole < tiles_m * tiles_n):
-        if position < end:
-            tile = position // steps
-            first = position - tile * steps
-            last = min(steps, end - tile * steps)
-            position = tile * steps + last
+    # Those who are waited for have the higher rank, and start earlier.
+    rank = programs - 1 - tl.program_id(0)
+    owned = split_tiles * pieces
+    pending = (rank < owned).to(tl.int32)
+    # Helpers share the tails, laid end to end.
+    position = 0
+    end = 0
+    if (rank >= owned) & (rank < owned + helpers):
+        position = split_tiles * tail * (rank - owned) // helpers
+        end = split_tiles * tail * (rank - owned + 1) // helpers
+    whole = split_tiles + tl.program_id(0)
+    while (pending > 0) | (position < end) | (whole < tiles_m * tiles_n):
+        slot = 0
+        if pending > 0:
+            pending = 0
+            tile = rank % split_tiles
+            piece = rank // split_tiles
+            first = piece * length
+            last = min(first + length, steps)
+            slot = tile * (pieces + 1) + piece - 1
+        elif position < end:
+            tile = position // tail
+            offset = position - tile * tail
+            first = pieces * length + offset
+            last = min(steps, first + end - position)
+            position += last - first
+            slot = tile * (pieces + 1) + pieces - 1 + (offset > 0).to(tl.int32)
         else:
             tile = whole
             first = 0
@@ -242,23 +265,29 @@ def _stream_gemm(
             BM, BN, BX, BK, TMA, PRECISION,
         )  # fmt: skip
         if first > 0:
-            mine = partials + rank * (BM * (BN + BX))
+            mine = partials + slot.to(tl.int64) * (BM * (BN + BX))
             _put_partial(mine, sum_0, BM, BN, PARTS)
             if BX:
                 _put_partial(mine + BM * BN, sum_1, BM, BX, PARTS if SILU else 1)
             tl.debug_barrier()  # all threads' partial sums are written before one thread raises the flag
-            tl.atomic_xchg(flags + rank, 1, sem="release")
+            tl.atomic_xchg(flags + slot, 1, sem="release")
         else:
             others = 0
-            covered = tile * steps + last
-            while covered < (tile + 1) * steps:
-                others += 1
-                while tl.atomic_cas(flags + rank + others, 1, 0, sem="acquire") != 1:
-                    pass
-                covered = spread_steps * (rank + others + 1) // programs
+            first_slot = 0
+            if tile < split_tiles:
+                first_slot = tile * (pieces + 1)
+                others = pieces - 1
+                if tail > 0:
+                    helper = ((tile * tail + 1) * helpers - 1) // (split_tiles * tail)
+                    shared = split_tiles * tail * (helper + 1) // helpers < (tile + 1) * tail
+                    others = pieces + shared.to(tl.int32)
+                for other in range(0, others):
+                    while tl.atomic_cas(flags + first_slot + other, 1, 0, sem="acquire") != 1:
+                        pass
+            theirs = partials + first_slot.to(tl.int64) * (BM * (BN + BX))
             _finish_tile(
-                out, out_extra, bias, sum_0, sum_1, partials + (rank + 1) * (BM * (BN + BX)), others,
-                tile_m * BM, column, extra, M, N, stride_out, BM, BN, BX, PARTS, BIAS, SILU, TMA,
+                out, out_extra, bias, sum_0, sum_1, theirs, others, tile_m * BM, column, extra, M, N, stride_out,
+                BM, BN, BX, PARTS, BIAS, SILU, TMA,
             )  # fmt: skip
 
 
@@ -277,13 +306,13 @@ def launch(
     """Run `config` on x [M, K], w [N, K], out [M, N] (or [M, N // 2] with `silu`, w being ``[gate | up]``).
 
     Rows of all three are contiguous. `tma` needs addresses and rows of multiples of 16 bytes. `workspace` is needed by
-    a `stream` config; see `GemmConfig.workspace_bytes`.
+    a `split` config.
     """
     rows, inputs = x.shape
     columns = w.shape[0]
     tiles_m, tiles_n = config.tiles(rows, columns, silu)
     tiles = tiles_m * tiles_n
-    spread = config.spread_tiles(tiles, sms)
+    split = config.split_tiles(tiles, -(-inputs // config.block_k), sms)
     block_x = config.block_n if silu else config.extra_n
     parts = config.epilogue_parts
     if tma:
@@ -311,14 +340,17 @@ def launch(
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "num_warps": config.warps,
         "num_stages": config.stages,
+        **dependent_launch(x.device),
     }
     if config.registers:
         constants["maxnreg"] = config.registers
     bias = x if bias is None else bias
-    grid = config.programs(tiles, -(-inputs // config.block_k), sms)
-    if spread:
+    programs = sms * config.ctas_per_sm
+    if split:
         if workspace is None:
-            raise ValueError(f"{config} spreads tiles over CTAs and needs a workspace")
-        _stream_gemm[(grid,)](*sources, bias, workspace.partials, workspace.flags, *sizes, spread, **constants)
+            raise ValueError(f"{config} cuts tiles along K and needs a workspace")
+        grid = programs if tiles > split.tiles else split.programs
+        cut = (split.tiles, split.pieces, split.length, split.tail, split.helpers)
+        _split_gemm[(grid,)](*sources, bias, workspace.partials, workspace.flags, *sizes, *cut, **constants)
     else:
-        _tile_gemm[(grid,)](*sources, bias, *sizes, FLATTEN=config.flatten, **constants)
+        _tile_gemm[(min(tiles, programs),)](*sources, bias, *sizes, FLATTEN=config.flatten, **constants)

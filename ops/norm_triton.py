@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanoflow.ops.dependent_launch import dependent_launch, start_after_others
+
 __all__ = ["add_norm", "norm", "warps_for"]
 
 
@@ -26,15 +28,17 @@ def norm_kernel(
     ADD: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < COLUMNS
+    scale = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        start_after_others()
     x = tl.load(source + row * source_stride + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(branch + row * branch_stride + column, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
         total = x.to(source.dtype.element_ty)
         tl.store(source + row * source_stride + column, total, mask=mask)
         x = total.to(tl.float32)
@@ -93,4 +97,5 @@ def _launch(
         COLUMNS=columns,
         BLOCK=triton.next_power_of_2(columns),
         num_warps=warps or warps_for(columns),
+        **dependent_launch(source.device),
     )

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanoflow.ops.dependent_launch import dependent_launch, start_after_others
+
 __all__ = ["append", "qk_norm", "rope", "rope_append"]
 
 HEADS_BLOCK = 16
@@ -47,7 +49,10 @@ def qkv_kernel(
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        start_after_others()
     BLOCKS: tl.constexpr = (LAST - FIRST + HEADS_BLOCK - 1) // HEADS_BLOCK
     REST: tl.constexpr = HEAD_DIM - 2 * HALF
     program = tl.program_id(0)
@@ -60,6 +65,8 @@ def qkv_kernel(
     mask = inside[:, None] & (pair < HALF)[None, :]
     column = head[:, None] * HEAD_DIM + pair[None, :]
     start = qkv + row * qkv_stride
+    if APPEND:
+        index = tl.load(kv_index + row).to(tl.int64)
     first = tl.load(start + column, mask=mask, other=0.0)
     second = tl.load(start + column + HALF, mask=mask, other=0.0)
     if REST > 0:
@@ -99,7 +106,6 @@ def qkv_kernel(
             tl.store(start + column + HALF, second, mask=mask & is_query)
             if NORM and REST > 0:
                 tl.store(start + rest_column, rest, mask=rest_mask & is_query)
-        index = tl.load(kv_index + row).to(tl.int64)
         kind = (head >= HEADS + KV_HEADS).to(tl.int64)
         kv_head = (head - HEADS - kind * KV_HEADS).to(tl.int64)
         place = (index // PAGE_SIZE) * page_stride + kind * kind_stride + kv_head * head_stride
@@ -253,4 +259,5 @@ def _launch(
         HALF_BLOCK=triton.next_power_of_2(half),
         REST_BLOCK=max(1, triton.next_power_of_2(head_dim - 2 * half)),
         num_warps=warps,
+        **dependent_launch(qkv.device),
     )

@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional
 
 from benchmarks.kernels.common import check_row, poisoned, randn, relative_error, time_interleaved, time_row
-from nanoflow.ops.gemm import GemmKernel, device_sms, matmul, prepare_workspace, unavailable
+from nanoflow.ops.gemm import GemmKernel, device_sms, matmul, unavailable
 from nanoflow.ops.gemm_choice import Choice, Choices, choice_file, choice_folders, choose, machine_of
-from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, candidates
+from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, Workspace, candidates
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """Output and input columns."""
@@ -98,7 +98,7 @@ class Case:
         out = poisoned(self.rows, n // 2 if self.silu else n, device=x.device)
         if kernel == "triton" or not self.silu:
             # Its own: one that is made while a graph is captured would be cleared by every call.
-            workspace = prepare_workspace(self.sms, config, x.device, silu=self.silu) if config else None
+            workspace = Workspace(config, self.sms, x.device, silu=self.silu) if config else None
             options = {"silu": self.silu, "sms": self.sms, "kernel": kernel, "config": config, "workspace": workspace}
             run = partial(matmul, x, out=out, **options)  # type: ignore[arg-type]
             return [partial(run, w) for w in weights]
@@ -121,7 +121,7 @@ def measure(case: Case, device: str, seconds: float) -> tuple[Choice, list[dict[
     named: list[tuple[str, GemmKernel, GemmConfig | None]] = [
         ("cublas", "cublas", None),
         ("deep_gemm", "deep_gemm", None),
-        *((str(config), "triton", config) for config in candidates(case.rows, n, case.sms, silu=case.silu)),
+        *((str(config), "triton", config) for config in candidates(case.rows, n, k, case.sms, silu=case.silu)),
     ]
     runs: dict[str, tuple[Choice, Any]] = {
         label: (Choice(kernel, config, 0.0, 0.0), case.calls(kernel, config, x, weights))  # type: ignore[arg-type]

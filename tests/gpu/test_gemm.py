@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nanoflow.ops.gemm import matmul, prepare_workspace, unavailable
-from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig
+from nanoflow.ops.gemm import matmul, unavailable
+from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, Workspace
 
 pytestmark = pytest.mark.gpu
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-STREAM = GemmConfig(128, 256, stages=4, epilogue_parts=4, stream=True)
+SPLIT = GemmConfig(128, 256, stages=4, epilogue_parts=4, split=True)
 
 
 def relative_error(
@@ -72,15 +72,15 @@ def test_deep_gemm() -> None:
 
 
 @pytest.mark.parametrize("sms", [8, 33, 92, 132])
-def test_a_stream_config_gives_the_same_bits_each_time(sms: int) -> None:
+def test_a_split_config_gives_the_same_bits_each_time(sms: int) -> None:
     sms = min(sms, torch.cuda.get_device_properties(0).multi_processor_count)
     x = torch.randn(640, 4096, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
-    workspace = prepare_workspace(sms, STREAM, x.device)
+    workspace = Workspace(SPLIT, sms, x.device)
     outs = [torch.full((640, 4096), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     for _ in range(200):
         for out in outs:
-            matmul(x, w, out, kernel="triton", config=STREAM, sms=sms, workspace=workspace)
+            matmul(x, w, out, kernel="triton", config=SPLIT, sms=sms, workspace=workspace)
         assert torch.equal(*outs)
     assert not workspace.flags.any()
 
@@ -91,13 +91,13 @@ def test_two_streams_at_once_and_graph_replays() -> None:
     expected = x @ w.T
     streams = [torch.cuda.Stream() for _ in range(2)]
     outs = [torch.empty_like(expected) for _ in streams]
-    workspaces = [prepare_workspace(64, STREAM, x.device) for _ in streams]
+    workspaces = [Workspace(SPLIT, 64, x.device) for _ in streams]
 
     def both() -> None:
         for stream, out, workspace in zip(streams, outs, workspaces, strict=True):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                matmul(x, w, out, kernel="triton", config=STREAM, sms=64, workspace=workspace)
+                matmul(x, w, out, kernel="triton", config=SPLIT, sms=64, workspace=workspace)
             torch.cuda.current_stream().wait_stream(stream)
 
     both()

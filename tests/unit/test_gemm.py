@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nanoflow.ops.gemm import matmul, unavailable
 from nanoflow.ops.gemm_choice import Choice, Choices, choice_file, choose, stored_choices
-from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, candidates, default_config
+from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, Split, candidates, default_config
 from nanoflow.ops.linear import Linear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -55,40 +55,56 @@ def test_a_config_reads_back_and_names_itself(config: GemmConfig) -> None:
 @pytest.mark.parametrize("silu", [False, True])
 def test_every_shape_has_candidates_and_a_default(silu: bool) -> None:
     sizes = itertools.product([1, 64, 640, 1280, 2048], [(6144, 4096), (4096, 14336), (128256, 4096)], [32, 100, 132])
-    for rows, (columns, _), sms in sizes:
-        found = candidates(rows, columns, sms, silu=silu)
+    for rows, (columns, inputs), sms in sizes:
+        found = candidates(rows, columns, inputs, sms, silu=silu)
         assert found and len(set(found)) == len(found)
         for dtype in (torch.bfloat16, torch.float32):
             for tma in (True, False):
-                config = default_config(rows, columns, sms, dtype, tma=tma)
-                assert not (config.stream and not config.workspace_bytes(sms))
+                config = default_config(rows, columns, inputs, sms, dtype, tma=tma)
+                assert config.tiles(rows, columns) > (0, 0)
 
 
-def test_tiles_cover_and_only_unfilled_rounds_are_spread() -> None:
-    config = GemmConfig(128, 256, stream=True)
+def test_tiles_cover() -> None:
+    config = GemmConfig(128, 256)
     assert config.tiles(640, 6144) == (5, 24) and config.tiles(641, 6145) == (6, 25)
     assert GemmConfig(128, 128, 32).tiles(640, 4096) == (5, 26)
     assert GemmConfig(128, 128).tiles(640, 28672, silu=True) == (5, 112)
-    assert config.spread_tiles(120, 100) == 120  # less than two rounds: all
-    assert config.spread_tiles(560, 132) == 32 + 132  # the last round, and a full one to spread it with
-    assert config.spread_tiles(264, 132) == 0
-    assert GemmConfig(128, 256).spread_tiles(120, 100) == 0
+
+
+def test_only_the_tiles_of_an_unfilled_round_are_split() -> None:
+    config = GemmConfig(128, 256, split=True)
+    assert config.split_tiles(264, 64, 132) is None
+    assert GemmConfig(128, 256).split_tiles(120, 64, 132) is None
+    assert config.split_tiles(80, 4, 132) is None  # nothing to gain from less than a pipeline's depth
+    fits = config.split_tiles(33, 64, 132)
+    assert fits == Split(tiles=33, pieces=4, length=16, tail=0, helpers=0)
+    last = config.split_tiles(560, 64, 132)
+    assert last is not None and last.tiles == 560 - 4 * 132 and last.programs == 128
 
 
 @pytest.mark.parametrize("sms", [1, 7, 100, 132])
 @pytest.mark.parametrize("ctas_per_sm", [1, 2])
-def test_no_cta_that_others_wait_for_has_nothing_to_do(sms: int, ctas_per_sm: int) -> None:
-    config = GemmConfig(128, 256, stream=True, ctas_per_sm=ctas_per_sm)
-    for tiles in range(1, 600):
-        for steps in (1, 4, 9, 64):
-            programs, spread = config.programs(tiles, steps, sms), config.spread_tiles(tiles, sms)
-            assert 1 <= programs <= sms * ctas_per_sm
-            assert spread * steps >= programs or not spread
+def test_the_pieces_of_a_split_cover_every_step_once(sms: int, ctas_per_sm: int) -> None:
+    config = GemmConfig(128, 256, split=True, ctas_per_sm=ctas_per_sm)
+    for tiles in range(1, 400):
+        for steps in (1, 4, 9, 64, 224):
+            split = config.split_tiles(tiles, steps, sms)
+            if split is None:
+                continue
+            assert split.programs <= sms * ctas_per_sm
+            assert split.tiles * (split.pieces + 1) <= 2 * sms * ctas_per_sm  # slots of the workspace
+            assert (split.pieces - 1) * split.length < steps  # no CTA that its owner waits for has nothing to do
+            if split.helpers:
+                assert split.pieces * split.length + split.tail == steps
+                assert split.tiles * split.tail >= split.helpers
+                assert split.tail <= split.tiles * split.tail // split.helpers  # so two helpers meet in a tile at most
+            else:
+                assert split.pieces * split.length >= steps and not split.tail
 
 
 def make_choices() -> Choices:
     choices = Choices(H100)
-    stream = Choice("triton", GemmConfig(128, 256, stages=4, stream=True), 0.03, 0.04)
+    stream = Choice("triton", GemmConfig(128, 256, stages=4, split=True), 0.03, 0.04)
     choices.add(640, 4096, 4096, 100, torch.bfloat16, stream)
     choices.add(1280, 4096, 4096, 100, torch.bfloat16, Choice("cublas", None, 0.06, 0.06))
     choices.add(640, 28672, 4096, 132, torch.bfloat16, stream, silu=True)

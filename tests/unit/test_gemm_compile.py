@@ -25,7 +25,7 @@ def compiled(
     """The kernel as `launch` would ask for it, for aligned sizes."""
     extra = config.block_n if silu else config.extra_n
     part = config.block_n // config.epilogue_parts
-    kernel = gemm_triton._stream_gemm if config.stream else gemm_triton._tile_gemm
+    kernel = gemm_triton._split_gemm if config.split else gemm_triton._tile_gemm
     tma = capability >= 90
     blocks = {
         "x": (config.block_m, config.block_k),
@@ -48,6 +48,7 @@ def compiled(
         "TMA": tma,
         "PRECISION": "ieee",
         "FLATTEN": config.flatten,
+        "PDL": tma,
     }
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {"N", "K", "stride_x", "stride_w", "stride_out", "bias", "partials", *(() if tma else blocks)}
@@ -108,10 +109,10 @@ def test_specialized_warps(config: GemmConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("stream", [False, True])
-def test_other_dtypes_and_gpus(capability: int, stream: bool) -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_other_dtypes_and_gpus(capability: int, split: bool) -> None:
     for dtype, base in (("fp16", AMPERE), ("bf16", AMPERE), ("fp32", SINGLE)):
-        config = GemmConfig(**{**base.to_dict(), "stream": stream})
+        config = GemmConfig(**{**base.to_dict(), "split": split})
         kernel = compiled(config, capability, dtype=dtype, bias=True)
         assert kernel.metadata.shared <= (SHARED if capability >= 90 else 163 * 1024)
     assert compiled(SINGLE, capability, dtype="fp32").asm["ptx"].count("tf32") == 0

@@ -93,6 +93,8 @@ KERNELS = {
 def compiled(name: str, capability: int, dtype: str = "bf16"):
     """The kernel for the sizes of Llama-3-8B; arguments are multiples of 16, as they are in a run."""
     kernel, arguments, constants, warps = KERNELS[name]
+    if "PDL" in kernel.arg_names:
+        constants = {**constants, "PDL": capability >= 90}
     signature = {argument: kind.replace("T", dtype) for argument, kind in arguments.items()}
     attributes = {
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind != "fp32"
@@ -107,6 +109,8 @@ def compiled(name: str, capability: int, dtype: str = "bf16"):
 def test_compiles(name: str, capability: int) -> None:
     kernel = compiled(name, capability)
     ptx = kernel.asm["ptx"]
+    if "PDL" in KERNELS[name][0].arg_names:
+        assert ptx.count("griddepcontrol.wait") == (1 if capability >= 90 else 0)
     if name in ("silu_mul", "add", "gather", "add_norm", "rope_append", "argmax"):
         assert "ld.global.v4.b32" in ptx, "accesses are not 16 bytes wide"
     assert ".local" not in ptx, "an array went to local memory"

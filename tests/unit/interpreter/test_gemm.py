@@ -1,16 +1,16 @@
-"""The Triton GEMM against float64: whole tiles, spread tiles, two accumulators, bias, SiLU, with and without TMA."""
+"""The Triton GEMM against float64: whole tiles, tiles in pieces, two accumulators, bias, SiLU, with and without TMA."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from nanoflow.ops.gemm import matmul, prepare_workspace
-from nanoflow.ops.gemm_config import TILES, GemmConfig
+from nanoflow.ops.gemm import matmul
+from nanoflow.ops.gemm_config import TILES, GemmConfig, Workspace
 
 SMALL = GemmConfig(16, 32, 0, 16, 4, 2, group_m=2)
 EXTRA = GemmConfig(16, 32, 16, 16, 4, 2, group_m=2, epilogue_parts=2)
-STREAM = GemmConfig(16, 32, 0, 16, 4, 2, group_m=2, epilogue_parts=2, stream=True)
-STREAM_EXTRA = GemmConfig(16, 32, 16, 16, 4, 2, group_m=2, epilogue_parts=4, stream=True, ctas_per_sm=2)
+SPLIT = GemmConfig(16, 32, 0, 16, 4, 2, group_m=2, epilogue_parts=2, split=True)
+SPLIT_EXTRA = GemmConfig(16, 32, 16, 16, 4, 2, group_m=2, epilogue_parts=4, split=True, ctas_per_sm=2)
 
 
 def error(
@@ -32,7 +32,7 @@ def error(
     b = torch.randn(columns, dtype=dtype) if bias else None
     outputs = columns // 2 if silu else columns
     buffer = torch.full((rows + 2, outputs), torch.nan, dtype=dtype)
-    workspace = prepare_workspace(sms, config, torch.device("cpu"), silu=silu)
+    workspace = Workspace(config, sms, torch.device("cpu"), silu=silu)
     workspace.partials.fill_(torch.nan)
     for _ in range(2):
         buffer.fill_(torch.nan)
@@ -47,34 +47,34 @@ def error(
     return float((out.double() - expected).abs().max())
 
 
-@pytest.mark.parametrize("config", [SMALL, EXTRA, STREAM, STREAM_EXTRA], ids=str)
+@pytest.mark.parametrize("config", [SMALL, EXTRA, SPLIT, SPLIT_EXTRA], ids=str)
 @pytest.mark.parametrize("shape", [(1, 16, 16), (40, 96, 64), (33, 136, 72), (70, 64, 40), (16, 192, 200)], ids=str)
 def test_every_kind_of_tile(config: GemmConfig, shape: tuple[int, int, int]) -> None:
     assert error(*shape, config) < 1e-2
 
 
-@pytest.mark.parametrize("config", [SMALL, STREAM, STREAM_EXTRA], ids=str)
+@pytest.mark.parametrize("config", [SMALL, SPLIT, SPLIT_EXTRA], ids=str)
 @pytest.mark.parametrize("sms", [1, 5, 11])
 def test_any_number_of_sms(config: GemmConfig, sms: int) -> None:
     assert error(40, 128, 112, config, sms=sms) < 1e-2
 
 
 def test_more_sms_than_k_steps() -> None:
-    assert error(16, 32, 48, STREAM, sms=40) < 1e-2
+    assert error(16, 32, 48, SPLIT, sms=40) < 1e-2
 
 
-@pytest.mark.parametrize("config", [SMALL, EXTRA, STREAM, STREAM_EXTRA], ids=str)
+@pytest.mark.parametrize("config", [SMALL, EXTRA, SPLIT, SPLIT_EXTRA], ids=str)
 def test_bias(config: GemmConfig) -> None:
     assert error(35, 120, 48, config, bias=True) < 1e-2
 
 
-@pytest.mark.parametrize("config", [SMALL, STREAM], ids=str)
+@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_silu_of_gate_times_up(config: GemmConfig, bias: bool) -> None:
     assert error(35, 176, 48, config, silu=True, bias=bias) < 1e-2
 
 
-@pytest.mark.parametrize("config", [SMALL, STREAM_EXTRA], ids=str)
+@pytest.mark.parametrize("config", [SMALL, SPLIT_EXTRA], ids=str)
 def test_rows_that_tma_cannot_read(config: GemmConfig) -> None:
     assert error(35, 88, 50, config, unaligned=True) < 1e-2
     assert error(35, 44, 50, config, bias=True, silu=config is SMALL) < 1e-2
@@ -82,7 +82,7 @@ def test_rows_that_tma_cannot_read(config: GemmConfig) -> None:
 
 def test_float32_is_not_rounded_to_tf32() -> None:
     assert error(35, 88, 64, SMALL, dtype=torch.float32) < 1e-5
-    assert error(35, 88, 64, STREAM, dtype=torch.float32) < 1e-5
+    assert error(35, 88, 64, SPLIT, dtype=torch.float32) < 1e-5
 
 
 def test_a_config_that_was_not_named_is_guessed() -> None:

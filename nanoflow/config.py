@@ -173,7 +173,8 @@ def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) ->
         plan = resolve("pipeline.plan", config.pipeline.plan)
         changes["pipeline"] = config.pipeline.model_copy(update={"plan": plan})
     output = Path(config.output.path).absolute()
-    if output in (Path(workload.input or ""), Path(file)):
+    trace_path = changes["workload"].trace.path if workload.trace is not None else ""
+    if output in (Path(workload.input or ""), Path(trace_path), Path(file)):
         raise ConfigError(f"{file}: output.path: {output} is an input of the run; choose another file")
     changes["output"] = config.output.model_copy(update={"path": str(output)})
     return config.model_copy(update=changes)

@@ -90,8 +90,9 @@ class WorkloadSection(Section):
             raise ValueError(
                 f"it must have exactly one of input, trace and synthetic, not {' and '.join(given) or 'none of them'}"
             )
-        if self.arrival is not None and self.arrival.trace is not None and self.trace is None:
-            raise ValueError(f"arrival: trace needs a trace, and the run has {given[0]}; use poisson, constant or gamma")
+        if self.arrival is not None and self.arrival.trace is not None and (self.trace is None or self.trace.sharegpt):
+            without = given[0] if self.trace is None else "ShareGPT's JSON"
+            raise ValueError(f"arrival: trace needs a CSV trace, and {without} has no times; use poisson, for example")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from nanoflow.lengths import PRESETS, Length
 from nanoflow.section import Count, Name, Section
@@ -30,6 +30,25 @@ class PruneSection(Section):
     max_input: Count | None = Field(None, description="Leave out requests with a longer prompt.")
     max_total: Count | None = Field(None, description="Leave out requests with more tokens of prompt and output.")
 
+    def keep(self, input_len: int, output_len: int) -> bool:
+        """Whether a request of these lengths stays."""
+        return (
+            input_len >= (self.min_input or 0)
+            and output_len >= (self.min_output or 0)
+            and (self.max_input is None or input_len <= self.max_input)
+            and (self.max_total is None or input_len + output_len <= self.max_total)
+        )
+
+
+SHAREGPT_PRUNE = PruneSection(min_input=4, min_output=4, max_input=1024, max_total=2048)
+"""What vLLM's and other benchmark scripts leave out of ShareGPT's conversations."""
+
+
+def _prune_words(value: Any) -> Any:
+    if value == "auto":
+        return None
+    return {} if value == "none" else value
+
 
 class TraceSection(Section):
     """Request lengths from a CSV file (the prompts' tokens are random), or prompts and lengths from ShareGPT's JSON."""
@@ -39,9 +58,9 @@ class TraceSection(Section):
     columns: ColumnsSection = Field(
         default_factory=lambda: ColumnsSection(), description="Names of the CSV file's columns, where not known ones."
     )
-    prune: Literal["auto", "none"] | PruneSection = Field(
-        "auto",
-        description="Requests to leave out. auto: none of a CSV file; of ShareGPT those that vLLM's benchmarks leave out "
+    prune: Annotated[PruneSection | None, BeforeValidator(_prune_words)] = Field(
+        None,
+        description="Requests to leave out, none, or auto: none of a CSV file; of ShareGPT what vLLM's benchmarks do "
         "({min_input: 4, min_output: 4, max_input: 1024, max_total: 2048}).",
     )
     shuffle: bool = Field(False, description="Take the requests in a random order, drawn from seed.")
@@ -49,6 +68,18 @@ class TraceSection(Section):
     max_input: Count | None = Field(None, description="Longer prompts are cut to this many tokens; null: as they are.")
     max_output: Count | None = Field(None, description="Longer outputs are cut to this many tokens; null: as they are.")
     seed: int = Field(0, ge=0, description="Of the random token ids and of shuffle.")
+
+    @property
+    def sharegpt(self) -> bool:
+        """Whether the file is ShareGPT's JSON and no CSV file."""
+        return self.format == "sharegpt" or (self.format == "auto" and self.path.lower().endswith(".json"))
+
+    @property
+    def limits(self) -> PruneSection:
+        """What is left out."""
+        if self.prune is not None:
+            return self.prune
+        return SHAREGPT_PRUNE if self.sharegpt else PruneSection()
 
 
 class SyntheticSection(Section):
@@ -90,7 +121,10 @@ class GammaArrival(Section):
 
     rate: Rate = Field(description="Requests a second, on average.")
     burstiness: float = Field(
-        1.0, ge=1e-3, le=1e6, description="1: as poisson; below 1 in bursts; above 1 more regular (vLLM's option of that name)."
+        1.0,
+        ge=1e-3,
+        le=1e6,
+        description="1: as poisson; below 1 in bursts; above 1 more regular (vLLM's option of that name).",
     )
 
 

@@ -87,7 +87,19 @@ def test_a_config_is_frozen(run_yaml: Path) -> None:
         ("workload.synthetic.input_len=x", "workload.synthetic.input_len", "{uniform: [low, high]}"),
         ("workload.synthetic.input_len={uniform: [9, 3]}", "workload.synthetic.input_len", "[low, high]"),
         ("workload.synthetic.input_len={uniform: 3}", "workload.synthetic.input_len.uniform", "[low, high]"),
-        ("workload.synthetic.output_len={lognormal: {mean: 9}}", "workload.synthetic.output_len", "exactly one of sigma"),
+        ("workload.synthetic.output_len={lognormal: {mean: 9}}", "workload.synthetic.output_len", "one of sigma"),
+        ("workload.synthetic.preset=lmsys", "workload.synthetic", "preset: lmsys stands in place of input_len"),
+        ("workload.synthetic={preset: alpaca}", "workload.synthetic.preset", "'splitwise', 'lmsys' or 'sharegpt'"),
+        ("workload.synthetic={output_len: 3}", "workload.synthetic", "input_len is missing; give input_len and"),
+        ("workload.arrival=poisson", "workload.arrival", "none, trace, {poisson: RATE}"),
+        ("workload.arrival={poisson: 0}", "workload.arrival.poisson", "greater than or equal to 0.000001"),
+        ("workload.arrival={poisson: 1, constant: 1}", "workload.arrival", "exactly one of poisson, constant"),
+        ("workload.arrival={poison: 1}", "workload.arrival.poison", "did you mean workload.arrival.poisson?"),
+        ("workload.arrival=trace", "workload", "arrival: trace needs a CSV trace, and synthetic has no times"),
+        ("workload={trace: {path: x.json}, arrival: trace}", "workload", "ShareGPT's JSON has no times"),
+        ("workload={trace: {path: x.csv, prune: some}}", "workload.trace.prune", "section"),
+        ("workload={trace: {path: x.csv, prune: {max: 1}}}", "workload.trace.prune.max", "did you mean"),
+        ("workload={trace: {path: x.csv}}", "workload.trace.path", "x.csv not found"),
         ("pipeline.plan=none.yaml", "pipeline.plan", "none.yaml not found"),
         ("model.path=models/none.gguf", "model.path", "not found"),
         ("model.path=./none", "model.path", "not found"),
@@ -101,6 +113,13 @@ def test_a_wrong_value_is_named_with_file_key_and_mend(
     text = message(run_yaml, override)
     assert text.startswith(f"{run_yaml}: {key}"), text
     assert mend in text
+
+
+def test_the_output_must_not_be_the_trace(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_yaml.parent)
+    (run_yaml.parent / "lengths.csv").touch()
+    text = message(run_yaml, "workload={trace: {path: lengths.csv}}", "output.path=lengths.csv")
+    assert "output.path" in text and "is an input of the run" in text
 
 
 def test_several_problems_are_told_at_once(run_yaml: Path) -> None:
@@ -192,6 +211,10 @@ def test_what_is_no_file_may_be_a_model_of_the_hub(run_yaml: Path) -> None:
         "workload.synthetic.input_len={uniform: [3, 9]}",
         "workload.synthetic.output_len={lognormal: {mean: 200, sigma: 1.0, max: 900}}",
         "workload={trace: {path: run.yaml, first: 10, max_input: 3000, max_output: 1024}}",
+        "workload={trace: {path: run.yaml, prune: none, columns: {input: a}, shuffle: true}, arrival: trace}",
+        "workload={trace: {path: run.yaml, format: sharegpt, prune: {min_input: 2}}, arrival: {gamma: {rate: 2.5}}}",
+        "workload={synthetic: {preset: splitwise, max_input: 4000}, arrival: none}",
+        "workload={synthetic: {input_len: {normal: {mean: 9, std: 2}}, output_len: 3}, arrival: {poisson: 3, seed: 4}}",
         "sampling={logit_bias: {3: 4.5}, stop: x, seed: 5, n: 2, logprobs: 3, stop_token_ids: [2]}",
     ],
 )
@@ -234,6 +257,14 @@ def test_lengths_follow_their_distribution() -> None:
     lognormal = Length.model_validate({"lognormal": {"mean": 300, "sigma": 0.8}}).sample(rng, 200_000)
     assert lognormal.mean() == pytest.approx(300, rel=0.02)
     assert np.log(lognormal).std() == pytest.approx(0.8, rel=0.03)
+    by_std = Length.model_validate({"lognormal": {"mean": 300, "std": 200}}).sample(rng, 200_000)
+    assert (by_std.mean(), by_std.std()) == pytest.approx((300, 200), rel=0.03)
+    normal = Length.model_validate({"normal": {"mean": 90, "std": 10, "max": 120}}).sample(rng, 100_000)
+    assert (normal.mean(), normal.std(), normal.max()) == pytest.approx((90, 10, 120), rel=0.02)
+    widest = {"mean": 1, "std": 2**31}
+    for shape in ("normal", "lognormal"):
+        extreme = Length.model_validate({shape: widest}).sample(rng, 1000)
+        assert extreme.min() == 1 and extreme.max() <= 2**31
     cut = Length.model_validate({"lognormal": {"mean": 300, "sigma": 3.0, "min": 50, "max": 400}}).sample(rng, 5000)
     assert (cut.min(), cut.max()) == (50, 400)
 

@@ -16,10 +16,13 @@ from nanoflow.workload_schema import ArrivalSection, SyntheticSection, TraceSect
 
 __all__ = [
     "EngineSection",
+    "MetricsSection",
     "ModelSection",
     "OutputSection",
     "PipelineSection",
+    "ReportSection",
     "RunConfig",
+    "SloSection",
     "WorkloadSection",
 ]
 
@@ -148,7 +151,39 @@ class RunConfig(Section):
         default_factory=SamplingParams, description="Defaults of the sampling parameters; a line's own values win."
     )
     engine: EngineSection = Field(default_factory=lambda: EngineSection(), description="Sizes of the engine.")
+    @property
+    def series_path(self) -> Path:
+        """``out/x.series.jsonl`` beside ``out/x.jsonl``: the run's course over time."""
+        return self._beside(".series.jsonl")
+
     pipeline: PipelineSection = Field(
         default_factory=lambda: PipelineSection(), description="Nano-batches and their order."
     )
     output: OutputSection = Field(default_factory=lambda: OutputSection(), description="Where results go.")
+class SloSection(Section):
+    """A latency objective: the report says how many requests met both."""
+
+    ttft_ms: float = Field(gt=0, description="Most milliseconds from a request's arrival to its first token.")
+    tpot_ms: float = Field(gt=0, description="Most milliseconds for each token after the first, on average.")
+
+
+class ReportSection(Section):
+    """What is measured beside the results."""
+
+    series_seconds: float = Field(
+        1.0, ge=0.01, le=3600, description="Seconds of an interval of the time series; one line each."
+    )
+    slo: SloSection | None = Field(None, description="A latency objective, for the goodput; null: none.")
+
+
+class MetricsSection(Section):
+    """A Prometheus endpoint while the run goes on."""
+
+    port: int | None = Field(None, ge=0, le=65535, description="Its TCP port; 0: a free one; null: no endpoint.")
+    host: Name = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
+
+
+    report: ReportSection = Field(default_factory=lambda: ReportSection(), description="What is measured.")
+    metrics: MetricsSection = Field(
+        default_factory=lambda: MetricsSection(), description="A Prometheus endpoint while the run goes on."
+    )

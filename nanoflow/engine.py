@@ -14,7 +14,7 @@ Pseudo-code::
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence as ListLike
+from collections.abc import Callable, Iterator, Sequence as ListLike
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
 from nanoflow.pipeline.executor import Executor
+from nanoflow.recording import IterationRecord
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Iteration, Scheduler
 from nanoflow.search.cost_model import work_of
@@ -70,6 +71,8 @@ class _Progress:
     completion: int
     stream: TextStream | None
     text: str = ""
+    last_token: float = 0.0
+    """When its newest token was seen; kept while the engine is observed."""
 
 
 class Engine:
@@ -83,8 +86,11 @@ class Engine:
         self.graph = graph
         self.tokenizer = tokenizer
         self.stats = EngineStats()
+        self.observers: list[Callable[[IterationRecord], None]] = []
+        """Called once for each collected iteration, after its tokens are recorded."""
         self._itemsize = itemsize
         self._submitted = 0
+        self._preemptions_told = 0
         self._in_flight: deque[Iteration] = deque()
 
     def check(self, prompt_token_ids: ListLike[int], params: SamplingParams) -> None:
@@ -150,7 +156,9 @@ class Engine:
         self._account(iteration, output.seconds)
         finished = []
         now = time.perf_counter()
-        for sequence in self.scheduler.update(iteration, output):
+        received = self.scheduler.update(iteration, output)
+        gaps = self._token_gaps(received, now) if self.observers else []
+        for sequence in received:
             progress: _Progress = sequence.parent
             if not progress.request.first_token:
                 progress.request.first_token = now
@@ -163,7 +171,42 @@ class Engine:
             done = self._complete(sequence, progress, now)
             if done is not None:
                 finished.append(done)
+        if self.observers:
+            record = self._record(iteration, output.seconds, now, len(received), gaps)
+            for observer in self.observers:
+                observer(record)
         return finished
+
+    def _token_gaps(self, received: list[Sequence], now: float) -> list[float]:
+        """Seconds since the token before, of each sequence that had one."""
+        gaps = []
+        for sequence in received:
+            progress: _Progress = sequence.parent
+            if progress.last_token:
+                gaps.append(now - progress.last_token)
+            progress.last_token = now
+        return gaps
+
+    def _record(
+        self, iteration: Iteration, seconds: float, now: float, received: int, gaps: list[float]
+    ) -> IterationRecord:
+        nano_batches, scheduler = iteration.batch.nano_batches, self.scheduler
+        preemptions = scheduler.preemptions - self._preemptions_told
+        self._preemptions_told = scheduler.preemptions
+        return IterationRecord(
+            time=now,
+            seconds=seconds,
+            decode_rows=sum(n.decode for n in nano_batches),
+            prefill_rows=sum(n.prefill for n in nano_batches),
+            padding_rows=sum(n.padding for n in nano_batches),
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            kv_pages=scheduler.kv.used_pages,
+            kv_capacity=scheduler.kv.usable_pages,
+            preemptions=preemptions,
+            output_tokens=received,
+            token_gaps=gaps,
+        )
 
     def _account(self, iteration: Iteration, seconds: float) -> None:
         batch, stats = iteration.batch, self.stats

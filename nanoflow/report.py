@@ -1,24 +1,39 @@
-"""The report of a run: how many tokens, how fast, how long requests waited, and what bounded it."""
+"""The report of a run: how many tokens, how fast, how long requests waited, and what bounded it.
+
+It is of bounded size whatever the run's length, and holds all that `nanoflow report` shows, so that the one file is
+enough. Its form carries a version, which `nanoflow.reports` checks.
+"""
 
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
-from nanoflow.engine import EngineStats
+from nanoflow.config_schema import RunConfig
+from nanoflow.engine import Engine
 from nanoflow.errors import OutputError
-from nanoflow.outputs import RequestOutput
+from nanoflow.loading import Model, device_name
+from nanoflow.pipeline.plan_text import format_plan
+from nanoflow.power import Energy
+from nanoflow.recording import LogHistogram, Recorder
 from nanoflow.search.cost_model import Bounds, Ceilings, bounds
 
-__all__ = ["Percentiles", "RunReport", "make_report"]
+__all__ = ["SCHEMA_VERSION", "Goodput", "Percentiles", "RunReport", "make_report"]
 
-PERCENTILES = (50, 90, 99)
+SCHEMA_VERSION = 2
+"""Of the JSON. It grows when a key that readers need is added, renamed or given another meaning."""
+
+QUANTILES = 101
+"""Points of a distribution's curve: from the smallest value to the largest."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +44,56 @@ class Percentiles:
     p50: float
     p90: float
     p99: float
+    curve: list[float]
+    """The values below which 0, 1, 2 ... 100 per cent lie."""
 
     @classmethod
-    def of_seconds(cls, values: Sequence[float]) -> "Percentiles | None":
+    def of_seconds(cls, values: ArrayLike) -> "Percentiles | None":
         """None if there are no values."""
-        if not values:
+        array = np.asarray(values, np.float64)
+        if not array.size:
             return None
-        p50, p90, p99 = np.percentile(values, PERCENTILES) * 1e3
-        return cls(float(np.mean(values)) * 1e3, float(p50), float(p90), float(p99))
+        curve = np.percentile(array, np.linspace(0, 100, QUANTILES)) * 1e3
+        return cls._of(float(array.mean()) * 1e3, curve.tolist())
+
+    @classmethod
+    def of_histogram(cls, histogram: LogHistogram) -> "Percentiles | None":
+        """None if it is empty. Right within 1%."""
+        if not histogram.count:
+            return None
+        return cls._of(histogram.mean * 1e3, (histogram.quantiles(np.linspace(0, 1, QUANTILES)) * 1e3).tolist())
+
+    @classmethod
+    def _of(cls, mean: float, curve: Sequence[float]) -> "Percentiles":
+        return cls(mean, curve[50], curve[90], curve[99], [float(f"{value:.6g}") for value in curve])
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Completed requests that met the objective of `report.slo`."""
+
+    ttft_ms: float
+    """The objective: most milliseconds from arrival to the first token."""
+    tpot_ms: float
+    """The objective: most milliseconds a token after the first."""
+    share: float
+    """Of the completed requests."""
+    requests_per_second: float
 
 
 @dataclass(frozen=True)
 class RunReport:
     """Everything that a run's summary and its JSON say. Rates are per second of `seconds`."""
 
+    schema_version: int
+    finished_at: str
+    """UTC, ISO 8601."""
     requests: int
+    """Of this execution: completed ones and error records."""
     completed: int
     errors: int
+    earlier: int
+    """Records that earlier executions of the same run had written."""
     input_tokens: int
     output_tokens: int
     seconds: float
@@ -53,11 +101,21 @@ class RunReport:
     load_seconds: float
     total_tokens_per_second: float
     output_tokens_per_second: float
+    requests_per_second: float
     time_to_first_token_ms: Percentiles | None
-    """From the start of the run, since an offline job's requests are all there at once: queueing counts."""
+    """From a request's arrival: the start of the run, where all are there at once. Queueing counts."""
     time_per_output_token_ms: Percentiles | None
     """Of each request: time from its first to its last token, over the tokens after the first."""
+    inter_token_ms: Percentiles | None
+    """Between successive tokens of a sequence, each pair one value."""
+    end_to_end_ms: Percentiles | None
+    """From a request's arrival to its last token."""
+    normalised_latency_ms: Percentiles | None
+    """Of each request: time from arrival to the end, over its output tokens."""
+    goodput: Goodput | None
+    """None without an objective in the configuration."""
     iterations: int
+    iteration_ms: Percentiles | None
     mean_batch_tokens: float
     largest_batch_tokens: int
     padding_share: float
@@ -70,19 +128,29 @@ class RunReport:
     bound_reached: dict[str, float]
     """Those seconds over the run's: 1 means that nothing on this machine could have been faster."""
     ceilings: Ceilings
+    energy: Energy | None
+    """None where it cannot be measured."""
+    timeline: dict[str, Any]
+    """The run in at most 240 intervals: ``interval_seconds``, and a list for each quantity."""
     model: str
     device: str
     dtype: str
     plan: str
+    plan_text: str
+    """The plan that ran, in the form of a plan file."""
     sizes: dict[str, int]
     """What the configuration's sizes came to, in tokens (`max_running` in sequences)."""
+    config: dict[str, Any]
+    """The resolved configuration."""
     versions: dict[str, str]
 
     def save(self, path: Path) -> None:
         """Write the report as JSON; raises OutputError."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            # A line for each key: readable, without a line for each number of a list.
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in asdict(self).items())
+            path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path}: the report cannot be written: {error.strerror}; the results are safe") from None
 
@@ -98,8 +166,9 @@ class RunReport:
     def rows(self) -> list[tuple[str, str]]:
         """The summary, line by line."""
         errors = f", {self.errors} with errors" if self.errors else ""
-        return [
-            ("requests", f"{self.completed:,} of {self.requests:,} completed{errors}"),
+        earlier = f"; {self.earlier:,} were there from before" if self.earlier else ""
+        rows = [
+            ("requests", f"{self.completed:,} of {self.requests:,} completed{errors}{earlier}"),
             ("tokens", f"{self.input_tokens:,} in, {self.output_tokens:,} out"),
             ("time", f"{self.seconds:.1f} s, after {self.load_seconds:.1f} s of loading"),
             (
@@ -122,6 +191,14 @@ class RunReport:
             ),
             ("bound by", self._bound_line()),
         ]
+        if self.goodput is not None:
+            goal = f"{self.goodput.ttft_ms:,.0f} ms to the first token and {self.goodput.tpot_ms:,.0f} ms a token"
+            met = f"{self.goodput.share:.1%} of the requests, {self.goodput.requests_per_second:,.2f} a second"
+            rows.append(("within the objective", f"{met} ({goal})"))
+        if self.energy is not None:
+            each = f", {self.energy.joules_per_token:,.3f} J a token" if self.energy.joules_per_token else ""
+            rows.append(("energy", f"{self.energy.joules:,.0f} J, {self.energy.mean_watts:,.0f} W on average{each}"))
+        return rows
 
     def _bound_line(self) -> str:
         shares = ", ".join(f"{share:.0%} of the {resource} bound" for resource, share in self.bound_reached.items())
@@ -131,50 +208,72 @@ class RunReport:
 
 def make_report(
     *,
-    outputs: Sequence[RequestOutput],
-    errors: int,
+    config: RunConfig,
+    model: Model,
+    engine: Engine,
+    recorder: Recorder,
+    ceilings: Ceilings,
     seconds: float,
     load_seconds: float,
-    stats: EngineStats,
-    preemptions: int,
-    ceilings: Ceilings,
-    model: str,
-    device: str,
-    dtype: torch.dtype,
-    plan: str,
-    sizes: dict[str, int],
+    energy: Energy | None = None,
+    earlier: int = 0,
 ) -> RunReport:
-    """Sum up a run. Error records count as requests and add no tokens."""
-    tokens_in = sum(len(output.prompt_token_ids) for output in outputs)
-    tokens_out = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    reach: Bounds = bounds(stats.cost, ceilings)
+    """Sum up a run. Error records count as requests and add no tokens.
+
+    Args:
+        ceilings: what the machine sustains, measured.
+        seconds: from the first submission to the last end.
+        load_seconds: of loading before that.
+        energy: what the device used in those seconds, if it was measured.
+        earlier: records that earlier executions of the run had written.
+    """
+    tokens_in = int(recorder.column("prompt_tokens").sum())
+    tokens_out = int(recorder.column("output_tokens").sum())
+    stats = engine.stats
+    if energy is not None:
+        ceilings = replace(ceilings, power_limit_watts=energy.power_limit_watts)
+        energy = replace(energy, joules_per_token=_rate(energy.joules, tokens_in + tokens_out))
+    reach: Bounds = bounds(stats.cost, ceilings, energy.joules if energy is not None else None)
     return RunReport(
-        requests=len(outputs) + errors,
-        completed=len(outputs),
-        errors=errors,
+        schema_version=SCHEMA_VERSION,
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        requests=recorder.completed + recorder.errors,
+        completed=recorder.completed,
+        errors=recorder.errors,
+        earlier=earlier,
         input_tokens=tokens_in,
         output_tokens=tokens_out,
         seconds=seconds,
         load_seconds=load_seconds,
         total_tokens_per_second=_rate(tokens_in + tokens_out, seconds),
         output_tokens_per_second=_rate(tokens_out, seconds),
-        time_to_first_token_ms=Percentiles.of_seconds([o.timing.first_token - o.timing.submitted for o in outputs]),
-        time_per_output_token_ms=Percentiles.of_seconds([t for o in outputs if (t := _per_token(o)) is not None]),
+        requests_per_second=_rate(recorder.completed, seconds),
+        time_to_first_token_ms=Percentiles.of_seconds(recorder.column("first_token")),
+        time_per_output_token_ms=Percentiles.of_seconds(recorder.per_token()),
+        inter_token_ms=Percentiles.of_histogram(recorder.token_gaps),
+        end_to_end_ms=Percentiles.of_seconds(recorder.column("duration")),
+        normalised_latency_ms=Percentiles.of_seconds(recorder.normalised()),
+        goodput=_goodput(config, recorder, seconds),
         iterations=stats.iterations,
+        iteration_ms=Percentiles.of_histogram(recorder.iteration_seconds),
         mean_batch_tokens=_rate(stats.rows, stats.iterations),
         largest_batch_tokens=stats.largest_batch,
         padding_share=_rate(stats.padding_rows, stats.rows + stats.padding_rows),
         executor_busy_share=_rate(stats.busy_seconds, seconds),
-        preemptions=preemptions,
+        preemptions=engine.scheduler.preemptions,
         bound_by=reach.bound,
         bound_seconds=dict(reach.seconds),
         bound_reached=reach.reached(seconds),
         ceilings=ceilings,
-        model=model,
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
-        plan=plan,
-        sizes=sizes,
+        energy=energy,
+        timeline=recorder.timeline.as_dict(),
+        model=model.checkpoint.name,
+        device=device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        plan=config.pipeline.plan,
+        plan_text=format_plan(engine.executor.program.plan),
+        sizes=engine.scheduler.sizes,
+        config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),
     )
 
@@ -186,10 +285,12 @@ def versions() -> dict[str, str]:
     return {"nanoflow": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _per_token(output: RequestOutput) -> float | None:
-    """Seconds a token after the first, for the request's longest completion; None if it has but one token."""
-    longest = max(len(completion.token_ids) for completion in output.outputs)
-    return (output.timing.finished - output.timing.first_token) / (longest - 1) if longest > 1 else None
+def _goodput(config: RunConfig, recorder: Recorder, seconds: float) -> Goodput | None:
+    slo = config.report.slo
+    if slo is None:
+        return None
+    met = recorder.within(slo.ttft_ms / 1e3, slo.tpot_ms / 1e3)
+    return Goodput(slo.ttft_ms, slo.tpot_ms, _rate(met, recorder.completed), _rate(met, seconds))
 
 
 def _rate(amount: float, per: float) -> float:

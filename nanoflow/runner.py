@@ -13,9 +13,9 @@ from nanoflow.batch_file import ErrorRecord, ParsedRequest
 from nanoflow.batch_output import error_line, response_line
 from nanoflow.config import RunConfig, save_config
 from nanoflow.errors import InputError
-from nanoflow.loading import Model, build_engine, device_name, open_model
-from nanoflow.outputs import RequestOutput
+from nanoflow.loading import Model, build_engine, open_model
 from nanoflow.progress import RunProgress
+from nanoflow.recording import Recorder
 from nanoflow.report import RunReport, make_report
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.workload import read_workload
@@ -64,7 +64,10 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
             for record in sorted(errors, key=lambda record: record.line):
                 writer.write(error_line(record))
             began = time.perf_counter()
-            outputs: list[RequestOutput] = []
+            recorder = Recorder()
+            engine.observers.append(recorder.observe)
+            for _ in errors:
+                recorder.error()
             with RunProgress(len(prompts) + len(errors), quiet=quiet) as progress:
                 progress.advance(len(errors), 0)
                 for output in engine.run():
@@ -77,24 +80,19 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
                             tokenizer=model.tokenizer,
                         )
                     )
-                    outputs.append(output)
+                    recorder.add(output)
                     progress.advance(1, sum(len(completion.token_ids) for completion in output.outputs))
             ended = time.perf_counter()
         finally:
             engine.close()
     report = make_report(
-        outputs=outputs,
-        errors=len(errors),
+        config=config,
+        model=model,
+        engine=engine,
+        recorder=recorder,
+        ceilings=measure_ceilings(str(model.device), model.dtype),
         seconds=ended - began,
         load_seconds=began - started,
-        stats=engine.stats,
-        preemptions=engine.scheduler.preemptions,
-        ceilings=measure_ceilings(str(model.device), model.dtype),
-        model=model.checkpoint.name,
-        device=device_name(model.device),
-        dtype=model.dtype,
-        plan=config.pipeline.plan,
-        sizes=engine.scheduler.sizes,
     )
     report.save(config.output.report_path)
     return report

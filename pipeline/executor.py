@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from nanoflow.ops.batch import DenseBatch, StepOutput
+from nanoflow.pipeline.program import Program
 
 __all__ = ["Executor", "KVLayout", "Weights"]
 
@@ -36,6 +37,11 @@ class KVLayout:
 
 class Executor(Protocol):
     """Runs one iteration at a time, in the order launched, with at most two launched and not collected."""
+
+    @property
+    def program(self) -> Program:
+        """The compiled plan that it runs."""
+        ...
 
     def launch(self, batch: DenseBatch) -> None:
         """Start an iteration and return at once. Rows whose token is `TOKEN_ON_DEVICE` read it from the one before."""

@@ -7,6 +7,7 @@ Shape legend: T rows of the dense batch, N nano-batches, D decode segments (one 
 contiguous piece of one request's prompt inside one nano-batch), S rows to sample, P columns of a page table.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,6 +23,7 @@ __all__ = [
     "RowClass",
     "SamplingBatch",
     "StepOutput",
+    "TokenMasks",
 ]
 
 RESERVED_PAGE = 0
@@ -68,6 +70,19 @@ class PenaltyReset:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenMasks:
+    """The tokens that some entries may get at all; the others may get any.
+
+    The masks depend on the tokens of the iteration before, so they may come after the launch: whoever samples waits.
+    """
+
+    entries: NDArray[np.int32]
+    """[M] index into the S entries, ascending."""
+    ready: Future[NDArray[np.int32]] = field(default_factory=Future)
+    """Gives [M, ceil(V / 32)]: bit t % 32 of word t // 32 is set if token t is allowed; each row has such a token."""
+
+
+@dataclass(frozen=True, eq=False)
 class SamplingBatch:
     """What to sample, one entry a sampled row (S entries)."""
 
@@ -99,6 +114,8 @@ class SamplingBatch:
     bias_values: NDArray[np.float32]
     """[B] value added to that token's logit."""
     penalty_resets: tuple[PenaltyReset, ...] = ()
+    masks: TokenMasks | None = None
+    """None if every entry may get any token."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,10 +2,11 @@
 
 Contract: a row's token depends on its logits, its parameters, its seed and its output position, and on nothing else of
 the batch. Nothing here waits for the device on a GPU; the only arrays that travel are the batch's own, from host to
-device.
+device. A batch with masks is waited for on the host (`TokenMasks.ready`), after the first logits are on their way.
 
 Order of steps for a row (vLLM's): log-probabilities of the raw logits if asked; logit bias; repetition, frequency and
-presence penalties; then for temperature 0 the argmax, else temperature, min-p, top-k, top-p, and one draw.
+presence penalties; the mask of allowed tokens, if it has one (the others become -inf); then for temperature 0 the
+argmax, else temperature, min-p, top-k, top-p, and one draw.
 
 - Repetition penalty (Keskar et al. 2019, arXiv 1909.05858) counts prompt and output, the other two the output only.
 - Top-p (Holtzman et al. 2019, arXiv 1904.09751) takes its mass over what min-p and top-k left. Tokens tied with the
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from nanoflow.ops.batch import SamplingBatch, StepOutput
 from nanoflow.ops.penalties import PenaltyCounts, to_device
-from nanoflow.ops.sampling_rows import describe
+from nanoflow.ops.sampling_rows import describe, mask_of, unpack_masks
 
 __all__ = ["Sampler", "StepTensors", "philox_uniform"]
 
@@ -107,9 +108,13 @@ class Sampler:
         self._penalties.reset(batch.penalty_resets)
         widest = int(batch.logprobs.max(initial=-1))
         parts = []
+        masks_MW = None
         for start in range(0, len(batch), chunk):
             rows = slice(start, min(start + chunk, len(batch)))
-            parts.append(self._sample(logits(rows), batch, rows, widest))
+            logits_SV = logits(rows)
+            if batch.masks is not None and masks_MW is None:
+                masks_MW = self._tensor(batch.masks.ready.result(), torch.int32)
+            parts.append(self._sample(logits_SV, batch, rows, widest, masks_MW))
         if not parts:
             return StepTensors(torch.zeros(0, dtype=torch.int64, device=self.device))
         tokens = torch.cat([part.tokens for part in parts])
@@ -126,7 +131,14 @@ class Sampler:
     def _tensor(self, array: NDArray, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[type-arg]
         return to_device(array, dtype, self.device)
 
-    def _sample(self, logits_SV: torch.Tensor, batch: SamplingBatch, rows: slice, widest: int) -> StepTensors:
+    def _sample(
+        self,
+        logits_SV: torch.Tensor,
+        batch: SamplingBatch,
+        rows: slice,
+        widest: int,
+        masks_MW: torch.Tensor | None,
+    ) -> StepTensors:
         """One chunk: entries `rows` of the batch; `logits_SV` holds their logits only."""
         penalised = (
             (batch.repetition_penalty[rows] != 1)
@@ -137,14 +149,15 @@ class Sampler:
         changed = random | penalised
         biased = (batch.bias_entries >= rows.start) & (batch.bias_entries < rows.stop)
         changed[batch.bias_entries[biased] - rows.start] = True
+        changed[mask_of(batch, rows.start, rows.stop) >= 0] = True
         self._penalties.release(batch.slots[rows][~penalised])
 
         if self.kernels == "triton" and logits_SV.dtype != torch.float64:
-            tokens_S = self._sample_triton(logits_SV, batch, rows, changed, penalised)
+            tokens_S = self._sample_triton(logits_SV, batch, rows, changed, penalised, masks_MW)
         elif not changed.any():
             tokens_S = logits_SV.argmax(-1)
         else:
-            tokens_S = self._sample_changed(logits_SV, batch, rows, changed, penalised, biased)
+            tokens_S = self._sample_changed(logits_SV, batch, rows, changed, penalised, biased, masks_MW)
         if widest < 0:
             return StepTensors(tokens_S)
         return self._log_probabilities(logits_SV, tokens_S, batch.logprobs[rows], widest)
@@ -156,6 +169,7 @@ class Sampler:
         rows: slice,
         changed: NDArray[np.bool_],
         penalised: NDArray[np.bool_],
+        masks_MW: torch.Tensor | None,
     ) -> torch.Tensor:
         """Tokens of a chunk: an argmax of every row, then the rows in which something else was asked."""
         from nanoflow.ops import sampling_triton
@@ -171,7 +185,7 @@ class Sampler:
             uniform = philox_uniform(batch.seeds[entries], batch.positions[entries])
             words = describe(batch, entries, rows.start, places, uniform, self.vocab_size)
             about = self._tensor(words.numpy(), torch.int32)
-            sampling_triton.sample_rows(logits_SV, about, len(index), *self._penalties.tables, tokens_S)
+            sampling_triton.sample_rows(logits_SV, about, len(index), *self._penalties.tables, tokens_S, masks=masks_MW)
         return tokens_S
 
     def _sample_changed(
@@ -182,6 +196,7 @@ class Sampler:
         changed: NDArray[np.bool_],
         penalised: NDArray[np.bool_],
         biased: NDArray[np.bool_],
+        masks_MW: torch.Tensor | None,
     ) -> torch.Tensor:
         """Tokens of a chunk in which some rows are more than an argmax."""
         index = np.flatnonzero(changed)
@@ -199,6 +214,14 @@ class Sampler:
             strengths = [self._tensor(value[penalty_index], torch.float32).unsqueeze(-1) for value in values]
             chosen = work_RV.index_select(0, where)
             work_RV.index_copy_(0, where, self._penalties.apply(chosen, batch.slots[penalty_index], *strengths))
+
+        if masks_MW is not None:
+            mask = mask_of(batch, rows.start, rows.stop)[index]
+            masked = np.flatnonzero(mask >= 0)
+            where_masked = self._tensor(masked, torch.int64)
+            allowed = unpack_masks(masks_MW.index_select(0, self._tensor(mask[masked], torch.int64)), self.vocab_size)
+            kept = work_RV.index_select(0, where_masked).masked_fill_(~allowed, -torch.inf)
+            work_RV.index_copy_(0, where_masked, kept)
 
         random = batch.temperature[rows][index] > 0
         if not random.all():

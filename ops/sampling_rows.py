@@ -1,6 +1,6 @@
 """What the sampling kernels are told about each row that needs more than an argmax, packed into one copy.
 
-Shape legend: S rows to sample, R rows described.
+Shape legend: S rows to sample, R rows described, M masks, W words of a mask, V vocabulary.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nanoflow.ops.batch import SamplingBatch
 
-__all__ = ["ROW", "describe"]
+__all__ = ["ROW", "describe", "mask_of", "unpack_masks"]
 
 ROW = np.dtype(
     [
@@ -24,14 +24,14 @@ ROW = np.dtype(
         ("repetition", np.float32),
         ("frequency", np.float32),
         ("presence", np.float32),
-        ("unused", np.int32),
+        ("mask", np.int32),
         ("uniform", np.float64),
-        ("unused_too", np.int64),
+        ("unused", np.int64),
     ]
 )
 """One row, 16 words: the entry of the chunk whose logits it takes; the place of its penalty counts or -1; its bias
-pairs, as positions in pairs of words; top-k or 0; temperature, 0 for greedy; top-p; log of min-p; penalties; the random
-number."""
+pairs, as positions in pairs of words; top-k or 0; temperature, 0 for greedy; top-p; log of min-p; penalties; the row of
+its mask or -1; the random number."""
 
 
 def describe(
@@ -53,6 +53,9 @@ def describe(
     rows["entry"] = entries - first
     rows["place"] = places
     rows["uniform"] = uniform
+    rows["mask"] = -1
+    if batch.masks is not None and len(entries):
+        rows["mask"] = mask_of(batch, first, int(entries[-1]) + 1)[entries - first]
     rows["temperature"] = batch.temperature[entries]
     rows["top_p"] = batch.top_p[entries]
     top_k = batch.top_k[entries]
@@ -72,3 +75,20 @@ def describe(
     pairs[:, 0] = batch.bias_tokens[order[lowest:highest]]
     pairs[:, 1] = batch.bias_values[order[lowest:highest]].view(np.int32)
     return torch.from_numpy(np.concatenate([rows.view(np.int32), pairs.reshape(-1)]))
+
+
+def mask_of(batch: SamplingBatch, first: int, stop: int) -> NDArray[np.int32]:
+    """For each entry from `first` to `stop`: the row of its mask in `batch.masks`, or -1."""
+    rows = np.full(stop - first, -1, np.int32)
+    if batch.masks is not None:
+        low, high = np.searchsorted(batch.masks.entries, (first, stop))
+        rows[batch.masks.entries[low:high] - first] = np.arange(low, high)
+    return rows
+
+
+def unpack_masks(masks_MW: torch.Tensor, vocab: int) -> torch.Tensor:
+    """[M, V] bool, whether each token is allowed, of masks with one bit a token."""
+    # Byte by byte, the lowest first: the unpacked form never takes more than a byte a token.
+    bytes_MB = masks_MW.contiguous().view(torch.uint8).unsqueeze(-1)
+    places = torch.arange(8, dtype=torch.uint8, device=masks_MW.device)
+    return ((bytes_MB >> places) & 1).flatten(1)[:, :vocab].bool()

@@ -7,7 +7,7 @@ int32 tensor (see `nanoflow.ops.sampling_rows`).
 Pseudo-code::
 
     argmax:   each program takes a part of one row; a second launch joins the parts
-    prepare:  the same over the rows described, after bias and penalties, which it writes as float32
+    prepare:  the same over the rows described, after bias, penalties and mask, which it writes as float32
     draw:     one program a row:
         greedy: the argmax of the parts
         else:   largest threshold with k values at or above it (top-k); with p of the mass at or above it (top-p)
@@ -49,6 +49,7 @@ FLOOR = tl.constexpr(7)
 REPETITION = tl.constexpr(8)
 FREQUENCY = tl.constexpr(9)
 PRESENCE = tl.constexpr(10)
+MASK = tl.constexpr(11)
 UNIFORM = tl.constexpr(12)
 WORDS = tl.constexpr(16)
 
@@ -118,8 +119,8 @@ def _float(rows, word):
 
 @triton.jit
 def prepare_kernel(
-    logits, stride, rows, prompt, output, work, values, tokens, VOCAB: tl.constexpr, PARTS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, rows, prompt, output, masks, work, values, tokens, MASKED: tl.constexpr, VOCAB: tl.constexpr,
+    PARTS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     index = (program // PARTS).to(tl.int64)
@@ -127,6 +128,7 @@ def prepare_kernel(
     entry = tl.load(about + ENTRY).to(tl.int64)
     if entry >= 0:
         place = tl.load(about + PLACE).to(tl.int64)
+        mask_row = tl.load(about + MASK).to(tl.int64)
         bias_start, bias_stop = tl.load(about + BIAS_START), tl.load(about + BIAS_STOP)
         repetition, frequency = _float(about, REPETITION), _float(about, FREQUENCY)
         presence = _float(about, PRESENCE)
@@ -146,6 +148,9 @@ def prepare_kernel(
                 repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
                 x = tl.where(seen, repeated, x) - frequency * count.to(tl.float32)
                 x -= tl.where(count > 0, presence, 0.0)
+            if MASKED and mask_row >= 0:
+                word = tl.load(masks + mask_row * ((VOCAB + 31) // 32) + token // 32, mask=mask, other=0)
+                x = tl.where(((word >> (token % 32)) & 1) != 0, x, -INFINITY)
             tl.store(work + index * VOCAB + token, x, mask=mask)
             best, best_tile = _better(x, best, tile, best_tile)
         largest, token = _first_best(best, best_tile, BLOCK)
@@ -356,6 +361,7 @@ def sample_rows(
     output: torch.Tensor,
     out_S: torch.Tensor,
     *,
+    masks: torch.Tensor | None = None,
     work_RV: torch.Tensor | None = None,
     draw_block: int = DRAW_BLOCK,
     search_block: int = SEARCH_BLOCK,
@@ -368,6 +374,7 @@ def sample_rows(
         rows: int32, `WORDS` a row, then the bias pairs; made by `sampling_rows.describe`. An entry of -1 is skipped.
         prompt: [places, V] uint8, tokens that stand in a prompt.
         output: [places, V] int32, how often each token was sampled; the new token is counted.
+        masks: [M, ceil(V / 32)] int32, one bit a token, set if it is allowed; None if no row has a mask.
         work_RV: float32, at least [count, V]; allocated if left out.
     """
     if not count:
@@ -379,8 +386,9 @@ def sample_rows(
     values, tokens = _workspace(logits_SV, count * parts)
     # Products stay apart from sums (enable_fp_fusion): the values are those of the PyTorch path, bit by bit.
     prepare_kernel[(count * parts,)](
-        logits_SV, logits_SV.stride(0), rows, prompt, output, work_RV, values, tokens,
-        VOCAB=vocab, PARTS=parts, TILES=tiles, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False,
+        logits_SV, logits_SV.stride(0), rows, prompt, output, rows if masks is None else masks, work_RV, values, tokens,
+        MASKED=masks is not None, VOCAB=vocab, PARTS=parts, TILES=tiles, BLOCK=block, num_warps=WARPS,
+        enable_fp_fusion=False,
     )  # fmt: skip
     draw_block = min(draw_block, int(triton.next_power_of_2(vocab)))
     draw_kernel[(count,)](

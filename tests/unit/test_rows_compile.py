@@ -21,6 +21,10 @@ ROPE_ARGUMENTS = {
     "qkv": "*T", "qkv_stride": "i32", "cosines": "*fp32", "sines": "*fp32", "q_weight": "*T", "k_weight": "*T",
     "eps": "fp32", "kv": "*T", "kv_index": "*i64", "page_stride": "i32", "kind_stride": "i32", "head_stride": "i32",
 }  # fmt: skip
+PREPARE_ARGUMENTS = {
+    "logits": "*T", "stride": "i32", "rows": "*i32", "prompt": "*u8", "output": "*i32", "masks": "*i32",
+    "work": "*fp32", "values": "*fp32", "tokens": "*i32",
+}  # fmt: skip
 PARTS = {"VOCAB": VOCAB, "PARTS": 4, "TILES": 8}
 KERNELS = {
     "silu_mul": (
@@ -75,9 +79,14 @@ KERNELS = {
     ),
     "prepare": (
         sampling_triton.prepare_kernel,
-        {"logits": "*T", "stride": "i32", "rows": "*i32", "prompt": "*u8", "output": "*i32", "work": "*fp32"}
-        | {"values": "*fp32", "tokens": "*i32"},
-        {**PARTS, "TILES": 32, "BLOCK": 1024},
+        PREPARE_ARGUMENTS,
+        {"MASKED": False, **PARTS, "TILES": 32, "BLOCK": 1024},
+        4,
+    ),
+    "prepare_masked": (
+        sampling_triton.prepare_kernel,
+        PREPARE_ARGUMENTS,
+        {"MASKED": True, **PARTS, "TILES": 32, "BLOCK": 1024},
         4,
     ),
     "draw": (

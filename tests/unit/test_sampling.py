@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from nanoflow.ops.batch import PenaltyReset, SamplingBatch
+from nanoflow.ops.batch import PenaltyReset, SamplingBatch, TokenMasks
 from nanoflow.ops.sampling import Sampler, philox_uniform
 
 CPU = torch.device("cpu")
 V = 1000
 
 
-def batch(rows: int, bias: tuple[tuple[int, int, float], ...] = (), resets: tuple = (), **columns) -> SamplingBatch:
+def batch(
+    rows: int,
+    bias: tuple[tuple[int, int, float], ...] = (),
+    resets: tuple = (),
+    masks: TokenMasks | None = None,
+    **columns,
+) -> SamplingBatch:
     """A batch of `rows` greedy entries but for `columns`."""
 
     def column(name: str, default, dtype: type) -> np.ndarray:
@@ -36,7 +42,18 @@ def batch(rows: int, bias: tuple[tuple[int, int, float], ...] = (), resets: tupl
         bias_tokens=np.array([token for _, token, _ in bias], np.int32),
         bias_values=np.array([value for _, _, value in bias], np.float32),
         penalty_resets=resets,
+        masks=masks,
     )
+
+
+def packed(entries: np.ndarray, allowed: np.ndarray) -> TokenMasks:
+    """Masks of `entries` [M] from booleans [M, V], one bit a token."""
+    words = -(-allowed.shape[1] // 32)
+    bits = np.zeros((len(entries), words * 32), bool)
+    bits[:, : allowed.shape[1]] = allowed
+    masks = TokenMasks(entries.astype(np.int32))
+    masks.ready.set_result(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+    return masks
 
 
 def plain_kept(logits: np.ndarray, entries: SamplingBatch, row: int, prompt=(), output=()) -> np.ndarray:
@@ -274,3 +291,62 @@ def test_flat_distribution_needs_more_than_the_first_sorted_values() -> None:
     found = Sampler(vocab, rows, CPU).sample(torch.from_numpy(logits), entries).tokens.tolist()
     wanted = [plain_token(plain_kept(logits[row], entries, row), row, 0) for row in range(rows)]
     assert found == wanted
+
+
+@pytest.mark.parametrize(("vocab", "chunk"), [(V, 5), (33, 64)])
+def test_masked_rows_get_allowed_tokens_and_the_others_what_they_had(vocab: int, chunk: int) -> None:
+    """Beside bias, penalties and every filter; a masked row is one whose other logits are -inf."""
+    rng = np.random.default_rng(vocab)
+    rows = 16
+    logits = rng.normal(0, 2, (rows, vocab)).astype(np.float32)
+    penalised = np.arange(rows) % 4 == 0
+    history = rng.integers(0, vocab, (rows, 12)).astype(np.int32)
+    options = {
+        "seeds": rng.integers(0, 2**63, rows),
+        "temperature": rng.choice([0, 0.7, 1.5], rows),
+        "top_k": rng.choice([0, 3, 20], rows),
+        "top_p": rng.choice([1, 0.6], rows),
+        "min_p": rng.choice([0, 0.1], rows),
+        "repetition_penalty": np.where(penalised, 1.3, 1),
+        "presence_penalty": np.where(penalised, 0.5, 0),
+        "logprobs": 2,
+    }
+    bias = tuple((row, int(rng.integers(vocab)), float(rng.normal(0, 5))) for row in range(0, rows, 3))
+    resets = tuple(PenaltyReset(slot, history[slot, :6], history[slot, 6:]) for slot in np.flatnonzero(penalised))
+
+    def sample(values: np.ndarray, masks: TokenMasks | None):
+        given = torch.from_numpy(values)
+        entries = batch(rows, bias, resets, masks, **options)
+        return Sampler(vocab, rows, CPU).sample_chunks(entries, lambda part: given[part], chunk).to_host()
+
+    masked = np.flatnonzero(rng.random(rows) < 0.5)
+    allowed = rng.random((len(masked), vocab)) < rng.choice([0.02, 0.3, 0.9], (len(masked), 1))
+    allowed[np.arange(len(masked)), rng.integers(0, vocab, len(masked))] = True
+    allowed[0] = np.arange(vocab) == vocab - 1  # one token, in the last word
+    found = sample(logits, packed(masked, allowed))
+    blocked = logits.copy()
+    blocked[masked] = np.where(allowed, logits[masked], -np.inf)
+    free = sample(logits, None)
+    assert found.tokens.tolist() == sample(blocked, None).tokens.tolist()
+    others = np.setdiff1d(np.arange(rows), masked)
+    assert (found.tokens[others] == free.tokens[others]).all()
+    assert allowed[np.arange(len(masked)), found.tokens[masked]].all()
+    assert (found.tokens[masked] != free.tokens[masked]).sum() > len(masked) // 3
+    raw = torch.from_numpy(logits).double().log_softmax(-1).numpy()
+    assert found.logprobs is not None and found.top_tokens is not None
+    np.testing.assert_allclose(found.logprobs, raw[np.arange(rows), found.tokens], atol=1e-5)
+    assert free.top_tokens is not None and (found.top_tokens == free.top_tokens).all()
+
+
+def test_masks_may_come_after_the_logits() -> None:
+    masks = TokenMasks(np.array([1], np.int32))
+    logits = torch.zeros(2, 40)
+    logits[:, 5] = 1.0
+
+    def head(rows: slice) -> torch.Tensor:
+        words = np.zeros((1, 2), np.int32)
+        words[0, 1] = 1 << 3
+        masks.ready.set_result(words)
+        return logits[rows]
+
+    assert Sampler(40, 2, CPU).sample_chunks(batch(2, masks=masks), head, 4).tokens.tolist() == [5, 35]

@@ -13,6 +13,8 @@ from tests.unit import test_sampling as cases
 from tests.unit.test_sampling import (  # noqa: F401
     test_extreme_parameters_give_a_possible_token,
     test_logprobs_are_of_the_raw_logits,
+    test_masked_rows_get_allowed_tokens_and_the_others_what_they_had,
+    test_masks_may_come_after_the_logits,
     test_penalty_counts_follow_the_sampled_tokens,
     test_random_rows_match_the_plain_sampler,
     test_rebuilt_counts_equal_counts_kept_on_the_device,

@@ -157,7 +157,7 @@ class Engine:
         finished = []
         now = time.perf_counter()
         received = self.scheduler.update(iteration, output)
-        gaps = self._token_gaps(received, now) if self.observers else []
+        gaps = self._token_gaps(received, now) if self.observers else {}
         for sequence in received:
             progress: _Progress = sequence.parent
             if not progress.request.first_token:
@@ -177,18 +177,18 @@ class Engine:
                 observer(record)
         return finished
 
-    def _token_gaps(self, received: list[Sequence], now: float) -> list[float]:
-        """Seconds since the token before, of each sequence that had one."""
-        gaps = []
+    def _token_gaps(self, received: list[Sequence], now: float) -> dict[float, int]:
+        """Seconds since the token before -> how many sequences. Most had theirs together, in the iteration before."""
+        counts: dict[float, int] = {}
         for sequence in received:
             progress: _Progress = sequence.parent
-            if progress.last_token:
-                gaps.append(now - progress.last_token)
-            progress.last_token = now
-        return gaps
+            before, progress.last_token = progress.last_token, now
+            counts[before] = counts.get(before, 0) + 1
+        counts.pop(0.0, None)  # first tokens
+        return {now - before: count for before, count in counts.items()}
 
     def _record(
-        self, iteration: Iteration, seconds: float, now: float, received: int, gaps: list[float]
+        self, iteration: Iteration, seconds: float, now: float, received: int, gaps: dict[float, int]
     ) -> IterationRecord:
         nano_batches, scheduler = iteration.batch.nano_batches, self.scheduler
         preemptions = scheduler.preemptions - self._preemptions_told

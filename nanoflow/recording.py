@@ -6,7 +6,7 @@ and of every error record. `nanoflow.report.make_report` reads the totals when t
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,9 @@ from nanoflow.timeline import Amounts, Timeline, amounts
 __all__ = ["IterationRecord", "LogHistogram", "Recorder", "RequestNumbers"]
 
 Floats = NDArray[np.float64]
+
+IDLE_SECONDS = 0.01
+"""A longer pause between two iterations is shown as one; a shorter one is the host's and counts to the iteration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,8 @@ class IterationRecord:
     """Preemptions since the record before."""
     output_tokens: int
     """Tokens that sequences received; one that came after a stop does not count."""
-    token_gaps: list[float] = field(default_factory=list)
-    """Seconds between each of these tokens and the one before it of its sequence; first tokens have none."""
+    token_gaps: Mapping[float, int] = field(default_factory=dict)
+    """Seconds between a token and the one before it of its sequence -> how many tokens; first tokens do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +99,11 @@ class LogHistogram:
         self._scale = 1 / math.log(self.GROWTH)
         self._offset = math.log(self.LOW) * self._scale
 
-    def add(self, values: Iterable[float]) -> None:
-        """Count each of `values`."""
-        array = np.fromiter(values, np.float64)
-        if not len(array):
-            return
-        self.total += float(array.sum())
-        bins = np.log(np.maximum(array, self.LOW)) * self._scale - self._offset
-        self.counts += np.bincount(np.minimum(bins.astype(np.int64), self.BINS - 1), minlength=self.BINS)
+    def add(self, value: float, count: int = 1) -> None:
+        """Count `value`, `count` times."""
+        self.total += value * count
+        place = int(math.log(max(value, self.LOW)) * self._scale - self._offset)
+        self.counts[min(place, self.BINS - 1)] += count
 
     @property
     def count(self) -> int:
@@ -198,41 +198,36 @@ class Recorder:
         """Record an iteration; an observer of the engine."""
         now = max(record.time - self.started, self._last)
         began = min(max(self._last, now - record.seconds), now)
-        if began > self._last:  # nothing ran: requests had not arrived, or the host was late
+        if began - self._last > IDLE_SECONDS:
             running, waiting, kv_pages = self._state
             idle = began - self._last
-            self._spread(
-                self._last,
-                began,
-                amounts(
-                    seconds=idle,
-                    running_seconds=running * idle,
-                    waiting_seconds=waiting * idle,
-                    kv_page_seconds=kv_pages * idle,
-                ),
-            )
+            states = (running * idle, waiting * idle, kv_pages * idle)
+            self._spread(self._last, began, np.array((idle, *(0,) * 10, *states)))
+        else:
+            began = self._last
         length = now - began
-        self._spread(
-            began,
-            now,
-            amounts(
-                seconds=length,
-                busy_seconds=min(record.seconds, length),
-                iterations=1,
-                decode_rows=record.decode_rows,
-                prefill_rows=record.prefill_rows,
-                padding_rows=record.padding_rows,
-                output_tokens=record.output_tokens,
-                preemptions=record.preemptions,
-                running_seconds=record.running * length,
-                waiting_seconds=record.waiting * length,
-                kv_page_seconds=record.kv_pages * length,
-            ),
+        values = (
+            length,
+            min(record.seconds, length),
+            1,
+            record.decode_rows,
+            record.prefill_rows,
+            record.padding_rows,
+            record.output_tokens,
+            record.preemptions,
+            0,
+            0,
+            0,
+            record.running * length,
+            record.waiting * length,
+            record.kv_pages * length,
         )
+        self._spread(began, now, np.array(values))
         self._last = now
         self._state = (record.running, record.waiting, record.kv_pages)
-        self.token_gaps.add(record.token_gaps)
-        self.iteration_seconds.add((record.seconds,))
+        for gap, tokens in record.token_gaps.items():
+            self.token_gaps.add(gap, tokens)
+        self.iteration_seconds.add(record.seconds)
 
     def column(self, name: str) -> NDArray[np.number]:
         """[requests finished] one of the fields of `RequestNumbers`, in order of finishing."""

@@ -5,20 +5,20 @@ supported is refused, by name, unless its value asks for nothing (``"stream": fa
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.errors import InputError, ParameterError
+from nanoflow.errors import ParameterError
+from nanoflow.input_files import LONGEST_LINE, InputLine, Source
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.validation import shorten
 
-__all__ = ["ErrorRecord", "Kind", "ParsedRequest", "parse_line", "read_requests"]
+__all__ = ["ErrorRecord", "Kind", "ParsedRequest", "parse_line", "place", "read_requests"]
 
 Kind = Literal["completion", "chat"]
 Message = dict[str, Any]
@@ -92,9 +92,16 @@ class ErrorRecord:
     """Why a line got no answer. `message` names the line, the field, the value and the mend."""
 
     line: int
+    """As `ParsedRequest.line`."""
     custom_id: str | None
     code: str
     message: str
+    source: Source | None = None
+
+    @property
+    def where(self) -> str:
+        """The line, as messages name it."""
+        return place(self.line, self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +109,7 @@ class ParsedRequest:
     """One request as the workload gives it: text or token ids to complete, or a conversation to answer."""
 
     line: int
-    """Line of the input file, from 1; for made-up workloads the number of the request."""
+    """Line of the input, from 1, counted through all of its files; for made-up workloads the number of the request."""
     custom_id: str
     kind: Kind
     params: SamplingParams
@@ -113,10 +120,17 @@ class ParsedRequest:
     metadata: Mapping[str, Any] | None = None
     arrival: float | None = None
     """Seconds after the run's start at which the request arrives; None: it is there from the start."""
+    source: Source | None = None
+    """The file that `line` is in, if the input has several."""
+
+    @property
+    def where(self) -> str:
+        """The line, as messages name it."""
+        return place(self.line, self.source)
 
     def error(self, message: str, code: str = "invalid_request") -> ErrorRecord:
         """The record that says why this request, though well formed, cannot be answered."""
-        return ErrorRecord(self.line, self.custom_id, code, f"line {self.line}: {message}")
+        return ErrorRecord(self.line, self.custom_id, code, f"{self.where}: {message}", self.source)
 
 
 class _Problem(Exception):
@@ -125,34 +139,27 @@ class _Problem(Exception):
         self.code = code
 
 
-def read_requests(path: Path, defaults: SamplingParams) -> Iterator[ParsedRequest | ErrorRecord]:
-    """The requests of a JSONL file in order, a record for each line that is none; blank lines are passed over.
+def place(line: int, source: Source | None) -> str:
+    """How messages name line `line` of the input: with its file if there are several."""
+    return f"line {line}" if source is None else source.place(line)
 
-    A `custom_id` seen before is an error, whatever became of the line that had it first. Raises InputError if the file
-    cannot be read.
+
+def read_requests(lines: Iterable[InputLine], defaults: SamplingParams) -> Iterator[ParsedRequest | ErrorRecord]:
+    """The requests of an input in order, a record for each line that is none; blank lines are passed over.
+
+    Whether a `custom_id` was there before is the ledger's to say (`nanoflow.ledger`).
     """
-    first_seen: dict[str, int] = {}
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if not raw.strip():
-                    continue
-                parsed = parse_line(raw, number, defaults)
-                if parsed.custom_id is not None:
-                    first = first_seen.setdefault(parsed.custom_id, number)
-                    if first != number:
-                        message = f"line {number}: custom_id {shorten(parsed.custom_id)} is that of line {first}; "
-                        parsed = ErrorRecord(
-                            number, parsed.custom_id, "duplicate_custom_id", message + "give each line its own"
-                        )
-                yield parsed
-    except OSError as error:
-        raise InputError(f"workload.input: {path} cannot be read: {error.strerror}; check the path") from error
+    for line in lines:
+        if line.raw is None:
+            message = f"{place(line.number, line.source)}: longer than {LONGEST_LINE >> 20} MiB; each line must be one "
+            yield ErrorRecord(line.number, None, "invalid_json", message + "JSON object", line.source)
+        elif line.raw.strip():
+            yield parse_line(line.raw, line.number, defaults, line.source)
 
 
-def parse_line(text: str | bytes, line_number: int, defaults: SamplingParams) -> ParsedRequest | ErrorRecord:
+def parse_line(
+    text: str | bytes, line_number: int, defaults: SamplingParams, source: Source | None = None
+) -> ParsedRequest | ErrorRecord:
     """One line as a request, or the record that says what is wrong with it. The line's values win over `defaults`."""
     custom_id = None
     try:
@@ -163,9 +170,9 @@ def parse_line(text: str | bytes, line_number: int, defaults: SamplingParams) ->
             problem = f"custom_id: {shorten(given)} is not a string" if "custom_id" in line else "custom_id is missing"
             _fail(f"{problem}; give each line a text of its own")
         kind, body, prefix = _form(line)
-        return _request(line_number, custom_id, kind, body, prefix, defaults)
+        return _request(line_number, custom_id, kind, body, prefix, defaults, source)
     except _Problem as problem:
-        return ErrorRecord(line_number, custom_id, problem.code, f"line {line_number}: {problem}")
+        return ErrorRecord(line_number, custom_id, problem.code, f"{place(line_number, source)}: {problem}", source)
 
 
 def _fail(message: str, code: str = "invalid_request") -> NoReturn:
@@ -219,7 +226,13 @@ def _form(line: dict[str, Any]) -> tuple[Kind, dict[str, Any], str]:
 
 
 def _request(
-    number: int, custom_id: str, kind: Kind, body: dict[str, Any], prefix: str, defaults: SamplingParams
+    number: int,
+    custom_id: str,
+    kind: Kind,
+    body: dict[str, Any],
+    prefix: str,
+    defaults: SamplingParams,
+    source: Source | None,
 ) -> ParsedRequest:
     for key, value in body.items():
         _check_field(key, value, body, prefix)
@@ -243,6 +256,7 @@ def _request(
         prompt=_prompt(body.get("prompt"), prefix) if kind == "completion" else None,
         messages=_messages(body.get("messages"), prefix) if kind == "chat" else (),
         metadata=metadata if isinstance(metadata, dict) else None,
+        source=source,
     )
 
 

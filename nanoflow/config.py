@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nanoflow.config_schema import (
     WorkloadSection,
 )
 from nanoflow.errors import ConfigError, OutputError
+from nanoflow.input_files import STDIN, reads
 from nanoflow.validation import explain, shorten
 
 __all__ = [
@@ -33,6 +35,10 @@ __all__ = [
 ]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MOST_VALUES = 1_000_000
+"""Of a configuration, aliases written out: enough for a bias for each token of a large vocabulary."""
+MOST_PROBLEMS = 20
+"""Told at once."""
 FILE_ENDINGS = (".gguf", ".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -94,14 +100,32 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}; check its permissions") from None
+    data = _parse(text, str(file))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: holds {shorten(data)}; it must hold sections such as model: and workload:")
+    return data
+
+
+def _parse(text: str, where: str) -> Any:
+    """What the YAML says; `where` stands at the head of messages."""
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: {_yaml_problem(error)}") from None
+        raise ConfigError(f"{where}: {_yaml_problem(error)}") from None
     except RecursionError:
-        raise ConfigError(f"{file}: is nested too deep for a run's configuration") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: holds {shorten(data)}; it must hold sections such as model: and workload:")
+        raise ConfigError(f"{where}: is nested too deep for a run's configuration") from None
+    # Aliases share what they stand for. Written out, which messages do, a few lines of them can be without end.
+    count, left = 0, [data]
+    while left:
+        value = left.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise ConfigError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values; write out what is meant")
+        if isinstance(value, dict):
+            left.extend(value)
+            left.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            left.extend(value)
     return data
 
 
@@ -112,10 +136,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
     names = key.split(".")
     if not equals or not all(names):
         raise ConfigError(f"--set {override}: it must be section.key=value, such as --set engine.max_running=64")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {_yaml_problem(error)}") from None
+    value = _parse(text, f"--set {override}")
     section = data
     for name in names[:-1]:
         inner = section.get(name)
@@ -136,17 +157,20 @@ def _message(file: Path, error: ValidationError) -> str:
         problems.append(f"{key}: {problem}" if key else problem)
     if len(problems) == 1:
         return f"{file}: {problems[0]}"
-    return f"{file}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems)
+    shown = problems[:MOST_PROBLEMS]
+    if len(problems) > MOST_PROBLEMS:
+        shown.append(f"and {len(problems) - MOST_PROBLEMS} more")
+    return f"{file}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in shown)
 
 
 def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) -> RunConfig:
-    def resolve(key: str, value: str) -> str:
+    def resolve(key: str, value: str, pattern: bool = False) -> str:
         folders = [file.parent]
         if any(key == name or key.startswith(name + ".") for name in overridden):
             folders.append(Path.cwd())
         places = list(dict.fromkeys((folder / value).resolve() for folder in folders))
         for place in places:
-            if place.exists():
+            if place.exists() or (pattern and has_magic(value) and glob(str(place), recursive=True)):
                 return str(place)
         raise ConfigError(
             f"{file}: {key}: {value} not found (looked for {' and '.join(map(str, places))}); "
@@ -165,7 +189,10 @@ def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) ->
         changes["model"] = config.model.model_copy(update={"path": path})
     workload = config.workload
     if workload.input is not None:
-        changes["workload"] = workload.model_copy(update={"input": resolve("workload.input", workload.input)})
+        inputs = tuple(
+            item if item == STDIN else resolve("workload.input", item, pattern=True) for item in workload.input
+        )
+        changes["workload"] = workload = workload.model_copy(update={"input": inputs})
     elif workload.trace is not None:
         trace = workload.trace.model_copy(update={"path": resolve("workload.trace.path", workload.trace.path)})
         changes["workload"] = workload.model_copy(update={"trace": trace})
@@ -174,7 +201,7 @@ def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) ->
         changes["pipeline"] = config.pipeline.model_copy(update={"plan": plan})
     output = Path(config.output.path).absolute()
     trace_path = changes["workload"].trace.path if workload.trace is not None else ""
-    if output in (Path(workload.input or ""), Path(trace_path), Path(file)):
+    if output in (Path(trace_path), Path(file)) or any(reads(item, output) for item in workload.input or ()):
         raise ConfigError(f"{file}: output.path: {output} is an input of the run; choose another file")
     changes["output"] = config.output.model_copy(update={"path": str(output)})
     return config.model_copy(update=changes)
@@ -189,6 +216,14 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice (the first would be lost silently) and reads 1e-3 as a number."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # What a date, a number or a tagged value says is read with Python's own functions, and they raise these.
+            what = f"{shorten(node.value)} is no {node.tag.rpartition(':')[2]}: {error}"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

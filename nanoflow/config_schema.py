@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.section import Count, Name, Section
@@ -52,11 +52,21 @@ def _device(value: Any) -> Any:
     raise ValueError("it must be auto, cpu, cuda or cuda:N")
 
 
+def _as_items(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise ValueError("it must be a path, or a list of paths")
+
+
 def _none_is_null(value: Any) -> Any:
     return None if value == "none" else value
 
 
 AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
+STRING_OR_STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+Inputs = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_as_items), WithJsonSchema(STRING_OR_STRINGS)]
 Arrival = Annotated[ArrivalSection | None, BeforeValidator(_none_is_null)]
 
 
@@ -77,7 +87,11 @@ class ModelSection(Section):
 class WorkloadSection(Section):
     """What is to be run: exactly one of input, trace and synthetic is set."""
 
-    input: Name | None = Field(None, description="A JSONL file: OpenAI batch lines, or the short form.")
+    input: Inputs | None = Field(
+        None,
+        description="JSONL (OpenAI batch lines, or the short form), plain, .gz or .zst: a file, a folder, a glob, a "
+        "list of these, or - for standard input.",
+    )
     trace: TraceSection | None = Field(None, description="Request lengths from a CSV file.")
     synthetic: SyntheticSection | None = Field(None, description="Random requests.")
     arrival: Arrival = Field(
@@ -133,33 +147,25 @@ class OutputSection(Section):
         return self._beside(".report.json")
 
     @property
+    def state_path(self) -> Path:
+        """``out/x.state.json`` beside ``out/x.jsonl``: what tells this run from others, for going on with it."""
+        return self._beside(".state.json")
+
+    @property
     def config_path(self) -> Path:
         """``out/x.config.yaml`` beside ``out/x.jsonl``: the resolved configuration."""
         return self._beside(".config.yaml")
+
+    @property
+    def series_path(self) -> Path:
+        """``out/x.series.jsonl`` beside ``out/x.jsonl``: the run's course over time."""
+        return self._beside(".series.jsonl")
 
     def _beside(self, ending: str) -> Path:
         path = Path(self.path)
         return path.with_name(path.name.removesuffix(".jsonl") + ending)
 
 
-class RunConfig(Section):
-    """One run. Everything but `model.path` and a workload has a default."""
-
-    model: ModelSection = Field(description="Which model.")
-    workload: WorkloadSection = Field(description="What to run.")
-    sampling: SamplingParams = Field(
-        default_factory=SamplingParams, description="Defaults of the sampling parameters; a line's own values win."
-    )
-    engine: EngineSection = Field(default_factory=lambda: EngineSection(), description="Sizes of the engine.")
-    @property
-    def series_path(self) -> Path:
-        """``out/x.series.jsonl`` beside ``out/x.jsonl``: the run's course over time."""
-        return self._beside(".series.jsonl")
-
-    pipeline: PipelineSection = Field(
-        default_factory=lambda: PipelineSection(), description="Nano-batches and their order."
-    )
-    output: OutputSection = Field(default_factory=lambda: OutputSection(), description="Where results go.")
 class SloSection(Section):
     """A latency objective: the report says how many requests met both."""
 
@@ -183,6 +189,19 @@ class MetricsSection(Section):
     host: Name = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
 
 
+class RunConfig(Section):
+    """One run. Everything but `model.path` and a workload has a default."""
+
+    model: ModelSection = Field(description="Which model.")
+    workload: WorkloadSection = Field(description="What to run.")
+    sampling: SamplingParams = Field(
+        default_factory=SamplingParams, description="Defaults of the sampling parameters; a line's own values win."
+    )
+    engine: EngineSection = Field(default_factory=lambda: EngineSection(), description="Sizes of the engine.")
+    pipeline: PipelineSection = Field(
+        default_factory=lambda: PipelineSection(), description="Nano-batches and their order."
+    )
+    output: OutputSection = Field(default_factory=lambda: OutputSection(), description="Where results go.")
     report: ReportSection = Field(default_factory=lambda: ReportSection(), description="What is measured.")
     metrics: MetricsSection = Field(
         default_factory=lambda: MetricsSection(), description="A Prometheus endpoint while the run goes on."

@@ -13,6 +13,7 @@ from nanoflow.batch_file import ErrorRecord, ParsedRequest
 from nanoflow.batch_output import error_line, response_line
 from nanoflow.config import RunConfig, save_config
 from nanoflow.errors import InputError
+from nanoflow.ledger import Ledger
 from nanoflow.loading import Model, build_engine, open_model
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
@@ -102,7 +103,10 @@ def _read(config: RunConfig, model: Model) -> tuple[list[_Prompt], list[ErrorRec
     """The workload's requests as tokens, and a record for each that cannot run."""
     prompts: list[_Prompt] = []
     errors: list[ErrorRecord] = []
-    for parsed in read_workload(config, model.graph.vocab_size):
+    ledger = Ledger()
+    for item in read_workload(config, model.graph.vocab_size):
+        parsed = ledger.take(item)
+        assert parsed is not None
         if isinstance(parsed, ErrorRecord):
             errors.append(parsed)
             continue

@@ -1,7 +1,6 @@
 """What a run has to do: requests from input files, from a trace, or made up; and when each of them arrives."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from nanoflow.arrivals import arrival_times, with_arrivals
 from nanoflow.batch_file import ErrorRecord, ParsedRequest, read_requests
 from nanoflow.config_schema import RunConfig
+from nanoflow.input_files import InputFiles
 from nanoflow.lengths import LONGEST
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.sharegpt import read_sharegpt
@@ -32,7 +32,7 @@ def read_workload(
     arrival = workload.arrival
     requests: Iterator[ParsedRequest | ErrorRecord]
     if workload.input is not None:
-        requests = read_requests(Path(workload.input), defaults)
+        requests = read_requests(InputFiles(workload.input), defaults)
     elif workload.synthetic is not None:
         spec = workload.synthetic
         requests = _requests(_random_prompts(_synthetic_lengths(spec), spec.seed, vocab_size), defaults)

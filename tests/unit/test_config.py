@@ -179,7 +179,7 @@ def test_inputs_start_at_the_yaml_and_the_output_at_the_working_folder(
     monkeypatch.chdir(elsewhere)
     config = load_config("../jobs/run.yaml")
     assert config.model.path == str(jobs / "model")
-    assert config.workload.input == str(jobs / "prompts.jsonl")
+    assert config.workload.input == (str(jobs / "prompts.jsonl"),)
     assert config.pipeline.plan == str(jobs / "plan.yaml")
     assert config.output.path == str(elsewhere / "o.jsonl")
     assert config.output.report_path == elsewhere / "o.report.json"
@@ -194,7 +194,7 @@ def test_an_input_named_on_the_command_line_may_lie_in_the_working_folder(
     (here / "mine.jsonl").touch()
     monkeypatch.chdir(here)
     config = load_config(run_yaml, ["workload={input: mine.jsonl}"])
-    assert config.workload.input == str(here / "mine.jsonl")
+    assert config.workload.input == (str(here / "mine.jsonl"),)
 
 
 def test_what_is_no_file_may_be_a_model_of_the_hub(run_yaml: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_quickstart_covers_chats_and_plain_text_short_and_long_in_both_forms
             lengths.append(len(tokenizer.encode(text, add_special_tokens=False)))
     assert len(lengths) >= 24 and kinds == {"completion", "chat"}
     assert min(lengths) <= 5 and sum(n > 600 for n in lengths) >= 2 and sum(100 < n < 600 for n in lengths) >= 4
-    lines = [json.loads(line) for line in Path(config.workload.input).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in Path(config.workload.input[0]).read_text(encoding="utf-8").splitlines()]
     assert {"url" in line for line in lines} == {True, False}
     fields = {key for line in lines for key in line.get("body", line)}
     assert {"temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs", "logit_bias"} <= fields

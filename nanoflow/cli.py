@@ -59,11 +59,19 @@ def run(
     overrides: SetOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Replace the output of an earlier run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show neither progress nor summary.")] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", metavar="PORT", help="Answer Prometheus there; 0: a free port.")
+    ] = None,
+    metrics_host: Annotated[
+        str | None, typer.Option("--metrics-host", metavar="ADDRESS", help="Where to answer it; default: 127.0.0.1.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Run the job that CONFIG describes."""
+    endpoint = {"metrics.port": metrics_port, "metrics.host": metrics_host}
+    flags = [f"{key}={json.dumps(value)}" for key, value in endpoint.items() if value is not None]
     with _mistakes_as_messages(debug):
-        loaded = load_config(config, overrides or ())
+        loaded = load_config(config, [*(overrides or ()), *flags])
         from nanoflow.runner import run as run_job  # loads torch: not before the configuration is known to be good
 
         report = run_job(loaded, restart=restart, quiet=quiet)

@@ -15,6 +15,7 @@ from nanoflow.config import RunConfig, save_config
 from nanoflow.errors import InputError
 from nanoflow.ledger import Ledger
 from nanoflow.loading import Model, build_engine, open_model
+from nanoflow.monitoring import Monitoring
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
 from nanoflow.report import RunReport, make_report
@@ -45,7 +46,7 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
         UserError: the run could not start, or not go on; what was finished is in the output.
     """
     started = time.perf_counter()
-    with OutputWriter(config.output.path, restart=restart) as writer:
+    with Monitoring(config, quiet=quiet) as monitoring, OutputWriter(config.output.path, restart=restart) as writer:
         model = open_model(config.model, config.engine)
         prompts, errors = _read(config, model)
         job = [
@@ -66,7 +67,7 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
                 writer.write(error_line(record))
             began = time.perf_counter()
             recorder = Recorder()
-            engine.observers.append(recorder.observe)
+            monitoring.watch(model, engine, recorder, fresh=True)
             for _ in errors:
                 recorder.error()
             with RunProgress(len(prompts) + len(errors), quiet=quiet) as progress:
@@ -84,6 +85,7 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
                     recorder.add(output)
                     progress.advance(1, sum(len(completion.token_ids) for completion in output.outputs))
             ended = time.perf_counter()
+            energy = monitoring.energy()
         finally:
             engine.close()
     report = make_report(
@@ -94,6 +96,7 @@ def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> Run
         ceilings=measure_ceilings(str(model.device), model.dtype),
         seconds=ended - began,
         load_seconds=began - started,
+        energy=energy,
     )
     report.save(config.output.report_path)
     return report

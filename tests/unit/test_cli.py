@@ -64,6 +64,14 @@ def test_quiet_prints_nothing(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -
     assert runner.calls[0][1] == {"restart": False, "quiet": True}
 
 
+def test_the_endpoint_is_set_by_flags(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = use(monkeypatch)
+    cli.invoke(app, ["run", str(run_yaml), "--metrics-port", "0", "--metrics-host", "::1"])
+    assert runner.calls[0][0].metrics.model_dump() == {"port": 0, "host": "::1"}
+    refused = cli.invoke(app, ["run", str(run_yaml), "--metrics-port", "70000"])
+    assert refused.exit_code == 2 and "metrics.port: 70000" in refused.stderr
+
+
 def test_error_records_end_with_1(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, errors=2)
     result = cli.invoke(app, ["run", str(run_yaml)])

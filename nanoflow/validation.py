@@ -27,7 +27,7 @@ def explain(error: Any, model: type[BaseModel]) -> tuple[str, str]:
     location = [str(part) for part in error["loc"] if part != "[key]"]
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
-        return ".".join([*location, cause.key]), cause.problem
+        return ".".join([*location, *filter(None, [cause.key])]), cause.problem
     key = ".".join(location)
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":

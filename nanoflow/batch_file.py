@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nanoflow.errors import ParameterError
 from nanoflow.input_files import LONGEST_LINE, InputLine, Source
 from nanoflow.sampling_params import SamplingParams
+from nanoflow.structured_outputs import FIELDS, from_body
 from nanoflow.validation import shorten
 
 __all__ = ["ErrorRecord", "Kind", "ParsedRequest", "parse_line", "place", "read_requests"]
@@ -37,10 +38,11 @@ IGNORED = frozenset(
         "prediction",
         "safety_identifier",
         "prompt_cache_key",
+        "guided_decoding_backend",
     )
 )
 """Accepted with any value: who asks, how urgently, what to keep. None of it changes the completion."""
-OWN = frozenset({"prompt", "messages", "max_completion_tokens", "top_logprobs"})
+OWN = frozenset({"prompt", "messages", "max_completion_tokens", "top_logprobs"}) | FIELDS
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -53,7 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": (),
@@ -76,11 +77,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "documents": ([],),
     "logits_processors": ([],),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
 }
 """Fields that other engines have and this one lacks, with the values that ask for nothing; null always does."""
 
@@ -244,6 +242,8 @@ def _request(
     _max_tokens(body, values, prefix)
     _logprobs(body, values, kind, prefix)
     try:
+        if any(body.get(key) is not None for key in ("structured_outputs", *FIELDS)):
+            values["structured_outputs"] = from_body(body)  # None (text) replaces the default too
         params = defaults.replace(**values)
     except ParameterError as error:
         _fail(f"{prefix}{error}")

@@ -6,9 +6,10 @@ makes superfluous is dropped; a request's tokens do not depend on what else runs
 Pseudo-code::
 
     while requests are unfinished or an iteration is in flight:
-        form the next dense batch; launch it
+        form the next dense batch; launch it; begin its masks if it is the only one in flight
         if two are in flight, or nothing could be formed:
             collect the older one; record its tokens; look for stop strings
+            begin the masks of the one that is in flight now
             hand out the requests that are finished
 """
 
@@ -19,8 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanoflow.errors import InputError
+from nanoflow.grammars import Grammars, MaskMaker
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
@@ -33,6 +36,8 @@ from nanoflow.sequence import Sequence
 from nanoflow.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Engine", "EngineStats"]
+
+Tokens = ListLike[int] | NDArray[np.int32]
 
 
 @dataclass
@@ -56,11 +61,12 @@ class _Request:
 
     key: Any
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: NDArray[np.int32]
     params: SamplingParams
     submitted: float
     completions: list[Completion | None]
     first_token: float = 0.0
+    error: str | None = None
 
 
 @dataclass(eq=False)
@@ -92,16 +98,20 @@ class Engine:
         self._submitted = 0
         self._preemptions_told = 0
         self._in_flight: deque[Iteration] = deque()
+        self._grammars = Grammars(tokenizer, graph.vocab_size, scheduler.eos_token_ids.tolist())
+        self._mask_maker: MaskMaker | None = None
 
-    def check(self, prompt_token_ids: ListLike[int], params: SamplingParams) -> None:
-        """Say whether a request can run.
+    def check(self, prompt_token_ids: Tokens, params: SamplingParams) -> None:
+        """Say whether a request can run. Safe to call from any thread.
 
         Raises:
-            InputError: the prompt is empty, has a token id that the model lacks, or leaves no room in the context.
+            InputError: the prompt is empty, has a token id that the model lacks, or leaves no room in the context; or
+                the grammar of its structured outputs cannot be compiled. A grammar is compiled once and then kept.
         """
         vocab_size = self.graph.vocab_size
-        if wrong := [token for token in prompt_token_ids if not 0 <= token < vocab_size]:
-            raise InputError(f"prompt: token id {wrong[0]} is unknown; this model's ids are 0 to {vocab_size - 1}")
+        prompt = np.asarray(prompt_token_ids)
+        if len(unknown := prompt[(prompt < 0) | (prompt >= vocab_size)]):
+            raise InputError(f"prompt: token id {unknown[0]} is unknown; this model's ids are 0 to {vocab_size - 1}")
         if wrong := [token for token in (*params.logit_bias, *params.stop_token_ids) if token >= vocab_size]:
             raise InputError(
                 f"logit_bias or stop_token_ids: token id {wrong[0]} is unknown; "
@@ -113,26 +123,50 @@ class Engine:
             self.scheduler.check(len(prompt_token_ids), params.max_tokens)
         except ValueError as error:
             raise InputError(f"prompt: {error}") from None
+        if params.structured_outputs is not None:
+            self._grammars.compile(params.structured_outputs)
 
     def submit(
-        self, prompt_token_ids: ListLike[int], params: SamplingParams, *, prompt: str | None = None, key: Any = None
+        self,
+        prompt_token_ids: Tokens,
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        key: Any = None,
+        place: int | None = None,
+        arrived: float | None = None,
     ) -> None:
-        """Queue a request. Raises InputError as `check` does."""
+        """Queue a request. Raises InputError as `check` does.
+
+        Args:
+            place: its place in the job, of which its seed is made if it names none; None: the order of submission.
+            arrived: when it arrived, by `time.perf_counter`; None: now.
+        """
         self.check(prompt_token_ids, params)
         token_ids = np.asarray(prompt_token_ids, dtype=np.int32)
-        request = _Request(key, prompt, token_ids.tolist(), params, time.perf_counter(), completions=[None] * params.n)
-        base = params.seed if params.seed is not None else _default_seed(self._submitted)
+        arrived = time.perf_counter() if arrived is None else arrived
+        request = _Request(key, prompt, token_ids, params, arrived, completions=[None] * params.n)
+        base = params.seed if params.seed is not None else _default_seed(self._submitted if place is None else place)
         for completion in range(params.n):
             stream = self.tokenizer.stream(params.skip_special_tokens) if params.stop and self.tokenizer else None
             progress = _Progress(request, completion, stream)
             seed = _completion_seed(base, completion)
-            self.scheduler.add(Sequence(self._submitted, token_ids, params, seed, parent=progress))
+            constraint = None
+            if params.structured_outputs is not None:
+                constraint = self._grammars.constraint(params.structured_outputs, ignore_eos=params.ignore_eos)
+            sequence = Sequence(self._submitted, token_ids, params, seed, parent=progress, constraint=constraint)
+            self.scheduler.add(sequence)
             self._submitted += 1
 
     @property
     def unfinished(self) -> int:
         """Completions submitted and not finished."""
         return self.scheduler.unfinished
+
+    @property
+    def active(self) -> bool:
+        """Whether anything runs: waiting requests do not count."""
+        return self.scheduler.running > 0 or bool(self._in_flight)
 
     def run(self) -> Iterator[RequestOutput]:
         """Run until every submitted request is finished, handing out each as soon as it is."""
@@ -145,6 +179,8 @@ class Engine:
         if iteration is not None:
             self.executor.launch(iteration.batch)
             self._in_flight.append(iteration)
+            if len(self._in_flight) == 1:
+                self._begin_masks(iteration)
         elif not self._in_flight:
             raise RuntimeError(f"{self.unfinished} completions are unfinished and none can run")
         if iteration is not None and len(self._in_flight) < 2:
@@ -157,6 +193,8 @@ class Engine:
         finished = []
         now = time.perf_counter()
         received = self.scheduler.update(iteration, output)
+        if self._in_flight:
+            self._begin_masks(self._in_flight[0])
         gaps = self._token_gaps(received, now) if self.observers else {}
         for sequence in received:
             progress: _Progress = sequence.parent
@@ -176,6 +214,16 @@ class Engine:
             for observer in self.observers:
                 observer(record)
         return finished
+
+    def _begin_masks(self, iteration: Iteration) -> None:
+        """Begin the masks of a launched iteration; the tokens of all iterations before it have been seen."""
+        masks = iteration.batch.sampling.masks if iteration.batch.sampling is not None else None
+        if masks is None:
+            return
+        if self._mask_maker is None:
+            self._mask_maker = self._grammars.mask_maker()
+        sequences = [iteration.sampled[entry] for entry in masks.entries.tolist()]
+        self._mask_maker.start(masks, [None if s.finished else s.constraint for s in sequences])
 
     def _token_gaps(self, received: list[Sequence], now: float) -> dict[float, int]:
         """Seconds since the token before -> how many sequences. Most had theirs together, in the iteration before."""
@@ -239,6 +287,8 @@ class Engine:
         else:
             text = self.tokenizer.decode(sequence.output, params.skip_special_tokens) if self.tokenizer else ""
         assert sequence.finish_reason is not None
+        if sequence.finish_reason == "error" and sequence.constraint is not None:
+            request.error = f"structured_outputs: the grammar cannot be followed further: {sequence.constraint.error}"
         request.completions[progress.completion] = Completion(
             progress.completion, text, list(sequence.output), sequence.finish_reason, _logprobs(sequence)
         )
@@ -246,11 +296,19 @@ class Engine:
         if len(outputs) < len(request.completions):
             return None
         timing = RequestTiming(request.submitted, request.first_token, now)
-        return RequestOutput(request.prompt, request.prompt_token_ids, outputs, params, timing, request.key)
+        return RequestOutput(
+            request.prompt, request.prompt_token_ids.tolist(), outputs, params, timing, request.key, request.error
+        )
 
     def close(self) -> None:
         """Wait for what runs and release the executor."""
+        for iteration in self._in_flight:
+            sampling = iteration.batch.sampling
+            if sampling is not None and sampling.masks is not None:
+                sampling.masks.ready.cancel()  # nobody makes them any more, and the executor would wait for them
         self.executor.close()
+        if self._mask_maker is not None:
+            self._mask_maker.close()
 
 
 def _default_seed(index: int) -> int:

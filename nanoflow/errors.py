@@ -29,10 +29,10 @@ class InputError(UserError, ValueError):
 
 
 class ParameterError(InputError):
-    """A sampling parameter is wrong: `key` is its name, `problem` names the value and the mend."""
+    """A sampling parameter is wrong: `key` is its name (empty: all of them), `problem` names the value and the mend."""
 
     def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"{key}: {problem}")
+        super().__init__(f"{key}: {problem}" if key else problem)
         self.key = key
         self.problem = problem
 

@@ -28,7 +28,8 @@ class Completion:
     token_ids: list[int]
     """All tokens generated, an end-of-sequence or stop token included."""
     finish_reason: str
-    """``stop`` (end of sequence, stop token or stop string) or ``length`` (max_tokens or the context is full)."""
+    """``stop`` (end of sequence, stop token, stop string or the end of the grammar), ``length`` (max_tokens or the
+    context is full) or ``error`` (the output's grammar could not be followed any further)."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry a token, if asked for."""
 
@@ -54,6 +55,8 @@ class RequestOutput:
     timing: RequestTiming
     key: Any = field(default=None, compare=False)
     """Whatever the request was submitted with."""
+    error: str | None = None
+    """Why a completion ended with ``error``; names the parameter and the cause."""
 
     @property
     def text(self) -> str:

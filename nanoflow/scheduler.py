@@ -7,6 +7,10 @@ iteration i.
   prompts follow in order of arrival; at most one prompt is partly done at any time, and it is the latest admitted.
 - A sequence whose token in flight is the last that it may have (`max_tokens`, context) gets no further row. A stop that
   only the token itself shows is noticed late, and the token sampled after it is dropped.
+- A sequence that follows a grammar decodes in every iteration like the others, although the mask of its next token
+  depends on the token in flight: only sampling needs the mask. Masks of iteration i + 1 are made once `update` has seen
+  iteration i, while the device computes the logits; so iteration i must be collected after i + 1 is launched, and an
+  executor must not wait for the masks of i + 1 in its launch.
 - A row that needs a page when none is free sits out if a token of its sequence is in flight (it may have stopped), and
   otherwise preempts the latest-admitted sequence, or sits out if that is itself: the earliest-admitted always goes on.
 - A preempted sequence gives up pages and slot. It waits until its token in flight is seen, then its prompt and output
@@ -103,6 +107,8 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.row_multiple = row_multiple
         self.eos_token_ids = np.unique(np.array(list(eos_token_ids), np.int32))
+        self.admitting = True
+        """Whether waiting sequences are admitted; if not, those that run go on to their end."""
         self.preemptions = 0
         """Preemptions so far."""
         self.unfinished = 0
@@ -174,7 +180,8 @@ class Scheduler:
         limit = self.check(len(sequence.prompt), sequence.params.max_tokens)
         params = sequence.params
         sequence.limit = limit
-        sequence.certain = params.ignore_eos and not params.stop and not params.stop_token_ids
+        may_stop = params.stop or params.stop_token_ids or sequence.constraint is not None
+        sequence.certain = params.ignore_eos and not may_stop
         if not sequence.certain:
             self._pacer.stop_rate.expect(limit)
         self._queue.add(sequence)
@@ -237,6 +244,7 @@ class Scheduler:
             | (seen >= slots.limit[own])
             | (seen == 1)
             | slots.has_stop_ids[own]
+            | slots.constrained[own]
             | slots.wants_logprobs[own]
         )
         self._pacer.stop_rate.observe(tokens=int(np.count_nonzero(~slots.certain[own])), stops=0)
@@ -254,14 +262,17 @@ class Scheduler:
         return received
 
     def _inspect(self, sequence: Sequence, output: StepOutput, entry: int, now: float) -> None:
-        """Looks at a token that was just appended: log-probabilities, the first token's time, stops."""
+        """Looks at a token that was just appended: log-probabilities, the first token's time, the grammar, stops."""
         params = sequence.params
         token = sequence.output[-1]
         if params.logprobs is not None:
             _record_logprobs(sequence, output, entry)
         if sequence.first_token_time is None:
             sequence.first_token_time = now
-        if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+        constraint = sequence.constraint
+        if constraint is not None and constraint.advance(token):
+            self.finish(sequence, "stop" if constraint.error is None else "error")
+        elif (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             self.finish(sequence, "stop")
         elif len(sequence.output) >= sequence.limit:
             self.finish(sequence, "length")
@@ -329,7 +340,7 @@ class Scheduler:
             budget = min(budget, self._pacer.prompt_tokens(forecast, self._epoch, decode, slot))
         while budget > 0:
             if slot is None:
-                candidate = self._queue.head() if admit and free else None
+                candidate = self._queue.head() if admit and self.admitting and free else None
                 if candidate is None or not self._admissible(candidate, forecast):
                     break
                 slot = self._admit(candidate)

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoflow.grammars import Constraint
 from nanoflow.sampling_params import SamplingParams
 
 __all__ = ["FinishReason", "Sequence"]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(eq=False, slots=True)
@@ -26,6 +27,8 @@ class Sequence:
     parent: Any = None
     """Whatever the engine ties to the sequence; the scheduler does not look at it."""
 
+    constraint: Constraint | None = None
+    """Where it stands in the grammar that its output must follow; None if it may be any text."""
     output: list[int] = field(default_factory=list)
     """Tokens seen on the host, a final stop token included."""
     logprobs: list[float] = field(default_factory=list)

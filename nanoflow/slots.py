@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.ops.batch import PenaltyReset, SamplingBatch
+from nanoflow.ops.batch import PenaltyReset, SamplingBatch, TokenMasks
 from nanoflow.sequence import Sequence
 
 __all__ = ["FREE", "SlotTable"]
@@ -42,6 +42,8 @@ class SlotTable:
         self.wants_logprobs: NDArray[np.bool_] = zeros(np.bool_)
         self.has_stop_ids: NDArray[np.bool_] = zeros(np.bool_)
         self.has_bias: NDArray[np.bool_] = zeros(np.bool_)
+        self.constrained: NDArray[np.bool_] = zeros(np.bool_)
+        """Whether its tokens are sampled under masks."""
         self.needs_reset: NDArray[np.bool_] = zeros(np.bool_)
         """Whether the penalty counts must be rebuilt before the next token is sampled."""
         self.seed: NDArray[np.uint64] = zeros(np.uint64)
@@ -82,6 +84,7 @@ class SlotTable:
         self.wants_logprobs[slot] = params.logprobs is not None
         self.has_stop_ids[slot] = bool(params.stop_token_ids)
         self.has_bias[slot] = bool(params.logit_bias)
+        self.constrained[slot] = sequence.constraint is not None
         self.needs_reset[slot] = params.uses_penalties
         self.seed[slot] = sequence.seed % 2**64
         self.temperature[slot] = params.temperature
@@ -123,6 +126,7 @@ class SlotTable:
             entries += [entry] * len(sequence.params.logit_bias)
             tokens += sequence.params.logit_bias.keys()
             values += sequence.params.logit_bias.values()
+        constrained = np.flatnonzero(self.constrained[slots]).astype(np.int32)
         batch = SamplingBatch(
             rows=rows,
             slots=slots,
@@ -140,6 +144,7 @@ class SlotTable:
             bias_tokens=np.array(tokens, np.int32),
             bias_values=np.array(values, np.float32),
             penalty_resets=tuple(resets),
+            masks=TokenMasks(constrained) if len(constrained) else None,
         )
         self.sampled[slots] += 1
         self.in_flight[slots] += 1

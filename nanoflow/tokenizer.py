@@ -68,6 +68,11 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: begin and end of sequence, turns of a chat."""
+        return self._special_ids
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template_source is not None
 

@@ -44,7 +44,11 @@ class Executor(Protocol):
         ...
 
     def launch(self, batch: DenseBatch) -> None:
-        """Start an iteration and return at once. Rows whose token is `TOKEN_ON_DEVICE` read it from the one before."""
+        """Start an iteration and return at once. Rows whose token is `TOKEN_ON_DEVICE` read it from the one before.
+
+        The masks of its sampling (`TokenMasks`) may come only after `collect` has returned the one before: do not wait
+        for them here.
+        """
         ...
 
     def collect(self) -> StepOutput:

@@ -199,6 +199,7 @@ def test_the_wheel_completes_requests(wheel: Path, tmp_path: Path) -> None:
         "synthetic.jsonl",
         "synthetic.config.yaml",
         "synthetic.report.json",
+        "synthetic.series.jsonl",
     }
 
 
@@ -207,14 +208,14 @@ def test_every_dependency_is_pinned() -> None:
     extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
     names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in (*project["dependencies"], *extras)}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().splitlines()
-    pinned = {line.partition("==")[0] for line in lines if "==" in line}
-    assert names - {"nanoflow"} <= pinned
+    pinned = {line.partition("==")[0].replace("_", "-") for line in lines if "==" in line}
+    assert {name.replace("_", "-") for name in names} - {"nanoflow"} <= pinned
     assert {"torch==2.13.0", "triton==3.7.1"} <= set(lines)
 
 
 def test_every_package_that_is_imported_is_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in project["dependencies"]}
+    names = {re.split(r"[\[<>=]", requirement)[0].lower().replace("-", "_") for requirement in project["dependencies"]}
     known = names - {"pyyaml"} | {"yaml", "nanoflow"} | set(sys.stdlib_module_names)
     optional = {"huggingface_hub", "triton"}  # triton comes with torch where there can be a GPU
     for folder in (*PARTS, "nanoflow"):

@@ -1,10 +1,17 @@
-"""The command line. Exit status: 0 all requests answered, 1 some error records, 2 the run could not start or go on."""
+"""The command line.
+
+Exit status: 0 all requests answered, 1 some error records, 2 the run could not start or go on, 130 stopped by Ctrl-C,
+143 by SIGTERM.
+"""
 
 import json
+import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +20,14 @@ from rich.console import Console
 
 import nanoflow
 from nanoflow.config import RunConfig, dump_config, load_config
-from nanoflow.errors import UserError
+from nanoflow.errors import ConfigError, UserError
+from nanoflow.interrupt import Interrupted
 
 __all__ = ["app", "main"]
 
 EXIT_ERROR_RECORDS = 1
 EXIT_FAILED = 2
-EXIT_INTERRUPTED = 130
+EXITS_AT_ONCE = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 app = typer.Typer(
     name="nanoflow",
@@ -57,7 +65,15 @@ def _root(
 def run(
     config: ConfigArgument,
     overrides: SetOption = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Replace the output of an earlier run.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Replace the output of an earlier run instead of going on with it.")
+    ] = False,
+    continue_anyway: Annotated[
+        bool, typer.Option("--continue-anyway", help="Go on although model, sampling or workload have changed.")
+    ] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Run the requests again that ended in an error record.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show neither progress nor summary.")] = False,
     metrics_port: Annotated[
         int | None, typer.Option("--metrics-port", metavar="PORT", help="Answer Prometheus there; 0: a free port.")
@@ -67,19 +83,41 @@ def run(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Run the job that CONFIG describes."""
+    """Run the job that CONFIG describes, or go on with it where it was stopped."""
     endpoint = {"metrics.port": metrics_port, "metrics.host": metrics_host}
     flags = [f"{key}={json.dumps(value)}" for key, value in endpoint.items() if value is not None]
     with _mistakes_as_messages(debug):
+        if restart and (continue_anyway or retry_errors):
+            other = "--continue-anyway" if continue_anyway else "--retry-errors"
+            raise ConfigError(f"--restart begins anew and {other} goes on with what is there; give one of them")
         loaded = load_config(config, [*(overrides or ()), *flags])
         from nanoflow.runner import run as run_job  # loads torch: not before the configuration is known to be good
 
-        report = run_job(loaded, restart=restart, quiet=quiet)
+        outcome = run_job(
+            loaded, restart=restart, continue_anyway=continue_anyway, retry_errors=retry_errors, quiet=quiet
+        )
+    output = _short(Path(loaded.output.path))
     if not quiet:
-        report.print(Console())
-        typer.echo(f"results {_short(Path(loaded.output.path))}, report {_short(loaded.output.report_path)}")
-    if report.errors:
-        typer.echo(f"{report.errors} of {report.requests} requests ended in an error record", err=True)
+        if outcome.report is not None:
+            outcome.report.print(Console())
+            if outcome.earlier:
+                typer.echo(f"{outcome.earlier:,} more requests had their record before")
+            typer.echo(f"results {output}, report {_short(loaded.output.report_path)}")
+        else:
+            typer.echo(f"nothing left to do: all {outcome.records:,} requests have their record in {output}")
+    if outcome.errors:
+        typer.echo(
+            f"{outcome.errors} of {outcome.records} requests ended in an error record; --retry-errors runs them again",
+            err=True,
+        )
+    if outcome.signal is not None:
+        again = ["nanoflow", "run", str(config), *(part for key in overrides or () for part in ("--set", key))]
+        typer.echo(
+            f"stopped: {outcome.records:,} requests have their record in {output}; to go on: {shlex.join(again)}",
+            err=True,
+        )
+        raise typer.Exit(128 + outcome.signal)
+    if outcome.errors:
         raise typer.Exit(EXIT_ERROR_RECORDS)
 
 
@@ -117,7 +155,16 @@ def doctor(
 
 def main() -> None:
     """Entry point of the `nanoflow` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code not in EXITS_AT_ONCE:
+            raise
+        # Threads may still compute an iteration that nobody waits for; the interpreter would wait for them.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(int(end.code))
 
 
 @contextmanager
@@ -125,9 +172,10 @@ def _mistakes_as_messages(debug: bool) -> Iterator[None]:
     """End in one message and status 2 on what the user can mend; anything else is a bug and shows where it is."""
     try:
         yield
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the requests that were finished are in the output", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (KeyboardInterrupt, Interrupted) as interrupt:
+        number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
+        typer.echo("stopped before any request ran; the output is as it was", err=True)
+        raise typer.Exit(128 + number) from None
     except Exception as error:
         mistake = _is_mistake(error)
         if debug or not mistake:

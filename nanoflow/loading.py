@@ -73,12 +73,14 @@ def build_engine(
     *,
     weights: Literal["load", "random"] = "load",
     job: Sequence[int] | None = None,
+    more: bool = False,
 ) -> Engine:
     """Load the weights and make the engine.
 
     Args:
         job: for each completion of the job, the tokens of its prompt with its longest output. It bounds the KV cache of
             `kv_memory: auto` on a CPU; None if the job is not known.
+        more: `job` is only the beginning of the job, and one longer request may follow.
 
     Raises:
         OutOfMemoryError: the weights, or one request's pages, do not fit.
@@ -89,9 +91,9 @@ def build_engine(
         # Before minutes of loading: whether what the weights will leave holds the job's longest request.
         left = free_bytes(model.device) - required_bytes(model.graph, model.dtype)
         if left >= 0:  # loading refuses the rest, with a better message
-            _kv_pages(model, engine, page_size, job, free=left)
+            _kv_pages(model, engine, page_size, job, more, free=left)
     loaded = load_weights(model.graph, model.checkpoint, model.dtype, model.device, weights)
-    pages = _kv_pages(model, engine, page_size, job)
+    pages = _kv_pages(model, engine, page_size, job, more)
     executor = ReferenceExecutor(
         compile_program(plan, model.graph),
         loaded,
@@ -145,7 +147,12 @@ def choose_plan(model: Model, engine: EngineSection, pipeline: PipelineSection) 
 
 
 def _kv_pages(
-    model: Model, engine: EngineSection, page_size: int, job: Sequence[int] | None, free: int | None = None
+    model: Model,
+    engine: EngineSection,
+    page_size: int,
+    job: Sequence[int] | None,
+    more: bool = False,
+    free: int | None = None,
 ) -> int:
     """Pages of the KV cache, the reserved one included, by `engine.kv_memory` (see `kv_bytes`).
 
@@ -160,6 +167,8 @@ def _kv_pages(
         each = sorted((-(-min(tokens, model.max_model_len) // page_size) for tokens in job), reverse=True)
         needed = each[0] if each else 1
     useful = sum(each[: engine.max_running])
+    if more:
+        useful += -(-model.max_model_len // page_size)
     free = free_bytes(model.device) if free is None else free
     size = kv_bytes(engine.kv_memory, device=model.device, job_bytes=(useful + 1) * page_bytes, free=free)
     pages = min(size // page_bytes, useful + 1)

@@ -2,131 +2,185 @@
 
 Order matters for people: what can be wrong with the configuration, the output folder and the model is found before any
 weights are read; what is wrong with one line becomes that line's error record.
+
+    lock the output; open the model; is this the run whose records are there?   else refuse
+    mend the output; enter its records into the ledger
+    feed: read, skip what has a record, tokenise ahead                          nothing left: done
+    build the engine, its KV cache sized by the requests that are ready
+    while requests are left:
+        fill the engine's queue from the feed; step; write what is finished
+    report
 """
 
 import time
 from dataclasses import dataclass
+from threading import Event, Thread
 
-import numpy as np
-
-from nanoflow.batch_file import ErrorRecord, ParsedRequest
-from nanoflow.batch_output import error_line, response_line
 from nanoflow.config import RunConfig, save_config
 from nanoflow.errors import InputError
+from nanoflow.feed import Feed
+from nanoflow.input_files import InputFiles
+from nanoflow.interrupt import Interrupts
 from nanoflow.ledger import Ledger
-from nanoflow.loading import Model, build_engine, open_model
+from nanoflow.loading import build_engine, open_model
 from nanoflow.monitoring import Monitoring
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
 from nanoflow.report import RunReport, make_report
+from nanoflow.resume import check_same_run, fingerprint, read_output, save_state
 from nanoflow.search.ceilings import measure_ceilings
+from nanoflow.serving import Serving
 from nanoflow.workload import read_workload
 from nanoflow.writer import OutputWriter
 
-__all__ = ["run"]
+__all__ = ["RunOutcome", "run"]
+
+LOOK_AHEAD_SECONDS = 5.0
+"""How long requests are gathered, at most, before the KV cache is sized by them."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Prompt:
-    """A request with its prompt as tokens."""
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended."""
 
-    request: ParsedRequest
-    text: str | None
-    token_ids: list[int]
+    report: RunReport | None
+    """Of what this execution did; None if nothing was left to do."""
+    completed: int
+    """Requests answered, those of earlier executions included."""
+    errors: int
+    """Error records, likewise."""
+    earlier: int
+    """Records that were there before."""
+    signal: int | None = None
+    """The signal that ended the run before all requests had their record; None if none did."""
+
+    @property
+    def records(self) -> int:
+        """Lines of the output."""
+        return self.completed + self.errors
 
 
-def run(config: RunConfig, *, restart: bool = False, quiet: bool = False) -> RunReport:
-    """Run the job; results, report and the resolved configuration are in the output's folder when this returns.
+def run(
+    config: RunConfig,
+    *,
+    restart: bool = False,
+    continue_anyway: bool = False,
+    retry_errors: bool = False,
+    quiet: bool = False,
+) -> RunOutcome:
+    """Run the job, or go on with it; results, report and the resolved configuration are in the output's folder then.
 
     Args:
-        restart: replace the output of an earlier run.
+        restart: replace the output of an earlier run instead of going on with it.
+        continue_anyway: go on although the earlier run's model, sampling or workload differed.
+        retry_errors: run the requests again that ended in an error record.
         quiet: show no progress.
 
     Raises:
         UserError: the run could not start, or not go on; what was finished is in the output.
+        Interrupted: a signal came before requests ran.
     """
     started = time.perf_counter()
-    with Monitoring(config, quiet=quiet) as monitoring, OutputWriter(config.output.path, restart=restart) as writer:
+    with (
+        Interrupts(quiet=quiet) as interrupts,
+        OutputWriter(config.output.path, restart=restart) as writer,
+        Monitoring(config, quiet=quiet) as monitoring,
+    ):
         model = open_model(config.model, config.engine)
-        prompts, errors = _read(config, model)
-        job = [
-            len(p.token_ids) + p.request.params.max_tokens
-            for p in prompts
-            if len(p.token_ids) < model.max_model_len  # the others become error records
-            for _ in range(p.request.params.n)
-        ]
-        engine = build_engine(model, config.engine, config.pipeline, weights=config.model.weights, job=job)
-        try:
-            save_config(config)
-            for prompt in prompts:
-                try:
-                    engine.submit(prompt.token_ids, prompt.request.params, prompt=prompt.text, key=prompt.request)
-                except InputError as error:
-                    errors.append(prompt.request.error(str(error)))
-            for record in sorted(errors, key=lambda record: record.line):
-                writer.write(error_line(record))
-            began = time.perf_counter()
-            recorder = Recorder()
-            monitoring.watch(model, engine, recorder, fresh=True)
-            for _ in errors:
-                recorder.error()
-            with RunProgress(len(prompts) + len(errors), quiet=quiet) as progress:
-                progress.advance(len(errors), 0)
-                for output in engine.run():
-                    writer.write(
-                        response_line(
-                            output.key,
-                            output,
-                            model=model.checkpoint.name,
-                            created=int(time.time()),
-                            tokenizer=model.tokenizer,
-                        )
-                    )
-                    recorder.add(output)
-                    progress.advance(1, sum(len(completion.token_ids) for completion in output.outputs))
-            ended = time.perf_counter()
+        identity = fingerprint(config, model)
+        ledger = Ledger()
+        if not restart and writer.size:
+            if not continue_anyway:
+                check_same_run(writer.path, config.output.state_path, identity)
+            ledger = read_output(writer, retry_errors=retry_errors)
+        items = read_workload(config, model.graph.vocab_size, model.tokenizer)
+        with Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed:
+            ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
+            if feed.exhausted:
+                return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
+            # Those that are too long become error records.
+            fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
+            job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
+            engine = build_engine(
+                model,
+                config.engine,
+                config.pipeline,
+                weights=config.model.weights,
+                job=job or [1],  # nothing but error records
+                more=not feed.ended,
+            )
+            feed.prepare = engine.check
+
+            def begin() -> None:
+                save_state(config.output.state_path, identity)
+                save_config(config)
+
+            writer.before_first_line = begin
+            try:
+                began = time.perf_counter()
+                recorder = Recorder(began)
+                progress = RunProgress(feed.totals, earlier=ledger.records, quiet=quiet)
+                monitoring.watch(model, engine, recorder, fresh=not ledger.records)
+                engine.observers.append(progress.observe)
+                serving = Serving(engine, feed, writer, recorder, progress, model.checkpoint.name, ledger.records > 0)
+                with progress, _RequestCount(config) as count:
+                    interrupts.drain()
+                    while not serving.finished(interrupts):
+                        serving.step()
+                        progress.total = ledger.skipped + feed.totals.items if feed.ended else count.requests
+                        progress.tick()
+                ended = time.perf_counter()
+                interrupts.drained()
+            finally:
+                # After a signal, an iteration in flight is not waited for: the process is about to end.
+                if interrupts.signal is None:
+                    engine.close()
+            feed.check()
             energy = monitoring.energy()
-        finally:
-            engine.close()
-    report = make_report(
-        config=config,
-        model=model,
-        engine=engine,
-        recorder=recorder,
-        ceilings=measure_ceilings(str(model.device), model.dtype),
-        seconds=ended - began,
-        load_seconds=began - started,
-        energy=energy,
-    )
-    report.save(config.output.report_path)
-    return report
+            monitoring.finish()
+            report = make_report(
+                config=config,
+                model=model,
+                engine=engine,
+                recorder=recorder,
+                ceilings=measure_ceilings(str(model.device), model.dtype),
+                seconds=ended - began,
+                load_seconds=began - started,
+                energy=energy,
+                earlier=ledger.records,
+            )
+            report.save(config.output.report_path)
+            return RunOutcome(
+                report,
+                ledger.completed + recorder.completed,
+                ledger.errors + recorder.errors,
+                ledger.records,
+                None if serving.complete else interrupts.signal,
+            )
 
 
-def _read(config: RunConfig, model: Model) -> tuple[list[_Prompt], list[ErrorRecord]]:
-    """The workload's requests as tokens, and a record for each that cannot run."""
-    prompts: list[_Prompt] = []
-    errors: list[ErrorRecord] = []
-    ledger = Ledger()
-    for item in read_workload(config, model.graph.vocab_size):
-        parsed = ledger.take(item)
-        assert parsed is not None
-        if isinstance(parsed, ErrorRecord):
-            errors.append(parsed)
-            continue
-        try:
-            prompts.append(_tokenise(parsed, model))
-        except InputError as error:
-            errors.append(parsed.error(str(error)))
-    return prompts, errors
+class _RequestCount:
+    """How many requests the workload has, as far as that can be known before it was read; counted in the background."""
 
+    def __init__(self, config: RunConfig) -> None:
+        self.requests: int | None = None
+        self._config = config
+        self._stop = Event()
+        self._thread = Thread(target=self._count, name="request-count", daemon=True)
 
-def _tokenise(request: ParsedRequest, model: Model) -> _Prompt:
-    """Text through the tokenizer, a conversation through the chat template, token ids as they are."""
-    if isinstance(request.prompt, np.ndarray):
-        return _Prompt(request, None, request.prompt.tolist())
-    if model.tokenizer is None:
-        raise InputError(f"prompt: {model.checkpoint.path} has no tokenizer; give token ids")
-    if request.prompt is not None:
-        return _Prompt(request, request.prompt, model.tokenizer.encode(request.prompt))
-    text = model.tokenizer.apply_chat_template(request.messages)
-    return _Prompt(request, text, model.tokenizer.encode(text, add_special_tokens=False))
+    def _count(self) -> None:
+        workload = self._config.workload
+        if workload.synthetic is not None:
+            self.requests = workload.synthetic.requests
+        elif workload.input is not None:
+            try:
+                self.requests = InputFiles(workload.input).count_lines(self._stop)
+            except InputError:
+                return  # the feed says so
+
+    def __enter__(self) -> "_RequestCount":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()

@@ -1,88 +1,140 @@
 """Writes a run's results, one JSON object a line, so that no finished work is lost.
 
-Each line goes to the file in one call as soon as its request is finished. If the disk fills up, the file is cut back
-to its last whole line and the run ends with a message. What an older run wrote is replaced only when there is a new
-line to put in its place.
+Contract:
+
+- When `write` returns, the operating system has the whole line: it survives the end of this process, whatever ended it.
+- A background thread makes the disk sync at least every `SYNC_SECONDS` while lines come: a power cut loses the lines of
+  that time at most, and the next run finds out which.
+- If the disk fills up, the file is cut back to its last whole line and the run ends with a message.
+- What an older run wrote is replaced only when there is a new line to put in its place.
 """
 
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from nanoflow.errors import OutputError
 
-__all__ = ["OutputWriter"]
+__all__ = ["SYNC_SECONDS", "OutputWriter", "replace_file"]
+
+SYNC_SECONDS = 5.0
+_LONGEST_LINE = 2**30
+"""Bytes; what is longer was not written by a run."""
+_PIECE = 2**20
 
 
 class OutputWriter:
     """An output file, open for appending. Use as a context manager, or call `close`.
 
     Args:
-        restart: replace what is there; without it an existing file is refused.
+        restart: replace what is there; without it, new lines follow.
 
     Raises:
-        OutputError: the file exists, is in use, or cannot be written.
+        OutputError: the file is in use, or cannot be written.
     """
 
     def __init__(self, path: str | Path, *, restart: bool = False) -> None:
         self.path = Path(path)
         self.lines = 0
         """Lines written so far."""
+        self.before_first_line: Callable[[], None] = lambda: None
+        """Called once, when an older run's lines are gone and the first new one is about to come."""
         self._created = not os.path.lexists(self.path)
-        if not self._created and not restart:
-            raise OutputError(
-                f"output.path: {self.path} exists already; --restart replaces it, "
-                "or choose another with --set output.path=FILE"
-            )
+        self._replacing = restart and not self._created
+        self._started = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._file = self._open_locked()
         except OSError as error:
             raise OutputError(
                 f"output.path: cannot write {self.path}: {_reason(error)}; choose another path"
             ) from error
-        self._replacing = not self._created
         self._open = True
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._open = False
-            os.close(self._file)
-            raise OutputError(f"output.path: another run is writing {self.path}; choose another path") from None
-        except OSError:
-            pass  # a file system without locks
+        self._unsynced = Event()
+        self._closing = Event()
+        self._sync_error: OSError | None = None
+        self._syncer = Thread(target=self._sync, name="output-sync", daemon=True)
+        self._syncer.start()
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file; 0 of a device or a pipe."""
+        status = os.fstat(self._file)
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; when this returns, the operating system has all of it. Raises OutputError."""
         line = _encode(record)
-        self._drop_older_run()
+        self._start()
         start = os.fstat(self._file).st_size
         written = 0
         try:
+            if self._sync_error is not None:
+                raise self._sync_error
             while written < len(line):
                 written += os.write(self._file, line[written:])
         except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._file, start)
+            self._cut(start)
             raise OutputError(
-                f"output.path: cannot write {self.path}: {_reason(error)}; the {self.lines} lines before are kept: "
-                "make room, or choose another path, and run again"
+                f"output.path: cannot write {self.path}: {_reason(error)}; what was written before is kept: make room, "
+                "and the same command goes on"
             ) from error
         self.lines += 1
+        self._unsynced.set()
+
+    def keep_lines(self, judge: Callable[[], Callable[[bytes], bool]]) -> int:
+        """Drop the lines of older runs that are not to be kept, and what follows the last whole line.
+
+        The file is rewritten beside itself and renamed, unless cutting off its end does.
+
+        Args:
+            judge: gives a function that says of one line after another whether it is kept. It is asked for a new one if
+                the lines must be gone through again.
+
+        Returns:
+            Whole lines that were dropped. Raises OutputError.
+        """
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            return 0
+        dropped, gap, end = 0, False, 0
+        keep = judge()
+        try:
+            with self.path.open("rb") as file:
+                for line, whole in _lines(file):
+                    if not whole or not keep(line):
+                        dropped += whole
+                        continue
+                    gap = gap or end + len(line) != file.tell()
+                    end = file.tell()
+            if gap:
+                self._rewrite(judge())
+            elif end != os.fstat(self._file).st_size:
+                os.ftruncate(self._file, end)
+        except OSError as error:
+            raise OutputError(
+                f"output.path: cannot go on with {self.path}: {_reason(error)}; its lines are as they were: make room, "
+                "or choose another path"
+            ) from error
+        return dropped
 
     def close(self, *, keep_empty: bool = True) -> None:
         """Close the file. Without `keep_empty`, a file that this run made and wrote nothing to is removed."""
         if not self._open:
             return
         self._open = False
+        self._closing.set()
+        self._unsynced.set()
+        self._syncer.join()
         try:
             if keep_empty:
-                self._drop_older_run()
+                self._start()
             elif self._created and self.lines == 0:
                 self.path.unlink(missing_ok=True)
             with suppress(OSError):  # a device or a pipe has nothing to flush
@@ -96,14 +148,112 @@ class OutputWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A run that could not start must leave nothing behind that would stop the next one.
+        # A run that could not start must leave nothing behind.
         self.close(keep_empty=kind is None)
 
-    def _drop_older_run(self) -> None:
+    def _open_locked(self) -> int:
+        while True:
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                _lock(file, self.path)
+                if os.fstat(file).st_ino == self.path.stat().st_ino:
+                    return file
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)  # another run put a file in its place before we had the lock
+
+    def _start(self) -> None:
+        if self._started:
+            return
         if self._replacing:
-            with suppress(OSError):  # a device has no length
-                os.ftruncate(self._file, 0)
-            self._replacing = False
+            self._cut(0)
+        self._started = True
+        self.before_first_line()
+
+    def _cut(self, length: int) -> None:
+        with suppress(OSError):  # a device has no length
+            os.ftruncate(self._file, length)
+
+    def _rewrite(self, keep: Callable[[bytes], bool]) -> None:
+        target = self.path.resolve()  # a link stays a link
+        beside = target.with_name(target.name + ".new")
+        new = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(new, beside)
+            with self.path.open("rb") as old, os.fdopen(new, "ab", _PIECE, closefd=False) as copy:
+                copy.writelines(line for line, whole in _lines(old) if whole and keep(line))
+            os.fchmod(new, stat.S_IMODE(os.fstat(self._file).st_mode))
+            os.fsync(new)
+            os.rename(beside, target)
+        except BaseException:
+            os.close(new)
+            with suppress(OSError):
+                beside.unlink()
+            raise
+        sync_folder(target.parent)
+        old_file, self._file = self._file, new
+        os.close(old_file)
+
+    def _sync(self) -> None:
+        """Bring lines to the disk, away from the loop that writes them: the call waits for the disk."""
+        while not self._closing.wait(SYNC_SECONDS):
+            if not self._unsynced.is_set():
+                continue
+            self._unsynced.clear()
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                if stat.S_ISREG(os.fstat(self._file).st_mode):
+                    self._sync_error = error
+                return
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put a file with this text in the place of `path`, whose readers find the old text or the new. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where that can be asked for."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Lines, and whether they are whole; what is longer than `_LONGEST_LINE` comes in pieces."""
+    inside = False
+    while line := file.readline(_LONGEST_LINE):
+        ended = line.endswith(b"\n")
+        yield line, ended and not inside
+        inside = not ended
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"output.path: another run is writing {path}; choose another path") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:

@@ -70,10 +70,11 @@ def test_a_good_job(tmp_path: Path, folder: Path) -> None:
     assert (tmp_path / "out" / "result.config.yaml").exists()
 
 
-def test_an_existing_output_is_kept_unless_restart(tmp_path: Path, folder: Path) -> None:
+def test_another_run_s_output_is_kept_unless_restart(tmp_path: Path, folder: Path) -> None:
     assert run(tmp_path).exit_code == 0
     before = (tmp_path / "out" / "result.jsonl").read_text()
-    assert_refused(run(tmp_path), "result.jsonl", "--restart")
+    changed = run(tmp_path, sampling={"max_tokens": 5})
+    assert_refused(changed, "result.jsonl", "sampling.max_tokens: was 4, is 5", "--restart", "--continue-anyway")
     assert (tmp_path / "out" / "result.jsonl").read_text() == before
     assert run(tmp_path, "--restart").exit_code == 0
     assert len(records(tmp_path)) == 2

@@ -16,6 +16,7 @@ from nanoflow.config import RunConfig, load_config
 from nanoflow.errors import OutOfMemoryError
 from nanoflow.models.config import UnsupportedModel
 from nanoflow.pipeline.plan import PlanError
+from nanoflow.runner import RunOutcome
 
 cli = CliRunner()
 
@@ -31,8 +32,11 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class FakeRunner(ModuleType):
     """Stands for `nanoflow.runner`: keeps what it was called with and reports, or raises, what it was told to."""
 
-    def __init__(self, errors: int = 0, raises: BaseException | None = None) -> None:
+    def __init__(
+        self, errors: int = 0, raises: BaseException | None = None, signal: int | None = None, left: bool = True
+    ) -> None:
         super().__init__("nanoflow.runner")
+        self._signal, self._left = signal, left
         self.calls: list[tuple[RunConfig, dict[str, Any]]] = []
         self._errors, self._raises = errors, raises
 
@@ -40,7 +44,8 @@ class FakeRunner(ModuleType):
         self.calls.append((config, options))
         if self._raises is not None:
             raise self._raises
-        return SimpleNamespace(errors=self._errors, requests=9, print=lambda console: console.print("the summary"))
+        report = SimpleNamespace(print=lambda console: console.print("the summary"))
+        return RunOutcome(report if self._left else None, 9 - self._errors, self._errors, 4, self._signal)  # type: ignore[arg-type]
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **behaviour: Any) -> FakeRunner:
@@ -54,14 +59,50 @@ def test_a_run_without_errors_ends_with_0_and_a_summary(run_yaml: Path, monkeypa
     result = cli.invoke(app, ["run", str(run_yaml), "--set", "engine.max_running=5", "--restart"])
     assert result.exit_code == 0, result.output
     assert "the summary" in result.stdout and "out/completions.report.json" in result.stdout
-    assert runner.calls == [(load_config(run_yaml, ["engine.max_running=5"]), {"restart": True, "quiet": False})]
+    options = {"restart": True, "continue_anyway": False, "retry_errors": False, "quiet": False}
+    assert runner.calls == [(load_config(run_yaml, ["engine.max_running=5"]), options)]
+    assert "4 more requests had their record before" in result.stdout
+
+
+def test_going_on_has_its_flags(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = use(monkeypatch)
+    assert cli.invoke(app, ["run", str(run_yaml), "--continue-anyway", "--retry-errors"]).exit_code == 0
+    assert runner.calls[0][1] == {
+        "restart": False,
+        "continue_anyway": True,
+        "retry_errors": True,
+        "quiet": False,
+    }
+    for flag in ("--continue-anyway", "--retry-errors"):
+        result = cli.invoke(app, ["run", str(run_yaml), "--restart", flag])
+        assert result.exit_code == 2 and f"--restart begins anew and {flag} goes on" in result.stderr
+
+
+def test_a_run_that_has_nothing_left_to_do_says_so(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, left=False)
+    result = cli.invoke(app, ["run", str(run_yaml)])
+    assert result.exit_code == 0
+    assert result.stdout == "nothing left to do: all 9 requests have their record in out/completions.jsonl\n"
+    use(monkeypatch, left=False, errors=1)
+    assert cli.invoke(app, ["run", str(run_yaml)]).exit_code == 1
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_stopped_run_says_how_to_go_on(run_yaml: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    use(monkeypatch, signal=number, errors=1)
+    result = cli.invoke(app, ["run", str(run_yaml), "--set", "sampling.stop=[a b]", "--restart"])
+    assert result.exit_code == 128 + number
+    assert result.stderr.endswith(
+        "stopped: 9 requests have their record in out/completions.jsonl; "
+        f"to go on: nanoflow run {run_yaml} --set 'sampling.stop=[a b]'\n"
+    )
 
 
 def test_quiet_prints_nothing(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = use(monkeypatch)
     result = cli.invoke(app, ["run", str(run_yaml), "--quiet"])
     assert (result.exit_code, result.output) == (0, "")
-    assert runner.calls[0][1] == {"restart": False, "quiet": True}
+    assert runner.calls[0][1]["quiet"] is True
 
 
 def test_the_endpoint_is_set_by_flags(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +147,7 @@ def test_an_interrupted_run_says_where_its_results_are(run_yaml: Path, monkeypat
     use(monkeypatch, raises=KeyboardInterrupt())
     result = cli.invoke(app, ["run", str(run_yaml)])
     assert result.exit_code == 130
-    assert "finished are in the output" in result.stderr
+    assert result.stderr == "stopped before any request ran; the output is as it was\n"
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,13 @@ def test_half_a_surrogate_pair_is_written_as_json_can(tmp_path: Path) -> None:
     assert lines(tmp_path / "o.jsonl") == [{"custom_id": "\ud800"}]
 
 
-def test_an_existing_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_new_lines_follow_those_of_an_older_run(tmp_path: Path) -> None:
     path = tmp_path / "o.jsonl"
     path.write_text('{"old":1}\n')
-    with pytest.raises(OutputError, match=r"o\.jsonl exists already; --restart"):
-        OutputWriter(path)
-    assert lines(path) == [{"old": 1}]
+    with OutputWriter(path) as writer:
+        assert writer.size == 10
+        writer.write({"new": 1})
+    assert lines(path) == [{"old": 1}, {"new": 1}]
 
 
 def test_restart_replaces_the_older_run_but_not_before_there_is_a_new_line(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_line_that_fits_only_in_part_is_taken_back(tmp_path: Path) -> None:
     kept = path.read_bytes()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 20, before[1]))
-        with pytest.raises(OutputError, match="the 1 lines before are kept"):
+        with pytest.raises(OutputError, match="what was written before is kept"):
             writer.write({"lost": "y" * 50})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -211,7 +211,7 @@ def _form(line: dict[str, Any]) -> tuple[Kind, dict[str, Any], str]:
             _fail("has both prompt and messages; give one of them")
         return ("chat" if fields.get("messages") is not None else "completion"), fields, ""
     url, body = line.get("url"), line.get("body")
-    if url not in URLS:
+    if not isinstance(url, str) or url not in URLS:
         _fail(f"url: {shorten(url)} is not supported; use {' or '.join(URLS)}", "unsupported_url")
     if line.get("method", "POST") != "POST":
         _fail(f"method: {shorten(line['method'])} is not supported; use POST")

@@ -19,7 +19,7 @@ from nanoflow.config_schema import (
 )
 from nanoflow.errors import ConfigError, OutputError
 from nanoflow.input_files import STDIN, reads
-from nanoflow.validation import explain, shorten
+from nanoflow.validation import explain, plain, shorten
 
 __all__ = [
     "EngineSection",
@@ -120,8 +120,13 @@ def _parse(text: str, where: str) -> Any:
         value = left.pop()
         count += 1
         if count > MOST_VALUES:
-            raise ConfigError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values; write out what is meant")
-        if isinstance(value, dict):
+            raise ConfigError(
+                f"{where}: its aliases stand for more than {MOST_VALUES:,} values; write out what is meant"
+            )
+        if isinstance(value, str):
+            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+                raise ConfigError(f"{where}: {shorten(value)} holds half of a surrogate pair, which is no text")
+        elif isinstance(value, dict):
             left.extend(value)
             left.extend(value.values())
         elif isinstance(value, list | tuple | set):
@@ -134,16 +139,17 @@ def _apply(data: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     key = key.strip()
     names = key.split(".")
+    where = f"--set {plain(override)}"
     if not equals or not all(names):
-        raise ConfigError(f"--set {override}: it must be section.key=value, such as --set engine.max_running=64")
-    value = _parse(text, f"--set {override}")
+        raise ConfigError(f"{where}: it must be section.key=value, such as --set engine.max_running=64")
+    value = _parse(text, where)
     section = data
     for name in names[:-1]:
         inner = section.get(name)
         if inner is None:
             inner = {}
         elif not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {name} is {shorten(inner)}, not a section; set {name} as a whole")
+            raise ConfigError(f"{where}: {name} is {shorten(inner)}, not a section; set {name} as a whole")
         section[name] = inner = dict(inner)
         section = inner
     section[names[-1]] = value

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from nanoflow.errors import InputError, ParameterError
 
-__all__ = ["checked", "explain", "known_keys", "shorten", "suggest"]
+__all__ = ["checked", "explain", "known_keys", "plain", "shorten", "suggest"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -24,7 +24,7 @@ def checked(model: type[Model], values: Mapping[str, Any]) -> Model:
 
 def explain(error: Any, model: type[BaseModel]) -> tuple[str, str]:
     """One entry of `ValidationError.errors()` for `model`, as (dotted key, problem with its mend)."""
-    location = [str(part) for part in error["loc"] if part != "[key]"]
+    location = [plain(str(part)) for part in error["loc"] if part != "[key]"]
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
         return ".".join([*location, *filter(None, [cause.key])]), cause.problem
@@ -49,6 +49,11 @@ def shorten(value: Any, length: int = 60) -> str:
     return shown if len(shown) <= length else shown[: length - 3] + "..."
 
 
+def plain(text: str, length: int = 120) -> str:
+    """`text` if it fits into a message as it is; quoted, escaped and cut to `length` characters if not."""
+    return text if text.isprintable() and len(text) <= length else shorten(text, length)
+
+
 def suggest(key: str, model: type[BaseModel]) -> str:
     """How a message about the unknown dotted `key` of `model` ends: with the nearest key that exists."""
     section, _, leaf = key.rpartition(".")
@@ -56,8 +61,12 @@ def suggest(key: str, model: type[BaseModel]) -> str:
     elsewhere = [k for k in known if k.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
-    prefix = section + "." if section else ""
-    beside = [k[len(prefix) :] for k in known if k.startswith(prefix) and "." not in k[len(prefix) :]]
+    while True:
+        prefix = section + "." if section else ""
+        beside = [k[len(prefix) :] for k in known if k.startswith(prefix) and "." not in k[len(prefix) :]]
+        if beside:
+            break
+        section = section.rpartition(".")[0]  # no section: the key itself holds a dot
     nearest = get_close_matches(leaf, beside, n=1, cutoff=0.0)
     if get_close_matches(leaf, beside, n=1, cutoff=0.5):
         return f"did you mean {prefix}{nearest[0]}?"

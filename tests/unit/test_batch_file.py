@@ -103,6 +103,7 @@ def test_content_in_text_parts() -> None:
         ('{"custom_id": "a"}', "invalid_request", "prompt is missing"),
         ('{"custom_id": "a", "prompt": "x", "messages": []}', "invalid_request", "both prompt and messages"),
         (batch_line({"input": "x"}, url="/v1/embeddings"), "unsupported_url", "'/v1/embeddings'"),
+        ('{"custom_id": "a", "url": [], "body": {"prompt": "x"}}', "unsupported_url", "url: [] is not supported"),
         (batch_line({"prompt": "x"}, method="GET"), "invalid_request", "use POST"),
         (batch_line("x"), "invalid_request", "body: 'x' is not an object"),
         (batch_line({"prompt": "x"}, temperature=1), "unsupported_parameter", "'temperature' stands beside body"),

@@ -137,6 +137,23 @@ def test_several_problems_are_told_at_once(run_yaml: Path) -> None:
         (b"engine: {max_running: 3, max_running: 4}\n", "line 1, column 26: the key max_running is given twice"),
         (b"model: " + b"[" * 5000, "nested too deep"),
         (b"? [a]\n: b\n", "line 1"),
+        (b"a: 2001-99-99\n", "line 1, column 4: '2001-99-99' is no timestamp: month must be in 1..12"),
+        (b"a:\n  - " + b"9" * 5000, "line 2, column 5: '99999"),
+        (b"a: !!bool x\n", "line 1, column 4: 'x' is no bool"),
+        (b"a: !!timestamp x\n", "line 1, column 4: 'x' is no timestamp"),
+        (b"b: 1\nmodel.path.x: 2\n", "(known here: path, dtype, weights)"),
+        (b"b.c: 1\n", "b.c: unknown key"),
+        (b'model: {path: "\\ud800"}\n', "holds half of a surrogate pair"),
+        (b'"\\n": 1\n', "'\\n': unknown key"),
+        (b"x" * 500 + b": 1\n", "xxx...: unknown key"),
+        (
+            b"".join(
+                b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9 if n else [b"x"])) for n in range(12)
+            ),
+            "aliases stand for more than 1,000,000 values",
+        ),
+        (b"a: &a [*a]\n", "aliases stand for more"),
+        (b"".join(b"k%d: 1\n" % n for n in range(50)), "and 32 more"),
         (b"a: !!python/object/apply:os.system [ls]\n", "line 1"),
     ],
 )

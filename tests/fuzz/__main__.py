@@ -1,0 +1,45 @@
+"""Fuzz for long: ``python -m tests.fuzz --examples 100000 [--targets yaml jsonl] [--seed 1]``.
+
+Prints how many inputs of each kind were checked, and the smallest input and the traceback of the first that failed.
+"""
+
+import argparse
+import faulthandler
+import sys
+import time
+import traceback
+
+from tests.fuzz.harness import SECONDS_EACH, fuzz
+from tests.fuzz.targets import TARGETS
+
+ROUND = 2000
+"""Inputs a round: hypothesis remembers all of a round's to draw none twice, and memory is not endless."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=10_000, help="of each target")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    failed = 0
+    for name in arguments.targets:
+        start, done = time.perf_counter(), 0
+        try:
+            while done < arguments.examples:
+                count = min(ROUND, arguments.examples - done)
+                # Ends the process, with a traceback, even where a signal would wait for C code.
+                faulthandler.dump_traceback_later(SECONDS_EACH * 60, exit=True)
+                fuzz(TARGETS[name], count, arguments.seed + done // ROUND)
+                done += count
+        except Exception:
+            failed += 1
+            traceback.print_exc()
+        faulthandler.cancel_dump_traceback_later()
+        outcome = "passed" if done == arguments.examples else f"FAILED after {done:,}"
+        print(f"{name}: {done:,} inputs {outcome} in {time.perf_counter() - start:.0f} s", flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from nanoflow.errors import InputError
 from nanoflow.grammars import Grammars, MaskMaker
 from nanoflow.ops.graph import Graph
-from nanoflow.ops.operation import Cost
+from nanoflow.ops.operation import Cost, Work
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
 from nanoflow.pipeline.executor import Executor
 from nanoflow.recording import IterationRecord
@@ -50,6 +50,8 @@ class EngineStats:
     padding_rows: int = 0
     busy_seconds: float = 0.0
     """Time that the executor spent in iterations."""
+    work: Work = field(default_factory=Work)
+    """What was asked of the operations."""
     cost: Cost = field(default_factory=Cost)
     """FLOPs and bytes that the iterations took, by the operations' own accounts."""
     largest_batch: int = 0
@@ -263,7 +265,9 @@ class Engine:
         stats.padding_rows += batch.rows - batch.tokens
         stats.largest_batch = max(stats.largest_batch, batch.tokens)
         stats.busy_seconds += seconds
-        stats.cost = stats.cost + self.graph.cost(work_of(batch), self._itemsize)
+        work = work_of(batch)
+        stats.work = stats.work + work
+        stats.cost = stats.cost + self.graph.cost(work, self._itemsize)
 
     def _hit_stop_string(self, sequence: Sequence, progress: _Progress) -> bool:
         """Whether the text up to the newest token holds a stop string; if so, cut the text before the first one."""

@@ -23,6 +23,7 @@ from nanoflow.engine import Engine
 from nanoflow.errors import OutputError
 from nanoflow.loading import Model, device_name
 from nanoflow.pipeline.plan_text import format_plan
+from nanoflow.plan_timeline import TimelineEntry, estimate_timeline
 from nanoflow.power import Energy
 from nanoflow.recording import LogHistogram, Recorder
 from nanoflow.search.cost_model import Bounds, Ceilings, bounds
@@ -138,6 +139,8 @@ class RunReport:
     plan: str
     plan_text: str
     """The plan that ran, in the form of a plan file."""
+    plan_timeline: list[TimelineEntry]
+    """One layer of the mean iteration, estimated from the operations' costs and the ceilings."""
     sizes: dict[str, int]
     """What the configuration's sizes came to, in tokens (`max_running` in sequences)."""
     config: dict[str, Any]
@@ -272,6 +275,9 @@ def make_report(
         dtype=str(model.dtype).removeprefix("torch."),
         plan=config.pipeline.plan,
         plan_text=format_plan(engine.executor.program.plan),
+        plan_timeline=estimate_timeline(
+            engine.executor.program, stats.work.over(stats.iterations), ceilings, model.dtype.itemsize
+        ),
         sizes=engine.scheduler.sizes,
         config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),

@@ -84,6 +84,28 @@ class Work:
     def rows(self) -> int:
         return self.decode_rows + self.prefill_rows
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.decode_rows + other.decode_rows,
+            self.prefill_rows + other.prefill_rows,
+            self.decode_context + other.decode_context,
+            self.prefill_context + other.prefill_context,
+            self.prefill_pairs + other.prefill_pairs,
+            self.sampled_rows + other.sampled_rows,
+        )
+
+    def over(self, count: int) -> "Work":
+        """The mean of `count` iterations that add up to this."""
+        count = max(1, count)
+        return Work(
+            round(self.decode_rows / count),
+            round(self.prefill_rows / count),
+            round(self.decode_context / count),
+            round(self.prefill_context / count),
+            round(self.prefill_pairs / count),
+            round(self.sampled_rows / count),
+        )
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -1,5 +1,6 @@
 """Reads a run's YAML into a frozen `RunConfig`, and writes a resolved one back. Its keys are in `config_schema`."""
 
+import os
 import re
 from collections.abc import Sequence
 from glob import glob, has_magic
@@ -174,12 +175,14 @@ def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) ->
         folders = [file.parent]
         if any(key == name or key.startswith(name + ".") for name in overridden):
             folders.append(Path.cwd())
-        places = list(dict.fromkeys((folder / value).resolve() for folder in folders))
+        _check_path(file, key, value)
+        places = list(dict.fromkeys(os.path.realpath(folder / value) for folder in folders))
         for place in places:
-            if place.exists() or (pattern and has_magic(value) and glob(str(place), recursive=True)):
-                return str(place)
+            # Also false for a name that is too long for the file system.
+            if os.path.exists(place) or (pattern and has_magic(value) and glob(place, recursive=True)):
+                return place
         raise ConfigError(
-            f"{file}: {key}: {value} not found (looked for {' and '.join(map(str, places))}); "
+            f"{file}: {key}: {plain(value)} not found (looked for {' and '.join(plain(p, 500) for p in places)}); "
             "relative paths start at the folder of the YAML file"
         )
 
@@ -205,12 +208,18 @@ def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) ->
     if config.pipeline.plan not in ("sequential", "auto"):
         plan = resolve("pipeline.plan", config.pipeline.plan)
         changes["pipeline"] = config.pipeline.model_copy(update={"plan": plan})
+    _check_path(file, "output.path", config.output.path)
     output = Path(config.output.path).absolute()
     trace_path = changes["workload"].trace.path if workload.trace is not None else ""
     if output in (Path(trace_path), Path(file)) or any(reads(item, output) for item in workload.input or ()):
         raise ConfigError(f"{file}: output.path: {output} is an input of the run; choose another file")
     changes["output"] = config.output.model_copy(update={"path": str(output)})
     return config.model_copy(update=changes)
+
+
+def _check_path(file: Path, key: str, path: str) -> None:
+    if "\0" in path:
+        raise ConfigError(f"{file}: {key}: {shorten(path)} holds a null character, which no path can; take it out")
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

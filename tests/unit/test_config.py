@@ -104,6 +104,9 @@ def test_a_config_is_frozen(run_yaml: Path) -> None:
         ("model.path=models/none.gguf", "model.path", "not found"),
         ("model.path=./none", "model.path", "not found"),
         ("output.path=run.yaml", "output.path", "is an input of the run"),
+        ('output.path="a\\0b"', "output.path", "holds a null character"),
+        ('pipeline.plan="a\\0b"', "pipeline.plan", "holds a null character"),
+        ("pipeline.plan=" + "x" * 3000, "pipeline.plan", "xxx... not found"),
     ],
 )
 def test_a_wrong_value_is_named_with_file_key_and_mend(

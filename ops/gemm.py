@@ -7,7 +7,6 @@ Shape legend: M rows, N output columns, K input columns.
 """
 
 import importlib
-from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -58,6 +57,8 @@ def matmul(
         return out
     if kernel == "measured":
         kernel, config = _chosen(x, w, sms, silu, config)
+        if unavailable(kernel, x, w, out):  # measured with an extra that is not installed here
+            kernel, config = "cublas", None
     problem = unavailable(kernel, x, w, out)
     if problem:
         raise ValueError(f"GEMM kernel {kernel!r}: {problem}")
@@ -146,13 +147,6 @@ def _triton(
         config = found.config if found else None
     if config is None:
         config = default_config(rows, columns, inputs, budget, x.dtype, tma=tma, silu=silu)
-    if config.specialize:
-        if tma and bias is None and not silu and x.dtype != torch.float32:
-            from nanoflow.ops.gemm_specialized_triton import launch_specialized
-
-            launch_specialized(x, w, out, config, sms=budget)
-            return
-        config = replace(config, specialize=False, warps=8, epilogue_parts=2)
     if workspace is None and config.split:
         workspace = _stream_workspace(config, budget, x.device, silu)
     launch(x, w, out, bias, config, sms=budget, silu=silu, tma=tma, workspace=workspace)

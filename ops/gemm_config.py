@@ -10,11 +10,17 @@ import torch
 __all__ = ["SILU_TILES", "TILES", "GemmConfig", "Split", "Workspace", "candidates", "default_config"]
 
 LEAST_STEPS = 8
-"""K steps of a piece, at least: filling its pipeline takes three."""
+"""K steps of a piece, at least."""
 LEAST_TAIL = 4
-"""K steps of a tile that helpers take, at least."""
-HAND_OVER = 2.0
-"""K steps that it takes to write or to read a tile's partial sums."""
+"""K steps of a tile that a helper takes, at least."""
+WRITE, READ = 9, 12
+"""K steps that it takes to fill a piece's pipeline and write its partial sums, and to wait for and add up two pieces'.
+Of tiles of 128 x 256, measured on an H100."""
+
+
+def reading(partials: int) -> int:
+    """K steps that a tile's owner takes for the partial sums of the others."""
+    return READ * -(-partials // 2)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,16 @@ class Split:
 
     @property
     def partials(self) -> int:
-        """Partial sums of a tile, at most: a helper's share is no shorter than a tail, so two meet in one at most."""
-        return self.pieces - 1 + (2 if self.helpers else 0)
+        """Partial sums of a tile."""
+        return self.pieces - 1 + (self.helpers > 0)
+
+    @property
+    def steps(self) -> int:
+        """K steps that it takes about as long as."""
+        others = self.length + WRITE if self.pieces > 1 else self.length
+        if self.helpers:
+            others = max(others, -(-self.tiles // self.helpers) * (self.tail + WRITE))
+        return others + reading(self.partials)
 
 
 @dataclass(frozen=True)
@@ -58,9 +72,6 @@ class GemmConfig:
     """Cut the K steps of the tiles that would not fill a last round among all CTAs; see `split_tiles`."""
     flatten: bool = False
     """Let the loads of a CTA's next tile start before the last one is stored."""
-    specialize: bool = False
-    """Warps that only load beside two groups that multiply: `warps` is 4, no bias, no SiLU; see
-    `gemm_specialized_triton`. Where that cannot be, the same tile runs with eight warps."""
     registers: int = 0
     """Most registers a thread; 0 leaves it to the compiler."""
 
@@ -72,7 +83,7 @@ class GemmConfig:
         words += [f"c{self.ctas_per_sm}"] if self.ctas_per_sm != 1 else []
         words += [f"e{self.epilogue_parts}"] if self.epilogue_parts != 1 else []
         words += [f"r{self.registers}"] if self.registers else []
-        words += [word for word in ("split", "flatten", "specialize") if getattr(self, word)]
+        words += [word for word in ("split", "flatten") if getattr(self, word)]
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,25 +103,27 @@ class GemmConfig:
     def split_tiles(self, tiles: int, steps: int, sms: int) -> Split | None:
         """How the tiles of the last, unfilled round are cut, for tiles of `steps` K steps; None if they stay whole.
 
-        Each becomes as many pieces as there are CTAs for each. CTAs that are left over help: they share out the last
-        steps of all these tiles evenly. Pieces are then as long as lets a tile's owner, who adds up what the others
-        computed, and the helpers end together.
+        Each is cut into pieces of one length, one a CTA. CTAs that are left over help: each takes the last steps of
+        some tiles, one after the other, so many steps that helpers and owners end together.
         """
         programs = sms * self.ctas_per_sm
         rest = tiles % programs
         if not self.split or not rest:
             return None
-        pieces = min(programs // rest, max(1, steps // LEAST_STEPS))
-        helpers = programs - pieces * rest if pieces == programs // rest else 0
-        if helpers:
-            share = rest / helpers
-            length = (share * steps + HAND_OVER * (share + 1 - pieces)) / (1 + share * pieces)
-            tail = steps - pieces * math.ceil(length)
-            if tail >= LEAST_TAIL and rest * tail >= helpers:
-                return Split(rest, pieces, math.ceil(length), tail, helpers)
-        length = -(-steps // pieces)
-        pieces = -(-steps // length)
-        return Split(rest, pieces, length, 0, 0) if pieces > 1 else None
+        found = []
+        for pieces in range(1, max(1, min(programs // rest, steps // LEAST_STEPS)) + 1):
+            length = -(-steps // pieces)
+            found.append(Split(rest, -(-steps // length), length, 0, 0))
+            helpers = programs - pieces * rest
+            if not 0 < helpers < rest:  # none, or enough for another piece
+                continue
+            turns = -(-rest // helpers)
+            length = math.ceil(turns * (steps + WRITE) / (1 + turns * pieces))
+            tail = steps - pieces * length
+            if tail >= LEAST_TAIL:
+                found.append(Split(rest, pieces, length, tail, helpers))
+        best = min(found, key=lambda split: split.steps)
+        return best if best.partials else None
 
     def tile_bytes(self, silu: bool = False) -> int:
         """Of one tile's partial sums."""
@@ -118,19 +131,21 @@ class GemmConfig:
 
 
 class Workspace:
-    """Partial sums and flags of split configs. One for each stream that runs GEMMs: launches must not overlap.
+    """Partial sums of split configs, and how many of each tile have come.
+
+    One for each stream that runs GEMMs: launches must not overlap.
 
     Of a size that holds any split of `config` on up to `sms` SMs.
     """
 
     def __init__(self, config: GemmConfig, sms: int, device: torch.device, *, silu: bool = False) -> None:
-        slots = 2 * sms * config.ctas_per_sm if config.split else 1
+        slots = sms * config.ctas_per_sm if config.split else 1
         self.partials = torch.empty(slots * config.tile_bytes(silu) // 4, dtype=torch.float32, device=device)
-        self.flags = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(slots, dtype=torch.int32, device=device)
 
     def holds(self, config: GemmConfig, sms: int, *, silu: bool = False) -> bool:
-        slots = 2 * sms * config.ctas_per_sm
-        return self.partials.numel() * 4 >= slots * config.tile_bytes(silu) and self.flags.numel() >= slots
+        slots = sms * config.ctas_per_sm
+        return self.partials.numel() * 4 >= slots * config.tile_bytes(silu) and self.arrived.numel() >= slots
 
 
 TILES = (
@@ -139,9 +154,8 @@ TILES = (
     GemmConfig(128, 256, 0, 64, 8, 3, epilogue_parts=2, flatten=True),
     GemmConfig(128, 256, 0, 64, 8, 4, epilogue_parts=4, flatten=True),
     GemmConfig(128, 256, 0, 64, 8, 4, epilogue_parts=4, split=True),
-    GemmConfig(128, 256, 0, 64, 8, 3, epilogue_parts=2, split=True),
     GemmConfig(128, 256, 64, 64, 8, 3, epilogue_parts=4),
-    GemmConfig(256, 128, 32, 64, 8, 3, epilogue_parts=2),
+    GemmConfig(64, 256, 64, 64, 4, 4, epilogue_parts=4),
     GemmConfig(256, 128, 32, 64, 8, 4, epilogue_parts=4),
     GemmConfig(256, 128, 0, 64, 8, 4, epilogue_parts=2),
     GemmConfig(256, 128, 0, 64, 8, 4, epilogue_parts=2, split=True),
@@ -149,8 +163,6 @@ TILES = (
     GemmConfig(128, 128, 32, 64, 8, 5, epilogue_parts=4),
     GemmConfig(128, 128, 0, 64, 8, 5, epilogue_parts=2, flatten=True),
     GemmConfig(128, 128, 0, 64, 4, 3, ctas_per_sm=2, epilogue_parts=2),
-    GemmConfig(128, 256, 0, 64, 4, 3, specialize=True),
-    GemmConfig(256, 128, 0, 64, 4, 3, specialize=True),
 )
 """Configs of 16-bit types for sm_90 worth measuring. None spills registers there."""
 
@@ -204,7 +216,7 @@ def _guess(config: GemmConfig, tiles: int, steps: int, sms: int, silu: bool, spl
     memory (what the copies write and the matrix units read, 128 bytes a cycle)."""
     programs = sms * config.ctas_per_sm
     rounds = -(-tiles // programs)
-    most = (rounds - 1) * steps + split.length + split.partials * HAND_OVER if split else rounds * steps
+    most = (rounds - 1) * steps + split.steps if split else rounds * steps
     widths = [config.block_n, config.block_n if silu else config.extra_n]
     groups = config.block_m / 64
     arithmetic = sum(widths) * groups * 2  # m64nNk16 takes N / 2 cycles, and a step of 64 has four

@@ -7,9 +7,9 @@ Two persistent kernels share one tile's maths. Their grid is the SM budget times
   on with whole tiles. As in stream-K (Osama et al. 2023, arXiv 2301.03598) all CTAs get about the same number of steps;
   but pieces start at the same steps in all tiles, so that CTAs which share a block of x or w want it at the same
   time, while it is in L2. A tile's first piece is its owner's. The others write float32 partial sums to a workspace
-  and raise a flag. The owner adds them in a fixed order, so results do not change between runs, and lowers the flags,
-  so a workspace is ready for the next launch. Owners wait for CTAs that start before them only: no deadlock, whatever
-  else runs on the GPU. Two launches that may overlap need two workspaces.
+  and count up. The owner adds them in a fixed order, so results do not change between runs, and clears the count, so
+  that the workspace is ready for the next launch. Owners wait for CTAs that start before them only: no deadlock,
+  whatever else runs on the GPU. Two launches that may overlap need two workspaces.
 
 A tile is `block_m` rows by `block_n` + `extra_n` columns: two accumulators side by side, since Triton's own blocks are
 powers of two and 160 or 192 columns often fill the GPU better. With SiLU the second accumulator holds `up`'s columns.
@@ -136,11 +136,19 @@ def _finish(
             row, column + half, up_column + half, M, N, stride_out, ROWS, half, PARTS // 2, BIAS, SILU, TMA,
         )  # fmt: skip
     else:
-        for other in range(0, others):
-            offset = other * partial_stride
-            value += tl.load(_block(partials + offset, ROWS, COLUMNS), cache_modifier=".cg")
+        for other in range(0, others, 2):  # two at a time, to wait for memory half as often
+            first = other * partial_stride
+            second = first + partial_stride
+            both = other + 1 < others
+            value_0 = tl.load(_block(partials + first, ROWS, COLUMNS), cache_modifier=".cg")
+            value_1 = tl.load(_block(partials + second, ROWS, COLUMNS), mask=both, other=0.0, cache_modifier=".cg")
             if SILU:
-                up += tl.load(_block(up_partials + offset, ROWS, COLUMNS), cache_modifier=".cg")
+                up_0 = tl.load(_block(up_partials + first, ROWS, COLUMNS), cache_modifier=".cg")
+                up_1 = tl.load(_block(up_partials + second, ROWS, COLUMNS), mask=both, other=0.0, cache_modifier=".cg")
+                up += up_0
+                up += up_1
+            value += value_0
+            value += value_1
         if BIAS:
             value = _add_bias(value, bias, column, N, COLUMNS)
             if SILU:
@@ -215,13 +223,13 @@ def _tile_gemm(
 
 @triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "split_tiles", "pieces", "length", "tail", "helpers"])
 def _split_gemm(
-    x, w, w_extra, out, out_extra, bias, partials, flags, M, N, K, stride_x, stride_w, stride_out, tiles_m, tiles_n,
+    x, w, w_extra, out, out_extra, bias, partials, arrived, M, N, K, stride_x, stride_w, stride_out, tiles_m, tiles_n,
     split_tiles, pieces, length, tail, helpers,
     BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first `split_tiles` tiles in pieces, the others whole. A tile has `pieces` + 1 slots for partial sums."""
+    """The first `split_tiles` tiles in pieces, the others whole. A tile has `pieces` slots for partial sums."""
     if PDL:
         start_after_others()
     programs = tl.num_programs(0)
@@ -229,30 +237,24 @@ def _split_gemm(
     # Those who are waited for have the higher rank, and start earlier.
     rank = programs - 1 - tl.program_id(0)
     owned = split_tiles * pieces
-    pending = (rank < owned).to(tl.int32)
-    # Helpers share the tails, laid end to end.
-    position = 0
-    end = 0
-    if (rank >= owned) & (rank < owned + helpers):
-        position = split_tiles * tail * (rank - owned) // helpers
-        end = split_tiles * tail * (rank - owned + 1) // helpers
+    piece = rank // split_tiles
+    split_tile = rank % split_tiles
+    turn = split_tiles
+    if rank >= owned + helpers:
+        split_tile = split_tiles
+    elif rank >= owned:
+        piece = pieces
+        split_tile = rank - owned
+        turn = helpers
     whole = split_tiles + tl.program_id(0)
-    while (pending > 0) | (position < end) | (whole < tiles_m * tiles_n):
-        slot = 0
-        if pending > 0:
-            pending = 0
-            tile = rank % split_tiles
-            piece = rank // split_tiles
+    while (split_tile < split_tiles) | (whole < tiles_m * tiles_n):
+        if split_tile < split_tiles:
+            tile = split_tile
             first = piece * length
-            last = min(first + length, steps)
-            slot = tile * (pieces + 1) + piece - 1
-        elif position < end:
-            tile = position // tail
-            offset = position - tile * tail
-            first = pieces * length + offset
-            last = min(steps, first + end - position)
-            position += last - first
-            slot = tile * (pieces + 1) + pieces - 1 + (offset > 0).to(tl.int32)
+            last = steps
+            if (piece < pieces - 1) | (tail > 0) & (piece < pieces):
+                last = min(steps, first + length)
+            split_tile += turn
         else:
             tile = whole
             first = 0
@@ -264,29 +266,22 @@ def _split_gemm(
             x, w, w_extra, tile_m * BM, column, extra, first, last, M, N, K, stride_x, stride_w,
             BM, BN, BX, BK, TMA, PRECISION,
         )  # fmt: skip
+        slots = partials + tile.to(tl.int64) * pieces * (BM * (BN + BX))
         if first > 0:
-            mine = partials + slot.to(tl.int64) * (BM * (BN + BX))
+            mine = slots + (piece - 1) * (BM * (BN + BX))
             _put_partial(mine, sum_0, BM, BN, PARTS)
             if BX:
                 _put_partial(mine + BM * BN, sum_1, BM, BX, PARTS if SILU else 1)
-            tl.debug_barrier()  # all threads' partial sums are written before one thread raises the flag
-            tl.atomic_xchg(flags + slot, 1, sem="release")
+            tl.debug_barrier()  # all threads' partial sums are written before one thread counts them as there
+            tl.atomic_add(arrived + tile, 1, sem="release")
         else:
             others = 0
-            first_slot = 0
             if tile < split_tiles:
-                first_slot = tile * (pieces + 1)
-                others = pieces - 1
-                if tail > 0:
-                    helper = ((tile * tail + 1) * helpers - 1) // (split_tiles * tail)
-                    shared = split_tiles * tail * (helper + 1) // helpers < (tile + 1) * tail
-                    others = pieces + shared.to(tl.int32)
-                for other in range(0, others):
-                    while tl.atomic_cas(flags + first_slot + other, 1, 0, sem="acquire") != 1:
-                        pass
-            theirs = partials + first_slot.to(tl.int64) * (BM * (BN + BX))
+                others = pieces - 1 + (tail > 0).to(tl.int32)
+                while tl.atomic_cas(arrived + tile, others, 0, sem="acquire") != others:
+                    pass
             _finish_tile(
-                out, out_extra, bias, sum_0, sum_1, theirs, others, tile_m * BM, column, extra, M, N, stride_out,
+                out, out_extra, bias, sum_0, sum_1, slots, others, tile_m * BM, column, extra, M, N, stride_out,
                 BM, BN, BX, PARTS, BIAS, SILU, TMA,
             )  # fmt: skip
 
@@ -351,6 +346,6 @@ def launch(
             raise ValueError(f"{config} cuts tiles along K and needs a workspace")
         grid = programs if tiles > split.tiles else split.programs
         cut = (split.tiles, split.pieces, split.length, split.tail, split.helpers)
-        _split_gemm[(grid,)](*sources, bias, workspace.partials, workspace.flags, *sizes, *cut, **constants)
+        _split_gemm[(grid,)](*sources, bias, workspace.partials, workspace.arrived, *sizes, *cut, **constants)
     else:
         _tile_gemm[(min(tiles, programs),)](*sources, bias, *sizes, FLATTEN=config.flatten, **constants)

@@ -19,7 +19,7 @@ from nanoflow.ops.dependent_launch import dependent_launch, start_after_others
 __all__ = ["append", "qk_norm", "rope", "rope_append"]
 
 HEADS_BLOCK = 16
-WARPS = 4
+WARPS = 8
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nanoflow.ops import gemm_specialized_triton, gemm_triton
+from nanoflow.ops import gemm_triton
 from nanoflow.ops.gemm_config import AMPERE, SILU_TILES, SINGLE, SMALL, TILES, GemmConfig
 
 SHARED = 227 * 1024
@@ -35,7 +35,7 @@ def compiled(
         "out_extra": (config.block_m, config.extra_n or part),
     }
     types = {name: f"tensordesc<{dtype}[{a},{b}]>" if tma else f"*{dtype}" for name, (a, b) in blocks.items()}
-    types |= {"bias": f"*{dtype}", "partials": "*fp32", "flags": "*i32"}
+    types |= {"bias": f"*{dtype}", "partials": "*fp32", "arrived": "*i32"}
     constants = {
         "BM": config.block_m,
         "BN": config.block_n,
@@ -76,7 +76,7 @@ def local_bytes(kernel: triton.compiler.CompiledKernel, folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("config", "silu"),
-    [(c, False) for c in (*TILES, SMALL) if not c.specialize] + [(c, True) for c in SILU_TILES],
+    [(c, False) for c in (*TILES, SMALL)] + [(c, True) for c in SILU_TILES],
     ids=str,
 )
 def test_every_config_for_hopper_uses_its_tensor_cores_and_spills_nothing(
@@ -86,25 +86,6 @@ def test_every_config_for_hopper_uses_its_tensor_cores_and_spills_nothing(
     assert kernel.metadata.shared <= (TWO_CTAS if config.ctas_per_sm == 2 else SHARED)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
-    assert local_bytes(kernel, tmp_path) == 0
-
-
-@pytest.mark.parametrize("config", [config for config in TILES if config.specialize], ids=str)
-def test_specialized_warps(config: GemmConfig, tmp_path: Path) -> None:
-    function = gemm_specialized_triton._specialized_gemm
-    sizes = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m}
-    names = function.arg_names
-    pointers = ("x", "w", "out")
-    source = ASTSource(
-        function,
-        {name: "constexpr" if name in sizes else "*bf16" if name in pointers else "i32" for name in names},
-        {(names.index(name),): value for name, value in sizes.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N", "K", "stride_x", "stride_w")},
-    )
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert kernel.metadata.shared <= SHARED
-    assert "setmaxnreg" in kernel.asm["ptx"] and "wgmma.mma_async" in kernel.asm["ptx"]
     assert local_bytes(kernel, tmp_path) == 0
 
 

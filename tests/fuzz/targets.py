@@ -237,8 +237,11 @@ def check_output(content: bytes) -> None:
     with OutputWriter(path) as writer:
         ledger = read_output(writer)
         kept = path.read_bytes().splitlines()
-        assert set(intact) <= set(kept) and len(kept) == ledger.records
+        assert len(kept) == ledger.records
         strangers = [line for line in kept if line not in RECORDS]
+        # Only a line before it, damaged and still a record, may have taken a whole line's place.
+        lost = set(intact) - set(kept)
+        assert len(lost) <= len(strangers)
         for item, line in zip(ITEMS, RECORDS, strict=True):
             taken = ledger.take(item)
             # A record whose own custom_id was damaged counts as that of another request.
@@ -410,5 +413,5 @@ TARGETS = {
     "sharegpt": Target(SHAREGPT, check_sharegpt),
     "output": Target(OUTPUT, check_output),
     "grammar": Target(FORM, check_grammar),
-    "run": Target(JSONL, check_run, seconds=60.0, share=50),
+    "run": Target(JSONL, check_run, seconds=60.0, share=10),
 }

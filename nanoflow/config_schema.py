@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.section import Count, Name, Section
-from nanoflow.workload_schema import ArrivalSection, SyntheticSection, TraceSection
+from nanoflow.workload_schema import ArrivalSection, SyntheticSection, TraceSection, also_words
 
 __all__ = [
     "EngineSection",
@@ -98,6 +98,7 @@ class WorkloadSection(Section):
         None,
         description="When requests arrive: none (all are there from the start), trace, {poisson: RATE}, "
         "{constant: RATE} or {gamma: {rate: RATE, burstiness: B}}, in requests a second.",
+        json_schema_extra=also_words("none"),
     )
 
     @model_validator(mode="after")

@@ -50,6 +50,7 @@ class NormalLength(_Bounded):
     std: Deviation = Field(description="Standard deviation in tokens, before that cut.")
 
     def sample(self, generator: np.random.Generator, count: int) -> NDArray[np.int64]:
+        """`count` lengths in tokens."""
         return self._cut(generator.normal(self.mean, self.std, count))
 
 
@@ -69,6 +70,7 @@ class LognormalLength(_Bounded):
         return self
 
     def sample(self, generator: np.random.Generator, count: int) -> NDArray[np.int64]:
+        """`count` lengths in tokens."""
         # exp(N(mu, sigma^2)) has the mean exp(mu + sigma^2 / 2), and (std / mean)^2 = exp(sigma^2) - 1.
         if self.sigma is not None:
             sigma = self.sigma

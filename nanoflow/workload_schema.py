@@ -7,7 +7,17 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from nanoflow.lengths import PRESETS, Length
 from nanoflow.section import Count, Name, Section
 
-__all__ = ["ArrivalSection", "ColumnsSection", "PruneSection", "SyntheticSection", "TraceSection"]
+__all__ = ["ArrivalSection", "ColumnsSection", "PruneSection", "SyntheticSection", "TraceSection", "also_words"]
+
+
+def also_words(*words: str | bool) -> Any:
+    """For a field's `json_schema_extra`: these words stand for a section too."""
+
+    def extend(schema: dict[str, Any]) -> None:
+        schema["anyOf"].append({"enum": list(words)})
+
+    return extend
+
 
 Rate = Annotated[float, Field(ge=1e-6, le=1e9)]
 """Requests a second."""
@@ -62,6 +72,7 @@ class TraceSection(Section):
         None,
         description="Requests to leave out, none, or auto: none of a CSV file; of ShareGPT what vLLM's benchmarks do "
         "({min_input: 4, min_output: 4, max_input: 1024, max_total: 2048}).",
+        json_schema_extra=also_words("auto", "none"),
     )
     shuffle: bool = Field(False, description="Take the requests in a random order, drawn from seed.")
     first: Count | None = Field(None, description="Take only this many requests, after prune and shuffle; null: all.")
@@ -151,7 +162,9 @@ class ArrivalSection(Section):
     poisson: Rate | None = Field(None, description="Requests a second; the gaps are exponential.")
     constant: Rate | None = Field(None, description="Requests a second, at equal distances.")
     gamma: GammaArrival | None = Field(None, description="Requests in bursts, or more regular than poisson.")
-    trace: TraceArrival | None = Field(None, description="true: the times of the trace's rows.")
+    trace: TraceArrival | None = Field(
+        None, description="true: the times of the trace's rows.", json_schema_extra=also_words(True)
+    )
     seed: int = Field(0, ge=0, description="Of the gaps.")
 
     @model_validator(mode="before")

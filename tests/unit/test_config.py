@@ -335,3 +335,23 @@ def test_sampling_parameters_take_the_forms_of_json() -> None:
         params.replace(n=0)
     assert SamplingParams().greedy and not params.greedy
     assert SamplingParams(presence_penalty=0.1).uses_penalties and not params.uses_penalties
+
+
+def test_the_json_schema_allows_what_the_yaml_does() -> None:
+    """Every shipped configuration, and the words that stand for a section."""
+    from jsonschema import Draft202012Validator
+
+    validator = Draft202012Validator(RunConfig.model_json_schema())
+    for path in shipped_configs().values():
+        assert not list(validator.iter_errors(yaml.safe_load(path.read_text())))
+    trace = {"path": "x.csv"}
+    for workload in (
+        {"trace": {**trace, "prune": "none"}, "arrival": "none"},
+        {"trace": {**trace, "prune": {"min_input": 3}}, "arrival": "trace"},
+        {"trace": {**trace, "prune": "auto"}, "arrival": {"trace": {"speed": 2}}},
+        {"trace": trace, "arrival": {"trace": True}},
+        {"synthetic": {"preset": "lmsys"}, "arrival": {"poisson": 3}},
+    ):
+        assert not list(validator.iter_errors({"model": {"path": "m"}, "workload": workload})), workload
+    wrong = {"trace": {**trace, "prune": "some"}, "arrival": "poisson"}
+    assert len(list(validator.iter_errors({"model": {"path": "m"}, "workload": wrong}))) == 2

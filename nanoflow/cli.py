@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class ReportFormat(StrEnum):
+    """What `nanoflow report` writes."""
+
+    HTML = "html"
+    MARKDOWN = "markdown"
+    JSON = "json"
+
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML, or the name of a shipped one.")]
 SetOption = Annotated[
@@ -126,6 +136,28 @@ def validate(config: ConfigArgument, overrides: SetOption = None, debug: DebugOp
     """Check CONFIG and print it with all defaults and overrides filled in; nothing is run."""
     with _mistakes_as_messages(debug):
         typer.echo(dump_config(load_config(config, overrides or ())), nl=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run's output (.jsonl), its .report.json, or a folder.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write it; - is standard output.")
+    ] = None,
+    form: Annotated[
+        ReportFormat | None, typer.Option("--format", help="By default what FILE's ending says, else a web page.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show finished runs, one or several side by side: as a web page beside the first one, as Markdown or as JSON."""
+    with _mistakes_as_messages(debug):
+        from nanoflow.reports.write import write_report  # loads torch
+
+        written = write_report(runs, out, form)
+    if written is not None:
+        typer.echo(f"report {_short(written.absolute())}")
 
 
 @app.command()

@@ -147,6 +147,11 @@ class RunReport:
     """The resolved configuration."""
     versions: dict[str, str]
 
+    @property
+    def reached(self) -> float:
+        """Share reached of the bound that bounds the run."""
+        return self.bound_reached[self.bound_by]
+
     def save(self, path: Path) -> None:
         """Write the report as JSON; raises OutputError."""
         try:

@@ -162,7 +162,7 @@ def test_the_wheel_holds_every_module_and_every_shipped_file(wheel: Path) -> Non
     expected |= {
         str(Path("nanoflow") / path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.suffix in DATA
     }
-    expected.add("nanoflow/py.typed")
+    expected |= {"nanoflow/py.typed", "nanoflow/reports/page.html.j2"}
     unknown = [p for p in (ROOT / "configs").rglob("*") if p.is_file() and p.suffix not in DATA]
     assert not unknown, f"{unknown[0]} would not be in the wheel; see package-data in pyproject.toml"
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -200,6 +200,7 @@ def test_the_wheel_completes_requests(wheel: Path, tmp_path: Path) -> None:
         "synthetic.config.yaml",
         "synthetic.report.json",
         "synthetic.series.jsonl",
+        "synthetic.state.json",
     }
 
 

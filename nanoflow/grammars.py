@@ -199,9 +199,9 @@ class MaskMaker:
         from llguidance.numpy import fill_next_token_bitmask_par
 
         bits = np.full((len(constraints), self._words), -1, np.int32)
-        fill_next_token_bitmask_par(
-            self._executor, [(c.matcher, row) for row, c in enumerate(constraints) if c is not None], bits
-        )
+        wanted = [(c.matcher, row) for row, c in enumerate(constraints) if c is not None]
+        if wanted:
+            fill_next_token_bitmask_par(self._executor, wanted, bits)
         for row, constraint in enumerate(constraints):
             if constraint is not None and constraint.goes_on:
                 without = bits[row] & ~self._eos_bits

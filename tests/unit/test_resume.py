@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from nanoflow.cli import app
+from nanoflow.scheduler import Iteration, Scheduler
 from nanoflow.search.cost_model import Ceilings
 from tests.unit.tiny_model import VOCAB, save_tiny_llama
 
@@ -245,6 +246,32 @@ def test_a_damaged_input_ends_the_run_after_what_was_read(job: Job, undisturbed:
     (job.folder / "in.gz").write_bytes(packed)
     assert job.run("--continue-anyway").exit_code == 1
     assert job.records() == undisturbed
+
+
+def test_a_narrow_feed_gives_the_same_records(
+    job: Job, undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Little is read ahead, so the KV cache is sized before a request of the longest kind is known."""
+    lines = [{"custom_id": f"short {number}", "prompt": "a"} for number in range(30)]
+    lines.append({"custom_id": "longest", "prompt": "x" * 100, "max_tokens": 60})
+    job.lines([*LINES, *lines])
+    job.config["engine"] = {"device": "cpu", "max_running": 2, "page_size": 8}
+    monkeypatch.setattr("nanoflow.feed.MOST_ITEMS", 4)
+    monkeypatch.setattr("nanoflow.serving.LEAST_WAITING", 4)
+    most = 0
+
+    class Watched(Scheduler):
+        def form(self) -> Iteration | None:
+            nonlocal most
+            most = max(most, self.waiting)
+            return super().form()
+
+    monkeypatch.setattr("nanoflow.loading.Scheduler", Watched)
+    result = job.run()
+    assert result.exit_code == 1, result.output
+    assert job.records()[: len(LINES)] == undisturbed
+    assert all(record["error"] is None for record in job.records()[len(LINES) :])
+    assert 2 <= most <= 5  # a request of two completions is not cut in two
 
 
 def test_synthetic_requests_go_on(job: Job) -> None:

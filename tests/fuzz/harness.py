@@ -7,6 +7,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from tests.fuzz.mutations import variants
 from tests.fuzz.targets import Target
 
 __all__ = ["fuzz"]
@@ -16,12 +17,23 @@ class Hang(Exception):
     """An input was not dealt with in time."""
 
 
-def fuzz(target: Target, examples: int, number: int = 0) -> None:
-    """Check `examples` inputs, drawn from seed `number`; raises what the first one that fails raises, made small."""
+def fuzz(target: Target, examples: int, number: int = 0, *, each: int = 0) -> int:
+    """Check `examples` inputs, drawn from seed `number`, and `each` changed copies of every one that is bytes or text.
+
+    Returns how many were checked; raises what the first one that fails raises, made small.
+    """
+    checked = 0
 
     def one(value: Any) -> None:
-        with time_limit(target.seconds):
-            target.check(value)
+        nonlocal checked
+        for variant in (value, *variants(value, each)):
+            try:
+                with time_limit(target.seconds):
+                    target.check(variant)
+            except Exception as error:
+                error.add_note(f"with {variant!r}")
+                raise
+            checked += 1
 
     limits = settings(
         max_examples=examples,
@@ -31,6 +43,7 @@ def fuzz(target: Target, examples: int, number: int = 0) -> None:
         suppress_health_check=list(HealthCheck),
     )
     seed(number)(limits(given(target.inputs)(one)))()
+    return checked
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What is shipped works: every line of the prompts, the lengths that they are there to cover, the random models."""
 
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,3 +78,16 @@ def test_every_shipped_run_names_itself_and_writes_where_no_other_does() -> None
     assert len(set(outputs.values())) == len(outputs)
     for name, file in shipped_configs().items():
         assert f"nanoflow run configs/{name}.yaml" in file.read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_workloads_page_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those that name a file of the reader's own."""
+    monkeypatch.chdir(CONFIGS.parent)
+    text = (CONFIGS.parent / "docs" / "workloads.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("nanoflow run ")]
+    own = [command for command in commands if not any(word in " ".join(command) for word in ("FILE", "ShareGPT_V3"))]
+    assert len(own) >= 6
+    for _, _, config, *options in own:
+        overrides = options[1::2]
+        assert options[::2] == ["--set"] * len(overrides)
+        load_config(config, overrides)

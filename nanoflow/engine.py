@@ -79,8 +79,6 @@ class _Progress:
     completion: int
     stream: TextStream | None
     text: str = ""
-    last_token: float = 0.0
-    """When its newest token was seen; kept while the engine is observed."""
 
 
 class Engine:
@@ -197,7 +195,6 @@ class Engine:
         received = self.scheduler.update(iteration, output)
         if self._in_flight:
             self._begin_masks(self._in_flight[0])
-        gaps = self._token_gaps(received, now) if self.observers else {}
         for sequence in received:
             progress: _Progress = sequence.parent
             if not progress.request.first_token:
@@ -212,7 +209,7 @@ class Engine:
             if done is not None:
                 finished.append(done)
         if self.observers:
-            record = self._record(iteration, output.seconds, now, len(received), gaps)
+            record = self._record(iteration, output.seconds, now, len(received))
             for observer in self.observers:
                 observer(record)
         return finished
@@ -227,19 +224,7 @@ class Engine:
         sequences = [iteration.sampled[entry] for entry in masks.entries.tolist()]
         self._mask_maker.start(masks, [None if s.finished else s.constraint for s in sequences])
 
-    def _token_gaps(self, received: list[Sequence], now: float) -> dict[float, int]:
-        """Seconds since the token before -> how many sequences. Most had theirs together, in the iteration before."""
-        counts: dict[float, int] = {}
-        for sequence in received:
-            progress: _Progress = sequence.parent
-            before, progress.last_token = progress.last_token, now
-            counts[before] = counts.get(before, 0) + 1
-        counts.pop(0.0, None)  # first tokens
-        return {now - before: count for before, count in counts.items()}
-
-    def _record(
-        self, iteration: Iteration, seconds: float, now: float, received: int, gaps: dict[float, int]
-    ) -> IterationRecord:
+    def _record(self, iteration: Iteration, seconds: float, now: float, received: int) -> IterationRecord:
         nano_batches, scheduler = iteration.batch.nano_batches, self.scheduler
         preemptions = scheduler.preemptions - self._preemptions_told
         self._preemptions_told = scheduler.preemptions
@@ -255,7 +240,7 @@ class Engine:
             kv_capacity=scheduler.kv.usable_pages,
             preemptions=preemptions,
             output_tokens=received,
-            token_gaps=gaps,
+            token_gaps=scheduler.token_gaps,
         )
 
     def _account(self, iteration: Iteration, seconds: float) -> None:

@@ -111,6 +111,8 @@ class Scheduler:
         """Whether waiting sequences are admitted; if not, those that run go on to their end."""
         self.preemptions = 0
         """Preemptions so far."""
+        self.token_gaps: dict[float, int] = {}
+        """Of the last update: seconds between a token and the one before it of its sequence -> how many tokens."""
         self.unfinished = 0
         """Sequences added and not finished."""
         self._slots = SlotTable(kv.max_running)
@@ -227,14 +229,18 @@ class Scheduler:
 
         Returns the sequences that got a token; those that it ended have a `finish_reason` and hold nothing any more.
         """
+        self.token_gaps = {}
         if not iteration.sampled:
             return []
         if output is None or len(output.tokens) != len(iteration.sampled):
             found = "no tokens" if output is None else f"{len(output.tokens)} tokens"
             raise ValueError(f"an iteration that samples {len(iteration.sampled)} sequences came back with {found}")
         slots = self._slots
+        now = time.perf_counter()
         live = slots.epoch[iteration.slots] == iteration.epochs
         own = iteration.slots[live]
+        before = slots.last_token[own]
+        slots.last_token[own] = now
         slots.in_flight[own] -= 1
         seen = slots.sampled[own] - slots.in_flight[own]
         # Entries that need more than their token appended. One that is not live was preempted or has ended.
@@ -252,13 +258,18 @@ class Scheduler:
         for sequence, token in zip(iteration.sampled, output.tokens.tolist(), strict=True):
             if sequence.finish_reason is None:
                 sequence.output.append(token)
-        now = time.perf_counter()
         for entry in np.flatnonzero(special).tolist():
             sequence = iteration.sampled[entry]
             if not live[entry]:
                 sequence.in_flight -= 1
+                if sequence.finish_reason is None:
+                    before = np.append(before, sequence.last_token_time)
+                    sequence.last_token_time = now
             if sequence.finish_reason is None:
                 self._inspect(sequence, output, entry, now)
+        # Most had the token before together, in one iteration; a first token has none before it.
+        times, tokens = np.unique(before[before > 0], return_counts=True)
+        self.token_gaps = dict(zip((now - times).tolist(), tokens.tolist(), strict=True))
         return received
 
     def _inspect(self, sequence: Sequence, output: StepOutput, entry: int, now: float) -> None:

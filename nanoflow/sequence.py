@@ -47,6 +47,8 @@ class Sequence:
     preemptions: int = 0
     first_token_time: float | None = None
     """`time.perf_counter()` when the first token was seen."""
+    last_token_time: float = 0.0
+    """When its newest token was seen, of a sequence that holds no slot; 0: it has none."""
     finish_time: float | None = None
 
     @property

@@ -34,6 +34,8 @@ class SlotTable:
         """Output tokens, those in flight included."""
         self.in_flight: Int32 = zeros(np.int32)
         """Sampled tokens that the host has not seen yet."""
+        self.last_token: NDArray[np.float64] = zeros(np.float64)
+        """When the newest token was seen; 0: none was."""
         self.limit: Int32 = zeros(np.int32)
         """Output tokens after which the sequence ends, whatever they are."""
         self.certain: NDArray[np.bool_] = zeros(np.bool_)
@@ -78,6 +80,7 @@ class SlotTable:
         self.computed[slot] = 0
         self.sampled[slot] = len(sequence.output)
         self.in_flight[slot] = 0
+        self.last_token[slot] = sequence.last_token_time
         self.limit[slot] = sequence.limit
         self.certain[slot] = sequence.certain
         self.ignore_eos[slot] = params.ignore_eos
@@ -98,11 +101,12 @@ class SlotTable:
         return slot
 
     def release(self, slot: int) -> None:
-        """Takes a slot back from its sequence, which keeps the count of its tokens in flight."""
+        """Takes a slot back from its sequence, which keeps its count of tokens in flight and its last one's time."""
         sequence = self.sequences[slot]
         assert sequence is not None
         sequence.slot = -1
         sequence.in_flight = int(self.in_flight[slot])
+        sequence.last_token_time = float(self.last_token[slot])
         self.sequences[slot] = None
         self.tokens[slot] = np.zeros(0, np.int32)
         self.epoch[slot] = FREE

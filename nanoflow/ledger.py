@@ -81,6 +81,8 @@ class Ledger:
         """Requests that earlier runs answered."""
         self.errors = 0
         """Error records of earlier runs."""
+        self.dropped = 0
+        """Lines that were taken out of the output: no records, or records that are not to be kept."""
         self.skipped = 0
         """Items of the input passed over so far, since they have a record."""
         self._keys = KeyTable()
@@ -90,6 +92,12 @@ class Ledger:
     def records(self) -> int:
         """Records of earlier runs."""
         return self.completed + self.errors
+
+    def summary(self) -> str:
+        """What is there already, in words."""
+        errors = f" ({self.errors:,} of them errors)" if self.errors else ""
+        dropped = f"; {self.dropped:,} lines were taken out, to be run again" if self.dropped else ""
+        return f"going on: {self.records:,} requests have their record{errors}{dropped}"
 
     def add_record(self, raw: bytes, keep_errors: bool = True) -> bool:
         """Enter a line of the output; whether it is a record and to be kept: whole, and the first with its key."""

@@ -89,7 +89,8 @@ def read_output(writer: OutputWriter, *, retry_errors: bool = False) -> Ledger:
         ledger = Ledger()
         return lambda line: ledger.add_record(line, keep_errors=not retry_errors)
 
-    writer.keep_lines(judge)
+    dropped = writer.keep_lines(judge)
+    ledger.dropped = dropped
     return ledger
 
 

@@ -12,6 +12,7 @@ weights are read; what is wrong with one line becomes that line's error record.
     report
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -93,6 +94,8 @@ def run(
             if not continue_anyway:
                 check_same_run(writer.path, config.output.state_path, identity)
             ledger = read_output(writer, retry_errors=retry_errors)
+            if not quiet:
+                print(ledger.summary(), file=sys.stderr, flush=True)
         items = read_workload(config, model.graph.vocab_size, model.tokenizer)
         with Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed:
             ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)

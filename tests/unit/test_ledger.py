@@ -146,6 +146,7 @@ def test_a_damaged_output_is_mended_and_what_was_lost_is_left_to_do(tmp_path: Pa
     ledger, todo = go_on(path)
     assert path.read_bytes() == b"".join(lines[:3])
     assert (ledger.records, todo) == (3, [1, 5])
+    assert "going on: 3 requests have their record (2 of them errors)" in ledger.summary()
     assert path.stat().st_mode & 0o777 == 0o640
     assert [file.name for file in tmp_path.iterdir()] == ["o"]
 
@@ -174,6 +175,7 @@ def test_error_records_are_dropped_to_be_run_again(tmp_path: Path) -> None:
     write(path, *records())
     ledger, todo = go_on(path, retry_errors=True)
     assert (ledger.completed, ledger.errors, todo) == (2, 0, [2, 4, 5])
+    assert ledger.summary() == "going on: 2 requests have their record; 3 lines were taken out, to be run again"
     assert [json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()] == ["é", "a"]
 
 

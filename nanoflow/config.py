@@ -20,6 +20,7 @@ from nanoflow.config_schema import (
 )
 from nanoflow.errors import ConfigError, OutputError
 from nanoflow.input_files import STDIN, reads
+from nanoflow.pipeline.strict_yaml import YamlError, load_yaml
 from nanoflow.validation import explain, plain, shorten
 
 __all__ = [
@@ -36,8 +37,6 @@ __all__ = [
 ]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-MOST_VALUES = 1_000_000
-"""Of a configuration, aliases written out: enough for a bias for each token of a large vocabulary."""
 MOST_PROBLEMS = 20
 """Told at once."""
 FILE_ENDINGS = (".gguf", ".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -110,29 +109,9 @@ def _read(file: Path) -> dict[str, Any]:
 def _parse(text: str, where: str) -> Any:
     """What the YAML says; `where` stands at the head of messages."""
     try:
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: {_yaml_problem(error)}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: is nested too deep for a run's configuration") from None
-    # Aliases share what they stand for. Written out, which messages do, a few lines of them can be without end.
-    count, left = 0, [data]
-    while left:
-        value = left.pop()
-        count += 1
-        if count > MOST_VALUES:
-            raise ConfigError(
-                f"{where}: its aliases stand for more than {MOST_VALUES:,} values; write out what is meant"
-            )
-        if isinstance(value, str):
-            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-                raise ConfigError(f"{where}: {shorten(value)} holds half of a surrogate pair, which is no text")
-        elif isinstance(value, dict):
-            left.extend(value)
-            left.extend(value.values())
-        elif isinstance(value, list | tuple | set):
-            left.extend(value)
-    return data
+        return load_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _apply(data: dict[str, Any], override: str) -> str:
@@ -220,38 +199,3 @@ def _with_absolute_paths(config: RunConfig, file: Path, overridden: set[str]) ->
 def _check_path(file: Path, key: str, path: str) -> None:
     if "\0" in path:
         raise ConfigError(f"{file}: {key}: {shorten(path)} holds a null character, which no path can; take it out")
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return str(error).replace("\n", " ")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice (the first would be lost silently) and reads 1e-3 as a number."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            # What a date, a number or a tagged value says is read with Python's own functions, and they raise these.
-            what = f"{shorten(node.value)} is no {node.tag.rpartition(':')[2]}: {error}"
-            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key_node.value} is given twice; keep one", problem_mark=key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)

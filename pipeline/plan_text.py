@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
+from nanoflow.pipeline.strict_yaml import YamlError, load_yaml
 
 __all__ = ["format_plan", "parse_plan"]
 
@@ -23,12 +24,9 @@ _NANO_BATCH_KEYS = ("decode", "prefill", "rows")
 def parse_plan(text: str) -> Plan:
     """Read the YAML form. Raises PlanError that names the key, or the line where the text is no YAML."""
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise PlanError(f"{line}{error.problem or 'not YAML'}") from None
-    except yaml.YAMLError as error:
-        raise PlanError(f"not YAML: {error}") from None
+        data = load_yaml(text)
+    except YamlError as error:
+        raise PlanError(str(error)) from None
     top = _mapping(data, "the plan")
     _check_keys(top, "", _KEYS)
     for key in ("capacity", "nano_batches", "period"):
@@ -176,22 +174,6 @@ def _check_keys(given: Mapping[str, object], prefix: str, known: tuple[str, ...]
             near = get_close_matches(key, known, n=1)
             mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise PlanError(f"{prefix}{key}: unknown key; {mend}")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key that stands twice in one mapping is an error instead of hiding the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *anchor` gives keys that the mapping's own may replace
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            if isinstance(key, str | int | float):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
 
 
 class _Inline(dict[str, Any]):

@@ -4,12 +4,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from hypothesis import strategies as st
 
 from nanoflow.batch_file import IGNORED, NEUTRAL, OWN, SAMPLING, ErrorRecord, ParsedRequest
@@ -18,6 +20,9 @@ from nanoflow.config import RunConfig, dump_config, load_config, shipped_configs
 from nanoflow.errors import ConfigError, InputError, ParameterError, UserError
 from nanoflow.grammars import Grammars
 from nanoflow.ledger import DUPLICATE
+from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan_text import format_plan, parse_plan
+from nanoflow.pipeline.validate import validate
 from nanoflow.resume import read_output
 from nanoflow.runner import run
 from nanoflow.sampling_params import SamplingParams
@@ -28,6 +33,7 @@ from nanoflow.workload import read_workload
 from nanoflow.workload_schema import TraceSection
 from nanoflow.writer import OutputWriter
 from tests.fuzz.mutations import SCALARS, TEXTS, VALUES, as_json, as_yaml, mutated, nested
+from tests.unit.plan_graphs import llama_graph
 from tests.unit.tiny_model import EOS, VOCAB, save_tiny_llama, save_tokenizer
 
 __all__ = ["TARGETS", "Target"]
@@ -61,7 +67,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(folder() / "tokenizer.json")
 
 
-def assert_one_message(error: UserError, name: str) -> None:
+def assert_one_message(error: UserError | PlanError, name: str) -> None:
     """The message names what it is about, can be printed, and ends."""
     message = str(error)
     assert name in message, message
@@ -118,6 +124,29 @@ OVERRIDE = st.one_of(
         lambda data: data.decode("utf-8", "replace")
     ),
 )
+
+# Plans
+
+
+def check_plan(content: bytes) -> None:
+    """A plan that is valid for its model and reads back from its text, or one message that names the file."""
+    path = folder() / "plan.yaml"
+    path.write_bytes(content)
+    try:
+        plan = Plan.load(path, GRAPH)
+    except PlanError as error:
+        assert_one_message(error, str(path))
+        return
+    assert parse_plan(format_plan(plan)) == plan
+    with suppress(PlanError):
+        validate(plan, GRAPH)
+
+
+GRAPH = llama_graph()
+PLANS = [path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("models/plans/*.yaml"))]
+PLAN_KEYS = ["capacity", "nano_batches.a", "nano_batches.a.rows", "nano_batches.a.decode", "nano_batches.1", "period"]
+PLAN_KEYS += ["partitions.split", "kernels.o", "kernels", "measured.x", "model", "gpu", "sms", "x"]
+PLAN = st.one_of(mutated(PLANS), *(nested(PLAN_KEYS, yaml.safe_load(plan)).map(as_yaml) for plan in PLANS))
 
 # JSONL
 
@@ -408,6 +437,7 @@ SHAREGPT = st.one_of(
 TARGETS = {
     "yaml": Target(YAML, check_yaml),
     "override": Target(OVERRIDE, check_override),
+    "plan": Target(PLAN, check_plan),
     "jsonl": Target(JSONL, check_jsonl),
     "csv": Target(CSV, check_csv),
     "sharegpt": Target(SHAREGPT, check_sharegpt),

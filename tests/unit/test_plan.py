@@ -176,9 +176,9 @@ def test_load_names_the_file(tmp_path):
     [
         ("capacity: 1280", "capcity: 1280", "capcity: unknown key; did you mean 'capacity'?"),
         ("capacity: 1280\n", "", "capacity: missing"),
-        ("capacity: 1280", "capacity: 1280\ncapacity: 640", "line 5: key 'capacity' stands twice"),
+        ("capacity: 1280", "capacity: 1280\ncapacity: 640", "line 5, column 1: the key capacity is given twice"),
         ("capacity: 1280", "capacity: true", "capacity: expected a whole number, not True"),
-        ("sms: 132", "sms: [132", "line 4: "),
+        ("sms: 132", "sms: [132", "line 4, column"),
         ("a: {decode: 0.5", "a: {decode: half", "nano_batches.a.decode: 'half' is no share"),
         ("a: {decode: 0.5", "a: {decode: .inf", "nano_batches.a.decode: inf is no share"),
         ("a: {decode: 0.5", "a: {decode: 1/0", "nano_batches.a.decode: '1/0' is no share"),

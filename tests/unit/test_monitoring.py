@@ -21,6 +21,7 @@ from nanoflow.loading import Model, build_engine, open_model
 from nanoflow.monitoring import Monitoring
 from nanoflow.power import EnergyMeter
 from nanoflow.recording import IterationRecord, Recorder
+from nanoflow.runner import run
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.series import SeriesWriter
 from tests.unit.tiny_model import save_tiny_llama
@@ -217,3 +218,29 @@ def test_a_wrong_address_is_one_message(tmp_path: Path, host: str) -> None:
 def test_without_a_port_nothing_listens(tmp_path: Path) -> None:
     with Monitoring(make_config(tmp_path)) as monitoring:
         assert monitoring.url is None
+
+
+def test_a_run_that_goes_on_adds_to_the_series_and_counts_what_was_there(folder: Path, tmp_path: Path) -> None:
+    sizes = {"device": "cpu", "page_size": 8, "kv_memory": "64KiB", "max_batch_tokens": 24}
+    config = make_config(
+        tmp_path,
+        model={"path": str(folder), "dtype": "float32"},
+        engine=sizes,
+        workload={"synthetic": {"input_len": 6, "output_len": 8, "requests": 9}},
+        report={"series_seconds": 0.01},
+    )
+    run(config, quiet=True)
+    first = lines(tmp_path / "o.series.jsonl")
+    records = (tmp_path / "o.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "o.jsonl").write_text("".join(records[:5]))
+    run(config, quiet=True)
+    series = lines(tmp_path / "o.series.jsonl")
+    assert series[: len(first)] == first
+    assert [line["elapsed"] for line in series[len(first) :]] == sorted(
+        line["elapsed"] for line in series[len(first) :]
+    )
+    report = json.loads((tmp_path / "o.report.json").read_text())
+    assert (report["requests"], report["completed"], report["earlier"]) == (4, 4, 5)
+    assert sum(line["completed"] for line in series) == 13
+    run(config, restart=True, quiet=True)
+    assert sum(line["completed"] for line in lines(tmp_path / "o.series.jsonl")) == 9

@@ -33,6 +33,9 @@ def load_yaml(text: str) -> Any:
         raise YamlError(str(error).replace("\n", " ")) from None
     except RecursionError:
         raise YamlError("nested too deep") from None
+    except ValueError as error:
+        # Of the scanner, which makes a character of any number: "\\U99999999".
+        raise YamlError(f"not YAML: {error}") from None
     _check_values(data)
     return data
 

@@ -33,8 +33,8 @@ def load_yaml(text: str) -> Any:
         raise YamlError(str(error).replace("\n", " ")) from None
     except RecursionError:
         raise YamlError("nested too deep") from None
-    except ValueError as error:
-        # Of the scanner, which makes a character of any number: "\\U99999999".
+    except (ValueError, OverflowError) as error:
+        # Of the scanner, which makes a character of any number: \U99999999.
         raise YamlError(f"not YAML: {error}") from None
     _check_values(data)
     return data
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             # What a date, a number or a tagged value says is read with Python's own functions, and they raise these.
             what = f"{_shown(node.value)} is no {node.tag.rpartition(':')[2]}: {error}"
             raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None

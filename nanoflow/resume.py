@@ -18,7 +18,7 @@ from nanoflow.ledger import Ledger
 from nanoflow.loading import Model
 from nanoflow.writer import OutputWriter, replace_file
 
-__all__ = ["check_same_run", "fingerprint", "read_output", "save_state"]
+__all__ = ["Fingerprint", "check_same_run", "fingerprint", "read_output", "save_state"]
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "token*.json")
 """What decides a folder's outputs; chat templates may also be in files of their own."""

@@ -18,17 +18,18 @@ from dataclasses import dataclass
 from threading import Event, Thread
 
 from nanoflow.config import RunConfig, save_config
+from nanoflow.engine import Engine
 from nanoflow.errors import InputError
-from nanoflow.feed import Feed
+from nanoflow.feed import Feed, Prompt
 from nanoflow.input_files import InputFiles
 from nanoflow.interrupt import Interrupts
 from nanoflow.ledger import Ledger
-from nanoflow.loading import build_engine, open_model
+from nanoflow.loading import Model, build_engine, open_model
 from nanoflow.monitoring import Monitoring
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
 from nanoflow.report import RunReport, make_report
-from nanoflow.resume import check_same_run, fingerprint, read_output, save_state
+from nanoflow.resume import Fingerprint, check_same_run, fingerprint, read_output, save_state
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.serving import Serving
 from nanoflow.workload import read_workload
@@ -96,29 +97,15 @@ def run(
             ledger = read_output(writer, retry_errors=retry_errors)
             if not quiet:
                 print(ledger.summary(), file=sys.stderr, flush=True)
+        # With the first record, and not before: until then, these describe the run whose records are there.
+        writer.before_first_line = lambda: _describe(config, identity)
         items = read_workload(config, model.graph.vocab_size, model.tokenizer)
         with Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed:
             ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
             if feed.exhausted:
                 return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
-            # Those that are too long become error records.
-            fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
-            job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
-            engine = build_engine(
-                model,
-                config.engine,
-                config.pipeline,
-                weights=config.model.weights,
-                job=job or [1],  # nothing but error records
-                more=not feed.ended,
-            )
+            engine = _engine_for(config, model, ahead, more=not feed.ended)
             feed.prepare = engine.check
-
-            def begin() -> None:
-                save_state(config.output.state_path, identity)
-                save_config(config)
-
-            writer.before_first_line = begin
             try:
                 began = time.perf_counter()
                 recorder = Recorder(began)
@@ -160,6 +147,26 @@ def run(
                 ledger.records,
                 None if serving.complete else interrupts.signal,
             )
+
+
+def _describe(config: RunConfig, identity: Fingerprint) -> None:
+    save_state(config.output.state_path, identity)
+    save_config(config)
+
+
+def _engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool) -> Engine:
+    """The engine, its KV cache sized by the first prompts; `more` may follow."""
+    # Those that are too long become error records.
+    fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
+    job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
+    return build_engine(
+        model,
+        config.engine,
+        config.pipeline,
+        weights=config.model.weights,
+        job=job or [1],  # nothing but error records
+        more=more,
+    )
 
 
 class _RequestCount:

@@ -133,9 +133,9 @@ class OutputWriter:
         self._unsynced.set()
         self._syncer.join()
         try:
-            if keep_empty:
+            if keep_empty and self._replacing:
                 self._start()
-            elif self._created and self.lines == 0:
+            elif not keep_empty and self._created and self.lines == 0:
                 self.path.unlink(missing_ok=True)
             with suppress(OSError):  # a device or a pipe has nothing to flush
                 os.fsync(self._file)

@@ -113,9 +113,10 @@ def test_a_run_goes_on_after_any_number_of_records(job: Job, undisturbed: list[d
         assert f"{kept} more requests had their record before" in result.stdout
 
 
-def test_nothing_left_to_do(job: Job) -> None:
+def test_nothing_left_to_do_changes_nothing(job: Job) -> None:
     assert job.run("--quiet").exit_code == 1
     before = {path.name: path.read_bytes() for path in job.output.parent.iterdir()}
+    job.config["engine"]["max_running"] = 3
     result = job.run()
     assert result.exit_code == 1
     assert "nothing left to do: all 9 requests have their record" in result.stdout

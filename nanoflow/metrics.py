@@ -33,7 +33,10 @@ class RunMetrics:
         self._rows = {kind: rows.labels(kind) for kind in ("decode", "prefill", "padding")}
         self._preemptions = self._counter("preemptions", "Times that a request gave up its KV pages for others.")
         self._running = self._gauge("running_sequences", "Sequences that hold KV pages.")
-        self._waiting = self._gauge("waiting_sequences", "Sequences that wait for admission.")
+        self._waiting = self._gauge(
+            "waiting_sequences",
+            "Sequences in the engine that wait for admission; the rest of the input is not counted.",
+        )
         self._kv_used = self._gauge("kv_cache_used_ratio", "Share of the KV cache's pages in use, 0 to 1.")
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", LATENCY

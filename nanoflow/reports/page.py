@@ -186,7 +186,7 @@ def _requests(runs: Sequence[Run]) -> Markup:
         Line("running", 1, _points(runs[0].report, "running")),
         Line("waiting", 2, _points(runs[0].report, "waiting")),
     ]
-    about = "Sequences that hold KV pages, and those that wait for them."
+    about = "Sequences that hold KV pages, and those next in line."
     return chart("Running and waiting", about, lines, _over_time(runs), _top(lines, "Sequences", ""))
 
 

@@ -5,8 +5,9 @@ import math
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,46 @@ def test_power_is_in_the_series_and_on_the_timeline(tmp_path: Path) -> None:
 def test_without_nvml_there_is_no_energy(tmp_path: Path) -> None:
     meter = EnergyMeter(torch.device("cpu"))
     assert (meter.joules(), meter.power_limit_watts(), meter.since_start()) == (None, None, None)
+
+
+class FakeNvml:
+    """NVML's functions for a card that used 7 kJ and is held to 650 W; `broken` names one that fails."""
+
+    def __init__(self, broken: str = "") -> None:
+        for name in ("nvmlInit_v2", "nvmlDeviceGetHandleByUUID"):
+            setattr(self, name, lambda *arguments, name=name: int(name == broken))
+        self.nvmlDeviceGetTotalEnergyConsumption = self._tell("nvmlDeviceGetTotalEnergyConsumption", 7_000_000, broken)
+        self.nvmlDeviceGetEnforcedPowerLimit = self._tell("nvmlDeviceGetEnforcedPowerLimit", 650_000, broken)
+
+    @staticmethod
+    def _tell(name: str, value: int, broken: str) -> Callable[[Any, Any], int]:
+        def call(handle: Any, out: Any) -> int:
+            out._obj.value = value
+            return int(name == broken)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ("", (7000.0, 650.0)),
+        ("nvmlInit_v2", (None, None)),
+        ("nvmlDeviceGetHandleByUUID", (None, None)),
+        ("nvmlDeviceGetTotalEnergyConsumption", (None, 650.0)),
+        ("nvmlDeviceGetEnforcedPowerLimit", (7000.0, None)),
+    ],
+)
+def test_energy_comes_from_nvml(monkeypatch: pytest.MonkeyPatch, broken: str, expected: tuple[Any, Any]) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: FakeNvml(broken))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="0-1-2"))
+    meter = EnergyMeter(torch.device("cuda", 0))
+    assert (meter.joules(), meter.power_limit_watts()) == expected
+    energy = meter.since_start()
+    if expected[0] is None:
+        assert energy is None
+    else:
+        assert energy is not None and (energy.joules, energy.power_limit_watts) == (0.0, expected[1])
 
 
 def scrape(url: str) -> dict[str, float]:

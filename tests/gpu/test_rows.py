@@ -58,3 +58,26 @@ def test_the_sampler_waits_for_nothing() -> None:
             sampler.sample(logits, batch(8, kind, resets, bias=4))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_masked_rows_get_allowed_tokens() -> None:
+    """The best allowed one if greedy; rows without a mask get what they get without masks beside them."""
+    import numpy as np
+
+    from nanoflow.ops.sampling import Sampler
+    from tests.unit.test_sampling import batch, packed
+
+    rng = np.random.default_rng(0)
+    rows, vocab = 64, 128256
+    logits = torch.randn(rows, vocab, device=CUDA)
+    masked = np.arange(0, rows, 2)
+    allowed = rng.random((len(masked), vocab)) < rng.choice([1e-4, 0.5], (len(masked), 1))
+    allowed[:, -1] = True
+    options = {"temperature": np.where(np.arange(rows) % 4 < 2, 0, 1), "top_k": np.where(np.arange(rows) % 8 < 4, 0, 9)}
+    sampler = Sampler(vocab, rows, CUDA)
+    found = sampler.sample(logits, batch(rows, masks=packed(masked, allowed), **options)).tokens.cpu()
+    free = sampler.sample(logits, batch(rows, **options)).tokens.cpu()
+    assert torch.equal(found[1::2], free[1::2])
+    assert allowed[np.arange(len(masked)), found[masked].numpy()].all()
+    best = logits[masked].masked_fill(~torch.from_numpy(allowed).to(CUDA), -torch.inf).argmax(-1).cpu()
+    assert torch.equal(found[masked][::2], best[::2])

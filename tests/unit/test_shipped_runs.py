@@ -10,6 +10,7 @@ import pytest
 from nanoflow.batch_file import ParsedRequest
 from nanoflow.checkpoints import open_checkpoint
 from nanoflow.config import load_config, shipped_configs
+from nanoflow.grammars import Grammars
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.workload import read_workload
@@ -71,6 +72,22 @@ def test_the_quickstart_covers_chats_and_plain_text_short_and_long_in_both_forms
     assert {"url" in line for line in lines} == {True, False}
     fields = {key for line in lines for key in line.get("body", line)}
     assert {"temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logprobs", "logit_bias"} <= fields
+
+
+@SMOLLM2
+def test_the_shipped_forms_are_of_every_kind_and_compile() -> None:
+    config = load_config("structured")
+    checkpoint = open_checkpoint(config.model.path)
+    tokenizer = checkpoint.tokenizer()
+    grammars = Grammars(tokenizer, 49152, checkpoint.eos_token_ids)
+    kinds = set()
+    for parsed in read_workload(config, 49152, tokenizer):
+        assert isinstance(parsed, ParsedRequest), parsed
+        form = parsed.params.structured_outputs
+        kinds.add(None if form is None else form.kind)
+        if form is not None:
+            grammars.compile(form)
+    assert kinds == {None, "json_schema", "json_object", "regex", "choice", "grammar"}
 
 
 def test_every_shipped_run_names_itself_and_writes_where_no_other_does() -> None:

@@ -62,7 +62,7 @@ class Interrupts:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # What the parent told us to ignore (nohup, a background job of a plain shell) stays ignored.
+                # What the parent told us to ignore (as a script does with what it starts by `&`) stays ignored.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self

@@ -31,9 +31,8 @@ def silu_mul_kernel(
     column = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
     start = source + row * source_stride
-    # Nobody reads the source again.
-    gate = tl.load(start + column, mask=mask, eviction_policy="evict_first").to(tl.float32)
-    up = tl.load(start + COLUMNS + column, mask=mask, eviction_policy="evict_first").to(tl.float32)
+    gate = tl.load(start + column, mask=mask).to(tl.float32)
+    up = tl.load(start + COLUMNS + column, mask=mask).to(tl.float32)
     product = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + row * out_stride + column, product.to(out.dtype.element_ty), mask=mask)
 

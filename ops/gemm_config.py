@@ -13,14 +13,9 @@ LEAST_STEPS = 8
 """K steps of a piece, at least."""
 LEAST_TAIL = 4
 """K steps of a tile that a helper takes, at least."""
-WRITE, READ = 9, 12
-"""K steps that it takes to fill a piece's pipeline and write its partial sums, and to wait for and add up two pieces'.
-Of tiles of 128 x 256, measured on an H100."""
-
-
-def reading(partials: int) -> int:
-    """K steps that a tile's owner takes for the partial sums of the others."""
-    return READ * -(-partials // 2)
+WRITE, READ = 6, 10
+"""K steps that it takes to fill a piece's pipeline and write its partial sums, and to wait for and add those of one.
+Measured for tiles of 128 x 256 on an H100."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Split:
         others = self.length + WRITE if self.pieces > 1 else self.length
         if self.helpers:
             others = max(others, -(-self.tiles // self.helpers) * (self.tail + WRITE))
-        return others + reading(self.partials)
+        return others + READ * self.partials
 
 
 @dataclass(frozen=True)

@@ -97,30 +97,37 @@ def _halves(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _block(start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers to a dense block."""
-    return start + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+def _put_partial(start, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Write partial sums, in an order that lets each thread write what it holds, 16 bytes at a time and beside its
+    neighbours, without a detour through shared memory.
+
+    A thread of a tensor-core product holds, of each 16 rows by 8 columns, pairs of neighbours in two rows that are
+    eight apart: rows are (group, warp, half, row of eight), columns (group, pair, column of two), and threads (warp,
+    row, pair). `WARPS` is at most the number of 16 rows.
+    """
+    value = tl.reshape(value, (ROWS // (16 * WARPS), WARPS, 2, 8, COLUMNS // 8, 4, 2))
+    value = tl.permute(value, (0, 4, 1, 3, 5, 2, 6))
+    value = tl.reshape(value, (ROWS * COLUMNS,))
+    tl.store(start + tl.arange(0, ROWS * COLUMNS), value, cache_modifier=".cg")
 
 
 @triton.jit
-def _put_partial(start, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """Write partial sums, one dense block a part."""
-    if PARTS == 1:
-        tl.store(_block(start, ROWS, COLUMNS), value, cache_modifier=".cg")
-    else:
-        left, right = _halves(value, ROWS, COLUMNS)
-        _put_partial(start, left, ROWS, COLUMNS // 2, PARTS // 2)
-        _put_partial(start + ROWS * COLUMNS // 2, right, ROWS, COLUMNS // 2, PARTS // 2)
+def _add_partial(value, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """`value` and the partial sums that `_put_partial` wrote."""
+    other = tl.load(start + tl.arange(0, ROWS * COLUMNS), cache_modifier=".cg")
+    other = tl.reshape(other, (ROWS // (16 * WARPS), COLUMNS // 8, WARPS, 8, 4, 2, 2))
+    other = tl.permute(other, (0, 2, 5, 3, 1, 4, 6))
+    return value + tl.reshape(other, (ROWS, COLUMNS))
 
 
 @triton.jit
 def _finish(
-    out, bias, value, up, partials, up_partials, others, partial_stride, row, column, up_column, M, N, stride_out,
+    out, bias, value, up, row, column, up_column, M, N, stride_out,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of `others` CTAs, then bias and SiLU, then store: in `PARTS` (1, 2 or 4) pieces along the
-    columns, which keeps registers and the store's buffer small."""
+    """Add the bias, apply SiLU and store: in `PARTS` (1, 2 or 4) pieces along the columns, which keeps registers and
+    the store's buffer small."""
     if PARTS > 1:
         value_0, value_1 = _halves(value, ROWS, COLUMNS)
         up_0, up_1 = up, up
@@ -128,27 +135,14 @@ def _finish(
             up_0, up_1 = _halves(up, ROWS, COLUMNS)
         half: tl.constexpr = COLUMNS // 2
         _finish(
-            out, bias, value_0, up_0, partials, up_partials, others, partial_stride,
-            row, column, up_column, M, N, stride_out, ROWS, half, PARTS // 2, BIAS, SILU, TMA,
+            out, bias, value_0, up_0, row, column, up_column, M, N, stride_out,
+            ROWS, half, PARTS // 2, BIAS, SILU, TMA,
         )  # fmt: skip
         _finish(
-            out, bias, value_1, up_1, partials + ROWS * half, up_partials + ROWS * half, others, partial_stride,
-            row, column + half, up_column + half, M, N, stride_out, ROWS, half, PARTS // 2, BIAS, SILU, TMA,
+            out, bias, value_1, up_1, row, column + half, up_column + half, M, N, stride_out,
+            ROWS, half, PARTS // 2, BIAS, SILU, TMA,
         )  # fmt: skip
     else:
-        for other in range(0, others, 2):  # two at a time, to wait for memory half as often
-            first = other * partial_stride
-            second = first + partial_stride
-            both = other + 1 < others
-            value_0 = tl.load(_block(partials + first, ROWS, COLUMNS), cache_modifier=".cg")
-            value_1 = tl.load(_block(partials + second, ROWS, COLUMNS), mask=both, other=0.0, cache_modifier=".cg")
-            if SILU:
-                up_0 = tl.load(_block(up_partials + first, ROWS, COLUMNS), cache_modifier=".cg")
-                up_1 = tl.load(_block(up_partials + second, ROWS, COLUMNS), mask=both, other=0.0, cache_modifier=".cg")
-                up += up_0
-                up += up_1
-            value += value_0
-            value += value_1
         if BIAS:
             value = _add_bias(value, bias, column, N, COLUMNS)
             if SILU:
@@ -162,20 +156,17 @@ def _finish(
 
 @triton.jit
 def _finish_tile(
-    out, out_extra, bias, sum_0, sum_1, partials, others, row, column, extra, M, N, stride_out,
+    out, out_extra, bias, sum_0, sum_1, row, column, extra, M, N, stride_out,
     BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, PARTS: tl.constexpr,
     BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Both accumulators of a tile; `partials` are those of the first of `others` CTAs."""
-    extra_partials = partials + BM * BN
+    """Both accumulators of a tile."""
     _finish(
-        out, bias, sum_0, sum_1, partials, extra_partials, others, BM * (BN + BX), row, column, extra,
-        M, N, stride_out, BM, BN, PARTS, BIAS, SILU, TMA,
+        out, bias, sum_0, sum_1, row, column, extra, M, N, stride_out, BM, BN, PARTS, BIAS, SILU, TMA,
     )  # fmt: skip
     if BX and not SILU:
         _finish(
-            out_extra, bias, sum_1, sum_1, extra_partials, extra_partials, others, BM * (BN + BX), row, extra,
-            extra, M, N, stride_out, BM, BX, 1, BIAS, False, TMA,
+            out_extra, bias, sum_1, sum_1, row, extra, extra, M, N, stride_out, BM, BX, 1, BIAS, False, TMA,
         )  # fmt: skip
 
 
@@ -216,7 +207,7 @@ def _tile_gemm(
         tile_m, tile_n = _place(stored, tiles_m, tiles_n, GROUP_M)
         column, extra = _columns(tile_n, N, BN, BX, SILU)
         _finish_tile(
-            out, out_extra, bias, sum_0, sum_1, bias, 0, tile_m * BM, column, extra, M, N, stride_out,
+            out, out_extra, bias, sum_0, sum_1, tile_m * BM, column, extra, M, N, stride_out,
             BM, BN, BX, PARTS, BIAS, SILU, TMA,
         )  # fmt: skip
 
@@ -227,7 +218,7 @@ def _split_gemm(
     split_tiles, pieces, length, tail, helpers,
     BM: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """The first `split_tiles` tiles in pieces, the others whole. A tile has `pieces` slots for partial sums."""
     if PDL:
@@ -269,19 +260,23 @@ def _split_gemm(
         slots = partials + tile.to(tl.int64) * pieces * (BM * (BN + BX))
         if first > 0:
             mine = slots + (piece - 1) * (BM * (BN + BX))
-            _put_partial(mine, sum_0, BM, BN, PARTS)
+            _put_partial(mine, sum_0, BM, BN, WARPS)
             if BX:
-                _put_partial(mine + BM * BN, sum_1, BM, BX, PARTS if SILU else 1)
+                _put_partial(mine + BM * BN, sum_1, BM, BX, WARPS)
             tl.debug_barrier()  # all threads' partial sums are written before one thread counts them as there
             tl.atomic_add(arrived + tile, 1, sem="release")
         else:
-            others = 0
             if tile < split_tiles:
                 others = pieces - 1 + (tail > 0).to(tl.int32)
                 while tl.atomic_cas(arrived + tile, others, 0, sem="acquire") != others:
                     pass
+                for other in range(0, others):
+                    theirs = slots + other * (BM * (BN + BX))
+                    sum_0 = _add_partial(sum_0, theirs, BM, BN, WARPS)
+                    if BX:
+                        sum_1 = _add_partial(sum_1, theirs + BM * BN, BM, BX, WARPS)
             _finish_tile(
-                out, out_extra, bias, sum_0, sum_1, slots, others, tile_m * BM, column, extra, M, N, stride_out,
+                out, out_extra, bias, sum_0, sum_1, tile_m * BM, column, extra, M, N, stride_out,
                 BM, BN, BX, PARTS, BIAS, SILU, TMA,
             )  # fmt: skip
 
@@ -346,6 +341,9 @@ def launch(
             raise ValueError(f"{config} cuts tiles along K and needs a workspace")
         grid = programs if tiles > split.tiles else split.programs
         cut = (split.tiles, split.pieces, split.length, split.tail, split.helpers)
-        _split_gemm[(grid,)](*sources, bias, workspace.partials, workspace.arrived, *sizes, *cut, **constants)
+        sums = (workspace.partials, workspace.arrived)
+        _split_gemm[(grid,)](
+            *sources, bias, *sums, *sizes, *cut, WARPS=min(config.warps, config.block_m // 16), **constants
+        )
     else:
         _tile_gemm[(min(tiles, programs),)](*sources, bias, *sizes, FLATTEN=config.flatten, **constants)

@@ -38,10 +38,7 @@ def norm_kernel(
         start_after_others()
     x = tl.load(source + row * source_stride + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        # Nobody reads the branch again.
-        x += tl.load(branch + row * branch_stride + column, mask=mask, other=0.0, eviction_policy="evict_first").to(
-            tl.float32
-        )
+        x += tl.load(branch + row * branch_stride + column, mask=mask, other=0.0).to(tl.float32)
         total = x.to(source.dtype.element_ty)
         tl.store(source + row * source_stride + column, total, mask=mask)
         x = total.to(tl.float32)

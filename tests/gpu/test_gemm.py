@@ -43,14 +43,14 @@ def relative_error(
 
 
 @pytest.mark.parametrize("config", TILES, ids=str)
-@pytest.mark.parametrize("shape", [(640, 4096, 1024), (333, 1000, 520)], ids=str)
+@pytest.mark.parametrize("shape", [(600, 4000, 4096), (333, 1000, 520)], ids=str)
 def test_every_config(config: GemmConfig, shape: tuple[int, int, int]) -> None:
     assert relative_error(*shape, config) < LIMITS[torch.bfloat16]
     assert relative_error(*shape, config, sms=100, bias=True) < LIMITS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("config", SILU_TILES, ids=str)
-@pytest.mark.parametrize("shape", [(640, 8192, 1024), (333, 1200, 520)], ids=str)
+@pytest.mark.parametrize("shape", [(640, 8192, 4096), (333, 1200, 520)], ids=str)
 def test_every_silu_config(config: GemmConfig, shape: tuple[int, int, int]) -> None:
     assert relative_error(*shape, config, silu=True) < LIMITS[torch.bfloat16]
 
@@ -71,18 +71,19 @@ def test_deep_gemm() -> None:
         assert relative_error(640, 4096, 4096, None, kernel="deep_gemm", sms=sms, bias=True) < LIMITS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("sms", [8, 33, 92, 132])
+@pytest.mark.parametrize("sms", [30, 33, 110, 132])
 def test_a_split_config_gives_the_same_bits_each_time(sms: int) -> None:
     sms = min(sms, torch.cuda.get_device_properties(0).multi_processor_count)
     x = torch.randn(640, 4096, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
+    assert SPLIT.split_tiles(5 * 16, 64, sms) is not None
     workspace = Workspace(SPLIT, sms, x.device)
     outs = [torch.full((640, 4096), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     for _ in range(200):
         for out in outs:
             matmul(x, w, out, kernel="triton", config=SPLIT, sms=sms, workspace=workspace)
         assert torch.equal(*outs)
-    assert not workspace.flags.any()
+    assert not workspace.arrived.any()
 
 
 def test_two_streams_at_once_and_graph_replays() -> None:

@@ -79,7 +79,7 @@ def test_only_the_tiles_of_an_unfilled_round_are_split() -> None:
     assert config.split_tiles(119, 64, 132) is None  # nearly full: handing sums over costs more than it gains
     fits = config.split_tiles(33, 240, 132)
     assert fits == Split(tiles=33, pieces=4, length=60, tail=0, helpers=0)
-    assert config.split_tiles(560, 64, 132) == Split(tiles=560 - 4 * 132, pieces=3, length=22, tail=0, helpers=0)
+    assert config.split_tiles(560, 64, 132) == Split(tiles=560 - 4 * 132, pieces=2, length=32, tail=0, helpers=0)
     helped = config.split_tiles(80, 224, 132)
     assert helped is not None and helped.helpers == 52 and helped.pieces == 1
     assert 140 < helped.length < 170 and helped.length + helped.tail == 224

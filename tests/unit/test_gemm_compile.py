@@ -49,6 +49,7 @@ def compiled(
         "PRECISION": "ieee",
         "FLATTEN": config.flatten,
         "PDL": tma,
+        "WARPS": min(config.warps, config.block_m // 16),
     }
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {"N", "K", "stride_x", "stride_w", "stride_out", "bias", "partials", *(() if tma else blocks)}

@@ -1,9 +1,12 @@
 """The Triton GEMM against float64: whole tiles, tiles in pieces, two accumulators, bias, SiLU, with and without TMA."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
 
+from nanoflow.ops import gemm_config
 from nanoflow.ops.gemm import matmul
 from nanoflow.ops.gemm_config import TILES, GemmConfig, Workspace
 
@@ -11,6 +14,13 @@ SMALL = GemmConfig(16, 32, 0, 16, 4, 2, group_m=2)
 EXTRA = GemmConfig(16, 32, 16, 16, 4, 2, group_m=2, epilogue_parts=2)
 SPLIT = GemmConfig(16, 32, 0, 16, 4, 2, group_m=2, epilogue_parts=2, split=True)
 SPLIT_EXTRA = GemmConfig(16, 32, 16, 16, 4, 2, group_m=2, epilogue_parts=4, split=True, ctas_per_sm=2)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if handing over partial sums cost next to nothing: otherwise no problem of these sizes would be split."""
+    for name, value in {"WRITE": 1, "READ": 1, "LEAST_STEPS": 2, "LEAST_TAIL": 1}.items():
+        monkeypatch.setattr(gemm_config, name, value)
 
 
 def error(
@@ -39,7 +49,7 @@ def error(
         out = matmul(
             x, w, buffer[1:-1], bias=b, silu=silu, sms=sms, kernel="triton", config=config, workspace=workspace
         )
-        assert not workspace.flags.any()
+        assert not workspace.arrived.any()
     assert buffer[0].isnan().all() and buffer[-1].isnan().all(), "wrote beyond its rows"
     expected = functional.linear(x.double(), w.double(), None if b is None else b.double())
     if silu:
@@ -61,6 +71,28 @@ def test_any_number_of_sms(config: GemmConfig, sms: int) -> None:
 
 def test_more_sms_than_k_steps() -> None:
     assert error(16, 32, 48, SPLIT, sms=40) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sms", "pieces", "helped", "whole"),
+    [
+        (40, 96, 36, 4, False, False),
+        (40, 96, 25, 2, True, False),
+        (40, 96, 14, 1, True, False),
+        (40, 96, 8, 5, False, True),
+        (40, 128, 7, 1, True, True),
+        (40, 160, 11, 2, True, True),
+    ],
+)
+@pytest.mark.parametrize("extra", [0, 16])
+def test_pieces_and_helpers(
+    rows: int, columns: int, sms: int, pieces: int, helped: bool, whole: bool, extra: int
+) -> None:
+    config = GemmConfig(16, 32 - extra, extra, 16, 4, 2, group_m=2, epilogue_parts=2, split=True)
+    tiles = math.prod(config.tiles(rows, columns))
+    split = config.split_tiles(tiles, 20, sms)
+    assert split is not None and (split.pieces, split.helpers > 0, tiles > split.tiles) == (pieces, helped, whole)
+    assert error(rows, columns, 312, config, sms=sms) < 1e-2
 
 
 @pytest.mark.parametrize("config", [SMALL, EXTRA, SPLIT, SPLIT_EXTRA], ids=str)

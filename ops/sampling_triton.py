@@ -28,9 +28,9 @@ __all__ = ["MAX_PARTS", "argmax", "parts_for", "sample_rows"]
 BLOCK = 4096
 WARPS = 4
 PREPARE_BLOCK = 1024
-SEARCH_BLOCK = 2048
+SEARCH_BLOCK = 1024
 DRAW_BLOCK = 4096
-DRAW_WARPS = 16
+DRAW_WARPS = 8
 STAGES = 3
 """Tiles of a row in flight at once in `draw`, where a row has a program of its own."""
 PROGRAMS = 2112

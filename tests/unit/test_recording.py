@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from nanoflow import LLM, Completion, RequestOutput, SamplingParams
+from nanoflow.ops.batch import StepOutput
 from nanoflow.outputs import RequestTiming
 from nanoflow.recording import IterationRecord, LogHistogram, Recorder
+from nanoflow.scheduler import Iteration
+from nanoflow.sequence import Sequence
 from nanoflow.timeline import COLUMNS, Timeline, amounts
+from tests.unit.fake_executor import run
+from tests.unit.test_scheduler import make, sequence
 from tests.unit.tiny_model import save_tiny_llama
 
 
@@ -171,3 +176,31 @@ def test_the_engine_tells_of_every_iteration_and_token(folder: Path) -> None:
     assert column(recorder.timeline, "output_tokens").sum() == pytest.approx(tokens)
     assert column(recorder.timeline, "completed").sum() == len(prompts)
     assert before <= records[0].time <= records[-1].time <= time.perf_counter()
+
+
+def test_every_token_after_the_first_has_its_gap_whatever_is_preempted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Little memory and stops that nobody foresees: sequences are preempted, some with a token in flight.
+    scheduler, executor = make(pages=14, page_size=2, max_batch_tokens=24, max_running=8, max_model_len=24)
+    sequences = [sequence(number, prompt=3, max_tokens=12 + number % 7) for number in range(40)]
+    gaps: list[int] = []
+    in_flight: list[int] = []
+    update, release = scheduler.update, scheduler._slots.release
+
+    def updated(iteration: Iteration, output: StepOutput | None) -> list[Sequence]:
+        received = update(iteration, output)
+        gaps.append(sum(scheduler.token_gaps.values()))
+        assert all(gap > 0 for gap in scheduler.token_gaps)
+        return received
+
+    def released(slot: int) -> None:
+        one = scheduler._slots.sequences[slot]
+        assert one is not None
+        release(slot)
+        if not one.finished:
+            in_flight.append(one.in_flight)
+
+    monkeypatch.setattr(scheduler, "update", updated)
+    monkeypatch.setattr(scheduler._slots, "release", released)
+    run(scheduler, executor, {0: sequences})
+    assert any(in_flight) and not all(in_flight), "no case of each kind"
+    assert sum(gaps) == sum(len(one.output) - 1 for one in sequences)

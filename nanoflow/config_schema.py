@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.section import Count, Name, Section
+from nanoflow.validation import text_keys
 from nanoflow.workload_schema import ArrivalSection, SyntheticSection, TraceSection, also_words
 
 __all__ = [
@@ -195,7 +196,7 @@ class RunConfig(Section):
 
     model: ModelSection = Field(description="Which model.")
     workload: WorkloadSection = Field(description="What to run.")
-    sampling: SamplingParams = Field(
+    sampling: Annotated[SamplingParams, BeforeValidator(text_keys)] = Field(
         default_factory=SamplingParams, description="Defaults of the sampling parameters; a line's own values win."
     )
     engine: EngineSection = Field(default_factory=lambda: EngineSection(), description="Sizes of the engine.")

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
 from nanoflow.errors import ParameterError
 from nanoflow.structured_outputs import StructuredOutputs
-from nanoflow.validation import explain
+from nanoflow.validation import explain, text_keys
 
 __all__ = ["MAX_LOGPROBS", "SamplingParams"]
 
@@ -66,7 +66,7 @@ class SamplingParams(BaseModel):
         le=MAX_LOGPROBS,
         description="Null: no log-probabilities; k: those of the chosen token and of the k most likely ones.",
     )
-    structured_outputs: StructuredOutputs | None = Field(
+    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(text_keys)] = Field(
         None, description="The form that the output must have, such as a JSON schema; null: any text."
     )
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from nanoflow.errors import InputError, ParameterError
 
-__all__ = ["checked", "explain", "known_keys", "plain", "shorten", "suggest"]
+__all__ = ["checked", "explain", "known_keys", "plain", "shorten", "suggest", "text_keys"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -81,3 +81,10 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         for candidate in (annotation, *get_args(annotation)):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 yield from known_keys(candidate, f"{prefix}{name}.")
+
+
+def text_keys(value: Any) -> Any:
+    """A validator for a section whose class has a constructor of its own: Python takes only text for its keywords."""
+    if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
+        raise ValueError(f"the key {shorten(wrong[0])} is not the name of a key")
+    return value

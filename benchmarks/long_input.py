@@ -131,7 +131,7 @@ def measure(folder: Path, source: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     done.set()
     gaps = sorted(gap for stub in stubs for gap in stub.gaps)
-    steps = memory[:: -(-len(memory) // 20)]
+    steps = memory[:: max(1, -(-len(memory) // 20))]
     return {
         "records": outcome.records,
         "run_now": outcome.records - outcome.earlier,

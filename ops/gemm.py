@@ -58,7 +58,7 @@ def matmul(
     if kernel == "measured":
         kernel, config = _chosen(x, w, sms, silu, config)
         if unavailable(kernel, x, w, out):  # measured with an extra that is not installed here
-            kernel, config = "cublas", None
+            kernel, config = "triton" if sms and _has_triton() else "cublas", None
     problem = unavailable(kernel, x, w, out)
     if problem:
         raise ValueError(f"GEMM kernel {kernel!r}: {problem}")

@@ -132,6 +132,7 @@ def choose(
     *,
     seconds: float = 0.2,
     finalists: int = 3,
+    part: bool = False,
 ) -> Choice:
     """Measure candidates of one shape and return the fastest.
 
@@ -139,12 +140,13 @@ def choose(
         kernels: by name, the choice it stands for (its times are filled in here) and one call of it; ``cublas`` is one.
         timer: times calls against each other, hot, so many seconds each: milliseconds by name.
         seconds: for each finalist; all candidates get a quarter of that first.
+        part: the shape is for a part of the SMs. cuBLAS, which takes them all, is then measured but not chosen.
     """
     calls = {name: call for name, (_, call) in kernels.items()}
     first = timer(calls, seconds / 4)
     best = sorted(first, key=lambda name: first[name])[:finalists]
     last = timer({name: calls[name] for name in {*best, "cublas"}}, seconds)
-    winner = min(last, key=lambda name: last[name])
+    winner = min((name for name in last if not (part and name == "cublas")), key=lambda name: last[name])
     choice = kernels[winner][0]
     return Choice(choice.kernel, choice.config, last[winner], last["cublas"])
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import pkgutil
 import platform
+import re
 import sys
 import time
 import traceback
@@ -93,7 +94,23 @@ def record(path: Path, device: str, name: str, result: dict[str, Any]) -> None:
     content["sections"][name] = result
     content["sections"] = dict(sorted(content["sections"].items()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, default=float) + "\n")
+    path.write_text(one_row_a_line(content))
+
+
+def one_row_a_line(content: dict[str, Any]) -> str:
+    """The record as JSON in which each row of a table is a line."""
+    rows: list[str] = []
+
+    def aside(table: list[dict[str, Any]]) -> list[str]:
+        rows.extend(json.dumps(row, default=float) for row in table)
+        return [f"row {index}" for index in range(len(rows) - len(table), len(rows))]
+
+    sections = {
+        name: {**section, "checks": aside(section["checks"]), "times": aside(section["times"])}
+        for name, section in content["sections"].items()
+    }
+    text = json.dumps({**content, "sections": sections}, indent=1, default=float)
+    return re.sub(r'"row (\d+)"', lambda found: rows[int(found[1])], text) + "\n"
 
 
 def label(row: dict[str, Any]) -> str:

@@ -150,7 +150,7 @@ def measure(case: Case, device: str, seconds: float) -> tuple[Choice, list[dict[
         return milliseconds
 
     # cuBLAS and DeepGEMM may be among the finalists: room for configs of our own beside them.
-    choice = choose(runs, timer, seconds=seconds, finalists=FINALISTS + 2)  # type: ignore[arg-type]
+    choice = choose(runs, timer, seconds=seconds, finalists=FINALISTS + 2, part=not case.whole)  # type: ignore[arg-type]
     return choice, rows
 
 

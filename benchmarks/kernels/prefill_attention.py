@@ -218,7 +218,8 @@ def time(device: str, quick: bool) -> list[dict[str, Any]]:
                     continue
                 candidates[f"gathered, torch {backend.name}"] = candidate
         for name, timing in time_interleaved(candidates, seconds, device=device).items():
-            met = problem.flops / timing.median_ms / 1e9 >= 400 if target and "torch" not in name else None
+            # The first tile is the one that runs take; the others are there for comparison.
+            met = problem.flops / timing.median_ms / 1e9 >= 400 if target and name == label(chosen[0]) else None
             rows.append(
                 time_row(
                     "prefill_attention",

@@ -172,3 +172,6 @@ def test_the_fastest_of_the_finalists_is_chosen() -> None:
     }
     assert choose(kernels, timer, finalists=2) == Choice("triton", None, 1.5, 4.0)
     assert asked == [set(times), {"a", "b", "cublas"}]
+    times["cublas"] = 0.5
+    asked.clear()
+    assert choose(kernels, timer, finalists=2, part=True) == Choice("triton", None, 2.0, 0.5)

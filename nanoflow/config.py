@@ -20,7 +20,7 @@ from nanoflow.config_schema import (
 )
 from nanoflow.errors import ConfigError, OutputError
 from nanoflow.input_files import STDIN, reads
-from nanoflow.pipeline.strict_yaml import YamlError, load_yaml
+from nanoflow.pipeline.strict_yaml import StrictDumper, YamlError, load_yaml
 from nanoflow.validation import explain, plain, shorten
 
 __all__ = [
@@ -62,7 +62,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """`config` as YAML that loads to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    data = config.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(data, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: RunConfig) -> Path:

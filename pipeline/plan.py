@@ -105,10 +105,10 @@ class Entry:
         if match is None:
             raise PlanError(f"{text!r} is no nano-op: write `op`, `op.nano_batch` or `op.nano_batch@1` (1 layer ahead)")
         ahead = match["ahead"] or "0"
-        if not ahead.isdecimal():
+        if not ahead.isdecimal() or len(ahead) > 4:
             raise PlanError(
-                f"{text!r} looks {ahead} layers ahead: the number after @ counts layers from this one on and is "
-                "0 or more; put the other nano-ops further ahead instead"
+                f"{text!r:.80} looks {ahead:.20} layers ahead: the number after @ counts layers from this one on and "
+                "is 0 to 9999; put the other nano-ops further ahead instead"
             )
         return cls(match["op"], match["nano_batch"], int(ahead))
 

@@ -5,6 +5,7 @@ unknown and repeated keys. `nanoflow.pipeline.validate` checks meaning.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fractions import Fraction
@@ -13,11 +14,12 @@ from typing import Any
 import yaml
 
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
-from nanoflow.pipeline.strict_yaml import YamlError, load_yaml
+from nanoflow.pipeline.strict_yaml import StrictDumper, YamlError, load_yaml
 
 __all__ = ["format_plan", "parse_plan"]
 
 _KEYS = ("model", "gpu", "sms", "capacity", "nano_batches", "partitions", "period", "kernels", "measured")
+_SHARE = re.compile(r"\s*-?\d{1,999}([./]\d{1,999})?\s*")
 _NANO_BATCH_KEYS = ("decode", "prefill", "rows")
 
 
@@ -120,13 +122,18 @@ def _stage(index: int, value: object) -> Stage:
     return Stage(partition, FrozenMapping(result))
 
 
+def _is_share_text(value: object) -> bool:
+    return isinstance(value, str) and _SHARE.fullmatch(value) is not None
+
+
 def _share(value: object, where: str) -> Fraction:
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
+    # Fraction reads more than is meant here, and 1e99999999, which it does not finish.
+    if (isinstance(value, int | float) and not isinstance(value, bool)) or _is_share_text(value):
         try:
             return Fraction(str(value))  # 0.1 is meant as 1/10, not as the binary number nearest to it
         except (ValueError, ZeroDivisionError):
             pass
-    raise PlanError(f"{where}: {value!r} is no share; write a number such as 0.5 or a fraction such as 1/3")
+    raise PlanError(f"{where}: {value!r:.80} is no share; write a number such as 0.5 or a fraction such as 1/3")
 
 
 def _share_text(share: Fraction) -> float | int | str:
@@ -184,7 +191,7 @@ class _InlineList(list[Any]):
     """A list that is written on one line, or on a few if it is long."""
 
 
-class _PlanDumper(yaml.SafeDumper):
+class _PlanDumper(StrictDumper):
     """Writes plans: inner mappings and lists inline, no aliases."""
 
     def ignore_aliases(self, data: object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["YamlError", "load_yaml"]
+__all__ = ["StrictDumper", "YamlError", "load_yaml"]
 
 MOST_VALUES = 1_000_000
 """Values of a file, aliases written out: enough for a bias for each token of a large vocabulary."""
@@ -87,6 +87,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+class StrictDumper(yaml.SafeDumper):
+    """Writes what `load_yaml` reads back equal: a text such as 1e5 is put in quotes."""
+
+
+for _class in (_Loader, StrictDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+    )

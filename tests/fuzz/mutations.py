@@ -64,7 +64,25 @@ NUMBERS: tuple[Any, ...] = (
 )
 TEXTS = st.one_of(
     st.sampled_from(
-        ("", "a", "auto", "none", "trace", "a\x00b", "\ud800", "x" * 300, "\u2028", "🤖", "../..", "-", "*")
+        (
+            "",
+            "a",
+            "auto",
+            "none",
+            "trace",
+            "a\x00b",
+            "\ud800",
+            "x" * 300,
+            "\u2028",
+            "🤖",
+            "../..",
+            "-",
+            "*",
+            "1e5",
+            "0x1F",
+            "=",
+            "~",
+        )
     ),
     st.text(max_size=8),
 )

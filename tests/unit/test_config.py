@@ -241,6 +241,7 @@ def test_what_is_no_file_may_be_a_model_of_the_hub(run_yaml: Path) -> None:
         "workload={trace: {path: run.yaml, format: sharegpt, prune: {min_input: 2}}, arrival: {gamma: {rate: 2.5}}}",
         "workload={synthetic: {preset: splitwise, max_input: 4000}, arrival: none}",
         "workload={synthetic: {input_len: {normal: {mean: 9, std: 2}}, output_len: 3}, arrival: {poisson: 3, seed: 4}}",
+        "sampling.stop=['1e5', '2001-01-01', 'null', '0x1F', '1:30', '<<', '=', ' ', '~', '\\u2028', '1_0', 'é']",
         "sampling={logit_bias: {3: 4.5}, stop: x, seed: 5, n: 2, logprobs: 3, stop_token_ids: [2]}",
     ],
 )

@@ -182,6 +182,8 @@ def test_load_names_the_file(tmp_path):
         ("a: {decode: 0.5", "a: {decode: half", "nano_batches.a.decode: 'half' is no share"),
         ("a: {decode: 0.5", "a: {decode: .inf", "nano_batches.a.decode: inf is no share"),
         ("a: {decode: 0.5", "a: {decode: 1/0", "nano_batches.a.decode: '1/0' is no share"),
+        ("a: {decode: 0.5", "a: {decode: '1e99999999'", "nano_batches.a.decode: '1e99999999' is no share"),
+        ("qkv.a@1", "qkv.a@" + "9" * 5000, "looks 99999999999999999999 layers ahead"),
         ("rows: 640}\n  b", "row: 640}\n  b", "nano_batches.a.row: unknown key; did you mean 'rows'?"),
         (", rows: 640}\n  b", "}\n  b", "nano_batches.a.rows: missing"),
         ("  a: {", "  a.b: {", "nano_batches.a.b: 'a.b' cannot name a nano-batch"),

@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel starts while the one before it on the stream still ends.
 
-A kernel launched so calls `start_after_others` in each of its programs before it touches anything but weights: this
+A kernel launched so calls `start_after_others` in each of its programs before it reads or writes anything: this
 waits until all that ran before has ended and its memory is visible, then lets the next kernel come. What is saved is
 the launch itself: about a microsecond, which a kernel of ten microseconds feels. The kernels before and after may be
 anything. Hopper and later.

@@ -67,8 +67,6 @@ class GemmConfig:
     """Cut the K steps of the tiles that would not fill a last round among all CTAs; see `split_tiles`."""
     flatten: bool = False
     """Let the loads of a CTA's next tile start before the last one is stored."""
-    registers: int = 0
-    """Most registers a thread; 0 leaves it to the compiler."""
 
     def __str__(self) -> str:
         """Short, for tables: ``128x256x64 w8 s3 split``."""
@@ -77,7 +75,6 @@ class GemmConfig:
         words += [f"g{self.group_m}"] if self.group_m != 8 else []
         words += [f"c{self.ctas_per_sm}"] if self.ctas_per_sm != 1 else []
         words += [f"e{self.epilogue_parts}"] if self.epilogue_parts != 1 else []
-        words += [f"r{self.registers}"] if self.registers else []
         words += [word for word in ("split", "flatten") if getattr(self, word)]
         return " ".join(words)
 
@@ -128,9 +125,8 @@ class GemmConfig:
 class Workspace:
     """Partial sums of split configs, and how many of each tile have come.
 
-    One for each stream that runs GEMMs: launches must not overlap.
-
-    Of a size that holds any split of `config` on up to `sms` SMs.
+    One for each stream that runs GEMMs, since launches must not overlap; of a size that holds any split of `config` on
+    up to `sms` SMs.
     """
 
     def __init__(self, config: GemmConfig, sms: int, device: torch.device, *, silu: bool = False) -> None:

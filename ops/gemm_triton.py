@@ -332,8 +332,6 @@ def launch(
         "num_stages": config.stages,
         **dependent_launch(x.device),
     }
-    if config.registers:
-        constants["maxnreg"] = config.registers
     bias = x if bias is None else bias
     programs = sms * config.ctas_per_sm
     if split:

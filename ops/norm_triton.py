@@ -33,9 +33,9 @@ def norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < COLUMNS
-    scale = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         start_after_others()
+    scale = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(source + row * source_stride + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(branch + row * branch_stride + column, mask=mask, other=0.0).to(tl.float32)

@@ -179,3 +179,5 @@ class StepOutput:
     """[S, K]"""
     seconds: float = field(default=0.0)
     """Time that the executor spent on the iteration, in seconds."""
+    idle_seconds: float = field(default=0.0)
+    """Time that the device did nothing between the iteration before and this one, in seconds; 0 if it is not known."""

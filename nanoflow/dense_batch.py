@@ -37,8 +37,11 @@ class BatchLayout:
     """[N + 1] prompt tokens before each nano-batch."""
 
 
-def lay_out(split: SplitRows, decode: int, prefill: int, row_multiple: int) -> BatchLayout:
-    """Gives rows to `decode` decode tokens and `prefill` prompt tokens; each nano-batch is padded to `row_multiple`.
+def lay_out(split: SplitRows, decode: int, prefill: int, row_buckets: Int64) -> BatchLayout:
+    """Gives rows to `decode` decode tokens and `prefill` prompt tokens.
+
+    Each nano-batch is padded up to the next of `row_buckets` [B], ascending; one that has no rows, or more than the
+    largest bucket, is left as it is.
 
     Raises ValueError if `split` does not share out exactly the rows that it was given.
     """
@@ -49,7 +52,8 @@ def lay_out(split: SplitRows, decode: int, prefill: int, row_multiple: int) -> B
             f"{prefill_counts.tolist()}: each must sum to its rows, over the same nano-batches"
         )
     counts = decode_counts + prefill_counts
-    padding = -counts % row_multiple
+    padding = np.append(row_buckets, 0)[np.searchsorted(row_buckets, counts)] - counts
+    padding = np.where(counts > 0, np.maximum(padding, 0), 0)
     starts = _before(counts + padding)
     decode_splits, prefill_splits = _before(decode_counts), _before(prefill_counts)
     return BatchLayout(

@@ -25,7 +25,7 @@ iteration i.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,8 @@ class Scheduler:
         max_batch_tokens: rows of a dense batch, padding not counted.
         max_running: sequences that hold a slot at a time; at most ``kv.max_running``.
         max_model_len: tokens of prompt and output that a sequence may have.
-        row_multiple: each nano-batch's rows are padded to a multiple of this.
+        row_buckets: row counts, ascending, to the next of which a nano-batch's rows are padded; one with more rows than
+            the largest is not padded. Without buckets nothing is padded.
         eos_token_ids: tokens that end a sequence, unless it ignores them.
     """
 
@@ -89,23 +90,25 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         max_model_len: int,
-        row_multiple: int = 1,
+        row_buckets: Many[int] = (),
         eos_token_ids: Iterable[int] = (),
     ) -> None:
         if not 1 <= max_running <= kv.max_running:
             raise ValueError(f"max_running must be from 1 to the KV cache's {kv.max_running} slots, not {max_running}")
-        if max_batch_tokens < 1 or row_multiple < 1 or max_model_len < 2:
+        if max_batch_tokens < 1 or max_model_len < 2:
             raise ValueError(
-                "max_batch_tokens and row_multiple must be at least 1 and max_model_len at least 2, "
-                f"not {max_batch_tokens}, {row_multiple} and {max_model_len}"
+                "max_batch_tokens must be at least 1 and max_model_len at least 2, "
+                f"not {max_batch_tokens} and {max_model_len}"
             )
+        self.row_buckets = np.array(row_buckets, np.int64)
+        if len(row_buckets) and (self.row_buckets[0] < 1 or (np.diff(self.row_buckets) <= 0).any()):
+            raise ValueError(f"row_buckets must be ascending numbers from 1, not {list(row_buckets)}")
         self.kv = kv
         self.split = split
         self.max_batch_tokens = max_batch_tokens
         # More running sequences than rows would only take turns.
         self.max_running = min(max_running, max_batch_tokens)
         self.max_model_len = max_model_len
-        self.row_multiple = row_multiple
         self.eos_token_ids = np.unique(np.array(list(eos_token_ids), np.int32))
         self.admitting = True
         """Whether waiting sequences are admitted; if not, those that run go on to their end."""
@@ -202,7 +205,7 @@ class Scheduler:
         chunk_lengths = np.array([c.length for c in chunks], np.int32)
         pieces = [slots.tokens[c.slot][c.start : c.start + c.length] for c in chunks]
         chunk_tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-        layout = lay_out(self.split, len(decode), len(chunk_tokens), self.row_multiple)
+        layout = lay_out(self.split, len(decode), len(chunk_tokens), self.row_buckets)
         completes = np.array([c.completes for c in chunks], np.bool_)
         last_rows = layout.prefill_rows[np.cumsum(chunk_lengths)[completes] - 1]
         sampled_rows = np.concatenate([layout.decode_rows, last_rows]).astype(np.int32)

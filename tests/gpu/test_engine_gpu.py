@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,7 +83,7 @@ def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput])
     """Batches are padded to a multiple of 8 rows, and buffers and the reserved page start as NaN."""
     with make_llm(folder, "cuda") as llm:
         executor: Any = llm.engine.executor
-        llm.engine.scheduler.row_multiple = 8
+        llm.engine.scheduler.row_buckets = np.arange(8, 513, 8)
         for buffer in executor.buffers.values():
             if buffer.is_floating_point():
                 buffer.fill_(torch.nan)

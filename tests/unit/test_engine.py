@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,7 +161,7 @@ def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput])
     with make_llm(folder) as llm:
         executor = llm.engine.executor
         assert isinstance(executor, ReferenceExecutor)
-        llm.engine.scheduler.row_multiple = 8
+        llm.engine.scheduler.row_buckets = np.arange(8, 513, 8)
         for buffer in executor.buffers.values():
             buffer.fill_(torch.nan)
         for kv in executor.kv:

@@ -31,7 +31,7 @@ def make(
     max_running: int = 8,
     max_model_len: int = 64,
     nano_batches: int = 1,
-    row_multiple: int = 1,
+    row_buckets: tuple[int, ...] | range = (),
 ) -> tuple[Scheduler, FakeExecutor]:
     kv = KVCache(pages, page_size, max_running, -(-max_model_len // page_size))
     scheduler = Scheduler(
@@ -40,7 +40,7 @@ def make(
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
         max_model_len=max_model_len,
-        row_multiple=row_multiple,
+        row_buckets=row_buckets,
         eos_token_ids=[EOS],
     )
     return scheduler, FakeExecutor(pages, page_size, max_running)
@@ -96,7 +96,7 @@ def workloads(draw: st.DrawFn):
         "max_batch_tokens": draw(st.integers(1, 48)),
         "max_running": draw(st.integers(1, 10)),
         "nano_batches": draw(st.integers(1, 4)),
-        "row_multiple": draw(st.sampled_from([1, 1, 4, 16])),
+        "row_buckets": draw(st.sampled_from([(), (), range(4, 49, 4), (16, 32, 48), (1, 2, 3, 8, 20)])),
     }
 
 
@@ -108,7 +108,10 @@ def test_any_workload_gives_the_tokens_of_each_sequence_alone(workload):
     run(scheduler, executor, arrivals, limit=5000)
     check(sequences, scheduler)
     for batch in executor.batches:
-        assert all((part.end - part.start) % workload["row_multiple"] == 0 for part in batch.nano_batches)
+        for part in batch.nano_batches:
+            rows = part.decode + part.prefill
+            next_bucket = [bucket for bucket in workload["row_buckets"] if bucket >= rows > 0][:1]
+            assert part.end - part.start == (next_bucket[0] if next_bucket else rows)
         assert len(batch.nano_batches) == workload["nano_batches"]
 
 
@@ -311,7 +314,7 @@ def test_penalty_counts_are_rebuilt_at_every_admission_and_only_then():
 
 
 def test_a_chunk_ends_anywhere_and_straddles_nano_batches():
-    scheduler, executor = make(nano_batches=3, max_batch_tokens=10, row_multiple=4)
+    scheduler, executor = make(nano_batches=3, max_batch_tokens=10, row_buckets=[4, 8])
     s = sequence(0, prompt=17, max_tokens=2, ignore_eos=True)
     run(scheduler, executor, {0: [s]})
     first, second = executor.batches[:2]
@@ -384,3 +387,9 @@ def test_an_output_that_does_not_match_is_refused(tokens):
     output = None if tokens is None else StepOutput(np.array(tokens, np.int32))
     with pytest.raises(ValueError, match="samples 1 sequences came back with"):
         scheduler.update(scheduler.form(), output)
+
+
+@pytest.mark.parametrize("buckets", [[8, 8], [8, 4], [0, 8]])
+def test_row_buckets_that_do_not_ascend_are_refused(buckets):
+    with pytest.raises(ValueError, match="row_buckets must be ascending numbers from 1"):
+        make(row_buckets=buckets)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from nanoflow.errors import InputError
 from nanoflow.grammars import Grammars, MaskMaker
+from nanoflow.ops.batch import StepOutput
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost, Work
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
@@ -50,6 +51,8 @@ class EngineStats:
     padding_rows: int = 0
     busy_seconds: float = 0.0
     """Time that the executor spent in iterations."""
+    idle_seconds: float = 0.0
+    """Time between iterations in which the device did nothing; 0 if the executor does not tell."""
     work: Work = field(default_factory=Work)
     """What was asked of the operations."""
     cost: Cost = field(default_factory=Cost)
@@ -189,7 +192,7 @@ class Engine:
 
     def _collect(self, iteration: Iteration) -> list[RequestOutput]:
         output = self.executor.collect()
-        self._account(iteration, output.seconds)
+        self._account(iteration, output)
         finished = []
         now = time.perf_counter()
         received = self.scheduler.update(iteration, output)
@@ -243,13 +246,14 @@ class Engine:
             token_gaps=scheduler.token_gaps,
         )
 
-    def _account(self, iteration: Iteration, seconds: float) -> None:
+    def _account(self, iteration: Iteration, output: StepOutput) -> None:
         batch, stats = iteration.batch, self.stats
         stats.iterations += 1
         stats.rows += batch.tokens
         stats.padding_rows += batch.rows - batch.tokens
         stats.largest_batch = max(stats.largest_batch, batch.tokens)
-        stats.busy_seconds += seconds
+        stats.busy_seconds += output.seconds
+        stats.idle_seconds += output.idle_seconds
         work = work_of(batch)
         stats.work = stats.work + work
         stats.cost = stats.cost + self.graph.cost(work, self._itemsize)
@@ -287,6 +291,23 @@ class Engine:
         timing = RequestTiming(request.submitted, request.first_token, now)
         return RequestOutput(
             request.prompt, request.prompt_token_ids.tolist(), outputs, params, timing, request.key, request.error
+        )
+
+    def renewed(self) -> "Engine":
+        """An engine on which nothing has run yet, on this one's executor: weights, KV cache and graphs stay.
+
+        This one is not to be used any more, nor closed. Raises RuntimeError if something runs or waits in it.
+        """
+        if self.unfinished or self._in_flight:
+            raise RuntimeError(f"{self.unfinished} completions are unfinished; run them before the engine is renewed")
+        if self._mask_maker is not None:
+            self._mask_maker.close()
+        return Engine(
+            executor=self.executor,
+            scheduler=self.scheduler.renewed(),
+            graph=self.graph,
+            itemsize=self._itemsize,
+            tokenizer=self.tokenizer,
         )
 
     def close(self) -> None:

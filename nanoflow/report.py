@@ -28,9 +28,9 @@ from nanoflow.power import Energy
 from nanoflow.recording import LogHistogram, Recorder
 from nanoflow.search.cost_model import Bounds, Ceilings, bounds
 
-__all__ = ["SCHEMA_VERSION", "Goodput", "Percentiles", "RunReport", "make_report"]
+__all__ = ["SCHEMA_VERSION", "Goodput", "Percentiles", "RunReport", "idle_share", "make_report", "versions"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the JSON. It grows when a key that readers need is added, renamed or given another meaning."""
 
 QUANTILES = 101
@@ -122,6 +122,9 @@ class RunReport:
     padding_share: float
     executor_busy_share: float
     """Share of `seconds` in which the executor ran an iteration."""
+    device_idle_share: float | None
+    """Of the device's time from the first iteration's start to the last one's end, the share between iterations; None
+    if the executor does not tell."""
     preemptions: int
     bound_by: str
     bound_seconds: dict[str, float]
@@ -175,6 +178,7 @@ class RunReport:
         """The summary, line by line."""
         errors = f", {self.errors} with errors" if self.errors else ""
         earlier = f"; {self.earlier:,} were there from before" if self.earlier else ""
+        idle = "" if self.device_idle_share is None else f"device {self.device_idle_share:.1%} idle in between, "
         rows = [
             ("requests", f"{self.completed:,} of {self.requests:,} completed{errors}{earlier}"),
             ("tokens", f"{self.input_tokens:,} in, {self.output_tokens:,} out"),
@@ -189,7 +193,7 @@ class RunReport:
             (
                 "iterations",
                 f"{self.iterations:,}, {self.mean_batch_tokens:,.0f} rows on average, "
-                f"{self.largest_batch_tokens:,} at most; {self.executor_busy_share:.0%} of the time busy, "
+                f"{self.largest_batch_tokens:,} at most; {self.executor_busy_share:.0%} of the time busy, {idle}"
                 f"{self.preemptions:,} preemptions",
             ),
             (
@@ -268,6 +272,7 @@ def make_report(
         largest_batch_tokens=stats.largest_batch,
         padding_share=_rate(stats.padding_rows, stats.rows + stats.padding_rows),
         executor_busy_share=_rate(stats.busy_seconds, seconds),
+        device_idle_share=idle_share(stats.busy_seconds, stats.idle_seconds),
         preemptions=engine.scheduler.preemptions,
         bound_by=reach.bound,
         bound_seconds=dict(reach.seconds),
@@ -287,6 +292,11 @@ def make_report(
         config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),
     )
+
+
+def idle_share(busy_seconds: float, idle_seconds: float) -> float | None:
+    """Share of the device's time between iterations; None if the executor tells of none, as one does that cannot."""
+    return idle_seconds / (busy_seconds + idle_seconds) if idle_seconds else None
 
 
 def versions() -> dict[str, str]:

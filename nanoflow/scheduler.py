@@ -123,6 +123,19 @@ class Scheduler:
         self._queue = WaitingQueue()
         self._pacer = Pacer(kv, self._slots, self._queue, self.max_running, max_batch_tokens)
 
+    def renewed(self) -> "Scheduler":
+        """A scheduler with the same limits that has seen nothing yet, over a KV cache of the same size."""
+        kv = self.kv
+        return Scheduler(
+            kv=KVCache(kv.pages, kv.page_size, kv.max_running, kv.max_pages_per_sequence),
+            split=self.split,
+            max_batch_tokens=self.max_batch_tokens,
+            max_running=self.max_running,
+            max_model_len=self.max_model_len,
+            row_buckets=self.row_buckets.tolist(),
+            eos_token_ids=self.eos_token_ids.tolist(),
+        )
+
     @property
     def sizes(self) -> dict[str, int]:
         """The limits in force, for reports."""

@@ -62,6 +62,7 @@ SUMMARY = (
     Figure("largest_batch_tokens", "Rows of an iteration, most"),
     Figure("padding_share", "Padding rows", "%", "less"),
     Figure("executor_busy_share", "Executor busy", "%", "more"),
+    Figure("device_idle_share", "Device idle between iterations", "%", "less"),
     Figure("preemptions", "Preemptions", "", "less"),
     Figure("reached", "Reached of the bound", "%", "more"),
     Figure("energy.joules", "Energy", "J", "less"),

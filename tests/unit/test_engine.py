@@ -1,6 +1,7 @@
 """The engine on a tiny model: a mix of everything gives each request what it gets alone, whatever memory and plan."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nanoflow.errors import InputError, UserError
 from nanoflow.ops.batch import RESERVED_PAGE
 from nanoflow.ops.operation import NanoContext
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from nanoflow.report import idle_share
 from tests.unit.tiny_model import VOCAB, save_tiny_llama
 
 PAGE_BYTES = 2 * 2 * 2 * 16 * 4
@@ -238,3 +240,37 @@ def test_a_failing_kernel_ends_the_run(folder: Path) -> None:
         executor._kernels["o"] = broken
         with pytest.raises(RuntimeError, match="the kernel failed"):
             llm.generate([[5, 6]])
+
+
+def test_a_renewed_engine_starts_from_nothing_on_the_same_weights(folder: Path) -> None:
+    requests = [(prompt, params.replace(seed=None)) for prompt, params in REQUESTS[:16]]
+    with make_llm(folder, kv_memory="88KiB", max_batch_tokens=32) as llm:
+        before = llm.engine
+
+        def run() -> list[RequestOutput]:
+            return llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+
+        first, stats, preemptions = run(), before.stats, before.scheduler.preemptions
+        assert preemptions, "memory is meant to be short"
+        llm.engine = before.renewed()
+        assert llm.engine.executor is before.executor and llm.engine.stats.iterations == 0
+        # Seeds come from the order of submission: that has begun anew, too.
+        assert_same(run(), first)
+        assert (llm.engine.stats.iterations, llm.engine.stats.rows) == (stats.iterations, stats.rows)
+        assert llm.engine.scheduler.preemptions == preemptions
+        llm.engine.submit([5, 6], SamplingParams(max_tokens=4))
+        with pytest.raises(RuntimeError, match="1 completions are unfinished"):
+            llm.engine.renewed()
+
+
+def test_time_between_iterations_is_added_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = ReferenceExecutor.collect
+    monkeypatch.setattr(ReferenceExecutor, "collect", lambda self: replace(collect(self), idle_seconds=0.25))
+    with make_llm(folder) as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=6, ignore_eos=True))
+        stats = llm.engine.stats
+        assert stats.idle_seconds == 0.25 * stats.iterations
+        assert idle_share(stats.busy_seconds, stats.idle_seconds) == pytest.approx(
+            stats.idle_seconds / (stats.idle_seconds + stats.busy_seconds)
+        )
+    assert idle_share(3.0, 0.0) is None

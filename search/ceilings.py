@@ -1,6 +1,8 @@
-"""Ceilings measured on this machine: what a large GEMM and a long read of memory reach."""
+"""Ceilings measured on this machine: what a large GEMM and a long read of memory sustain."""
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -14,24 +16,37 @@ from nanoflow.search.cost_model import Ceilings
 
 __all__ = ["measure_ceilings"]
 
-SECONDS = 0.3
+SECONDS = 0.5
+"""Of measuring each ceiling on a GPU, after as long a time of the same work: a cold card runs faster than a hot one."""
+CPU_SECONDS = 0.3
+"""On a CPU, which runs warm enough after one call."""
+_QUEUED = 8
+"""Calls that are launched ahead on a GPU, so that launching costs nothing."""
 
 
 @cache
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """FLOP/s and bytes/s that `device` sustains in `dtype`, each the best of a few repetitions (a second in all).
+    """FLOP/s and bytes/s that `device` sustains in `dtype`: medians of hot repetitions (two seconds in all on a GPU).
 
-    The GEMM is the engine's own linear operation with its preferred kernel. On random data: zeros draw less power and
-    run faster than real work does.
+    The GEMM is the engine's own linear operation with its preferred kernel, the read a sum over a block far larger than
+    any cache. On random data: zeros draw less power and run faster than real work does.
     """
     place = torch.device(device)
     on_gpu = place.type == "cuda"
     size = 8192 if on_gpu else 1024
-    gemm = _best_seconds(_gemm(size, place, dtype), place)
-    numel = (2**30 if on_gpu else 2**28) // dtype.itemsize
-    block = torch.empty(numel, device=place, dtype=dtype).uniform_()
-    read = _best_seconds(lambda: block.amax(), place)
+    gemm = _median_seconds(_gemm(size, place, dtype), place)
+    block = torch.empty(_block_bytes(place) // dtype.itemsize, device=place, dtype=dtype).uniform_()
+    total = torch.empty((), device=place, dtype=dtype)
+    read = _median_seconds(lambda: torch.sum(block, dim=0, out=total), place)
     return Ceilings(flops=2 * size**3 / gemm, bytes_per_second=block.numel() * block.element_size() / read)
+
+
+def _block_bytes(device: torch.device) -> int:
+    """2 GiB of a GPU if half of what the KV cache leaves holds it, as `benchmarks/kernels` reads; 256 MiB of a CPU."""
+    if device.type != "cuda":
+        return 2**28
+    free = torch.cuda.mem_get_info(device)[0]
+    return min(2**31, max(2**28, free // 2 // 2**20 * 2**20))
 
 
 def _gemm(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
@@ -46,22 +61,48 @@ def _gemm(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], N
     return lambda: kernel(cast(NanoContext, context))
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Shortest of at least three calls, within about `SECONDS`."""
+def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median of at least three calls, hot."""
+    if device.type != "cuda":
+        run()
+        return statistics.median(_cpu_times(run))
+    with torch.cuda.device(device):
+        _gpu_times(run)
+        return statistics.median(_gpu_times(run))
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    run()
-    wait()
-    best, begun = float("inf"), time.perf_counter()
-    for repetition in range(50):
+def _cpu_times(run: Callable[[], object]) -> list[float]:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < CPU_SECONDS:
         started = time.perf_counter()
         run()
-        wait()
-        ended = time.perf_counter()
-        best = min(best, ended - started)
-        if repetition >= 2 and ended - begun > SECONDS:
-            break
-    return best
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _gpu_times(run: Callable[[], object]) -> list[float]:
+    """Seconds of each call, by the device's own clock."""
+    times: list[float] = []
+    ends = time.perf_counter() + SECONDS
+    queued: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def collect() -> None:
+        began, ended = queued.popleft()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+
+    while len(times) < 3 or time.perf_counter() < ends:
+        pair = _event(), _event()
+        pair[0].record()
+        run()
+        pair[1].record()
+        queued.append(pair)
+        if len(queued) == _QUEUED:
+            collect()
+    while queued:
+        collect()
+    return times

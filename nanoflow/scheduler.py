@@ -4,7 +4,8 @@ Contract: one iteration may be in flight, so `form` makes iteration i + 1 before
 iteration i.
 
 - A running sequence has at most one decode row a batch; its input token is on the device. Decode rows come first,
-  prompts follow in order of arrival; at most one prompt is partly done at any time, and it is the latest admitted.
+  prompts follow in the order of the queue (`waiting`); at most one prompt is partly done at any time, and it is the
+  latest admitted.
 - A sequence whose token in flight is the last that it may have (`max_tokens`, context) gets no further row. A stop that
   only the token itself shows is noticed late, and the token sampled after it is dropped.
 - A sequence that follows a grammar decodes in every iteration like the others, although the mask of its next token
@@ -126,7 +127,7 @@ class Scheduler:
     def renewed(self) -> "Scheduler":
         """A scheduler with the same limits that has seen nothing yet, over a KV cache of the same size."""
         kv = self.kv
-        return Scheduler(
+        renewed = Scheduler(
             kv=KVCache(kv.pages, kv.page_size, kv.max_running, kv.max_pages_per_sequence),
             split=self.split,
             max_batch_tokens=self.max_batch_tokens,
@@ -135,6 +136,8 @@ class Scheduler:
             row_buckets=self.row_buckets.tolist(),
             eos_token_ids=self.eos_token_ids.tolist(),
         )
+        renewed.longest_first = self.longest_first
+        return renewed
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -156,6 +159,20 @@ class Scheduler:
     def waiting(self) -> int:
         """Sequences that wait for their first admission or, after a preemption, for the next."""
         return len(self._queue)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the sequences that wait."""
+        return self._queue.prompt_tokens
+
+    @property
+    def longest_first(self) -> bool:
+        """Whether long sequences are admitted before short ones; it can change while none waits."""
+        return self._queue.longest_first
+
+    @longest_first.setter
+    def longest_first(self, value: bool) -> None:
+        self._queue.longest_first = value
 
     @property
     def paced(self) -> bool:
@@ -316,7 +333,7 @@ class Scheduler:
         if sequence.slot >= 0:
             self._release(sequence.slot)
         else:
-            self._queue.discard()
+            self._queue.discard(sequence)
 
     def _release(self, slot: int) -> None:
         self.kv.free(slot)

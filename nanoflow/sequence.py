@@ -19,7 +19,7 @@ class Sequence:
     """The state of one completion; `n` completions of a prompt are n sequences with seeds of their own."""
 
     index: int
-    """Order of arrival, and the priority: the scheduler admits a lower index first."""
+    """Order of arrival; no two sequences of a scheduler have the same."""
     prompt: NDArray[np.int32]
     params: SamplingParams
     seed: int

@@ -1,12 +1,16 @@
-"""How long the scheduler takes to form a dense batch, and what the batches of whole runs look like.
+"""How long the scheduler takes to form a dense batch, and what the batches of whole runs look like and would take.
 
-    python benchmarks/scheduler.py                       # prints a table and saves benchmarks/results/scheduler.json
-    python benchmarks/scheduler.py --trace sharegpt.csv  # adds a run of the first 2,000 requests of a length trace
+    python -m benchmarks.scheduler                       # prints a table and saves benchmarks/results/scheduler.json
+    python -m benchmarks.scheduler --trace sharegpt.csv  # adds runs of the first 2,000 requests of a length trace
+    python -m benchmarks.scheduler --run 512-512         # this one alone
 
 No model runs: every token is 0, every request reaches its length, and one iteration is in flight. The KV cache has the
 464,080 tokens that an H100 has beside Llama-3-8B. A run is cut into ramp (until the KV cache is in full use), steady
 state, and tail (from when all that still waits fits, so that the last prompts come in at once). The ideal number of
 iterations is what a KV cache in full use from the first iteration to the last would need.
+
+What a run would take on an H100 with Llama-3-8B is predicted by `benchmarks.iteration_time`, rows padded as for CUDA
+graphs. The time beyond the ideal of the same work is told by cause and by part of the run.
 """
 
 import argparse
@@ -16,20 +20,24 @@ import os
 import platform
 import time
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.iteration_time import Iterations, IterationTime
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import StepOutput
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
+from nanoflow.search.cost_model import work_of
 from nanoflow.sequence import Sequence
 
 KV_TOKENS = 464_080
 PAGE_SIZE = 64
+BUCKETS = (8, 16, 32, *range(64, 1024, 64), *range(1024, 2049, 128))
+"""Row counts that a CUDA graph is captured for."""
 RUNS = {
     "512-512": [(512, 512)] * 1600,
     "1024-512": [(1024, 512)] * 1000,
@@ -43,13 +51,21 @@ class Series:
     """What was formed, one entry an iteration."""
 
     rows: np.ndarray
+    padded: np.ndarray
     decode: np.ndarray
+    context: np.ndarray
+    pairs: np.ndarray
+    sampled: np.ndarray
     kv_share: np.ndarray
     paced: np.ndarray
     form_seconds: np.ndarray
     update_seconds: np.ndarray
     ideal: float
     preemptions: int
+
+    @property
+    def work(self) -> Iterations:
+        return Iterations(self.rows, self.padded, self.context, self.pairs, self.sampled)
 
     @property
     def steady(self) -> slice:
@@ -76,12 +92,18 @@ def simulate(
     max_batch_tokens: int = 2048,
     max_running: int = 1024,
     iterations: int | None = None,
+    row_buckets: Many[int] = (),
 ) -> Series:
     """Runs requests of (input, output) tokens through a scheduler, to the end or for some iterations."""
     longest = max(a + b for a, b in lengths)
     kv = KVCache(kv_tokens // PAGE_SIZE + 1, PAGE_SIZE, max_running, -(-longest // PAGE_SIZE))
     scheduler = Scheduler(
-        kv=kv, split=split, max_batch_tokens=max_batch_tokens, max_running=max_running, max_model_len=longest
+        kv=kv,
+        split=split,
+        max_batch_tokens=max_batch_tokens,
+        max_running=max_running,
+        max_model_len=longest,
+        row_buckets=row_buckets,
     )
     params = {b: SamplingParams(max_tokens=b, ignore_eos=True) for _, b in lengths}
     tokens = np.zeros(longest, np.int32)
@@ -101,12 +123,16 @@ def simulate(
             scheduler.update(flying, output)
             update_seconds = time.perf_counter() - start
         if formed is not None:
-            share = kv.used_pages / kv.usable_pages
+            work = work_of(formed.batch)
             series.append(
                 (
-                    formed.batch.tokens,
-                    len(formed.batch.decode_rows),
-                    share,
+                    work.rows,
+                    formed.batch.rows,
+                    work.decode_rows,
+                    work.decode_context,
+                    work.prefill_pairs,
+                    work.sampled_rows,
+                    kv.used_pages / kv.usable_pages,
                     waiting and scheduler.paced,
                     form_seconds,
                     update_seconds,
@@ -147,6 +173,29 @@ def describe(series: Series) -> dict[str, Any]:
     }
 
 
+def predict(series: Series, tokens: int, model: IterationTime) -> dict[str, Any]:
+    """What a run of `tokens` input and output tokens would take, and why longer than the ideal."""
+    work, steady = series.work, series.steady
+    seconds, padding, small = model.seconds(work), model.padding(work), model.small_batches(work)
+    ideal = model.ideal(work, series.ideal)
+    total = float(seconds.sum())
+    parts = {"ramp": slice(0, steady.start), "steady": steady, "tail": slice(steady.stop, None)}
+    return {
+        "seconds": round(total, 2),
+        "tokens_per_second": round(tokens / total),
+        "ideal_seconds": round(ideal, 2),
+        "ideal_tokens_per_second": round(tokens / ideal),
+        "padding_share": round(float(1 - series.rows.sum() / series.padded.sum()), 4),
+        "seconds_beyond_ideal": {
+            "iterations": round((len(seconds) - series.ideal) * model.head, 2),
+            **{
+                cause: {part: round(float(each[where].sum()), 2) for part, where in parts.items()}
+                for cause, each in (("padding", padding), ("small batches", small))
+            },
+        },
+    }
+
+
 def milliseconds(seconds: np.ndarray) -> dict[str, float]:
     return {
         "median": round(float(np.median(seconds)) * 1e3, 3),
@@ -181,6 +230,7 @@ def read_trace(path: Path, first: int, max_input: int, max_output: int) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, help="CSV with the columns ContextTokens and GeneratedTokens")
+    parser.add_argument("--run", action="append", help="only this run, several times for several")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scheduler.json")
     arguments = parser.parse_args()
@@ -188,23 +238,39 @@ def main() -> None:
     if arguments.trace is not None:
         trace = read_trace(arguments.trace, 2000, 3000, 1024)
         runs["trace"] = trace
-        runs["trace, longest first"] = sorted(trace, key=lambda lengths: -lengths[1])
+        runs["trace-longest"] = sorted(trace, key=lambda lengths: (-lengths[1], -lengths[0]))
+    if unknown := set(arguments.run or ()) - set(runs):
+        parser.error(f"--run: no run is called {sorted(unknown)[0]}; there are {', '.join(runs)}")
+    runs = {name: lengths for name, lengths in runs.items() if not arguments.run or name in arguments.run}
+    model = IterationTime()
     forming = time_forming(arguments.repetitions)
     for result in forming:
         form, update = result["form_ms"], result["update_ms"]
         print(f"2,048 rows, {result['mean_running']} running, milliseconds: form {form}, update {update}")
     described = {}
     for name, lengths in runs.items():
-        described[name] = run = describe(simulate(lengths))
+        series = simulate(lengths, row_buckets=BUCKETS)
+        described[name] = run = describe(series)
+        run["predicted"] = predicted = predict(series, sum(map(sum, lengths)), model)
         print(
             f"{name}: {run['iterations']} iterations (ideal {run['ideal_iterations']}; ramp {run['ramp_iterations']}, "
             f"tail {run['tail_iterations']}), steady rows {run['steady_rows']}, KV {run['steady_kv_share']:.1%}, "
-            f"successive change {run['successive_change']}, {run['preemptions']} preemptions"
+            f"successive change {run['successive_change']}, {run['preemptions']} preemptions\n"
+            f"    predicted: {predicted['seconds']} s, {predicted['tokens_per_second']:,} tokens/s "
+            f"(ideal {predicted['ideal_tokens_per_second']:,}), padding {predicted['padding_share']:.1%}, "
+            f"seconds beyond the ideal {predicted['seconds_beyond_ideal']}"
         )
     record = {
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "config": {"kv_tokens": KV_TOKENS, "page_size": PAGE_SIZE, "max_batch_tokens": 2048, "max_running": 1024},
+        "config": {
+            "kv_tokens": KV_TOKENS,
+            "page_size": PAGE_SIZE,
+            "max_batch_tokens": 2048,
+            "max_running": 1024,
+            "buckets": BUCKETS,
+        },
+        "iteration_time": asdict(model),
         "repetitions": arguments.repetitions,
         "forming": forming,
         "runs": described,

@@ -9,7 +9,8 @@ a(s) tokens s iterations after its admission (zero once it has ended). Sequences
 from now until the queue of Q is empty, hold r * (G(t) - G(t - Q / r)), where G is the integral of a.
 
     rate:   the largest r with U(t) + r * (G(t) - G(t - Q / r)) <= capacity for all t; likewise for the number running
-    budget: r * (mean prompt); everything, if the whole queue fits
+    budget: r * (mean prompt), rounded so that the batch's rows end on a bucket to which they would be padded, and what
+            that is too much or too little is made good in the next iteration; everything, if the whole queue fits
     admit:  if the peak of U with the candidate added fits, now and at every expected end
 
 In a steady state this is the rate capacity / E[area], area being the KV tokens that a sequence holds summed over its
@@ -20,6 +21,7 @@ output) rows a batch. Since the rate is found anew all the time, a wrong guess a
 from math import ceil, inf
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanoflow.forecast import Forecast, Lengths, StopRate
 from nanoflow.kv_cache import KVCache
@@ -28,6 +30,8 @@ from nanoflow.slots import FREE, SlotTable
 from nanoflow.waiting import WaitingQueue
 
 __all__ = ["Pacer", "sustainable_rate"]
+
+Int64 = NDArray[np.int64]
 
 _STEADY_SHARE = 0.98
 """Part of the KV cache and of the slots that pacing fills; the rest takes the noise of lengths."""
@@ -39,6 +43,8 @@ _RENEWAL = 4
 """Iterations after which the rate is found anew."""
 _FOLLOW = 0.2
 """Part of the way to the new rate that pacing goes."""
+_LARGEST_CARRY = 128
+"""Prompt tokens that the next budget may owe, or be owed, because this one was rounded."""
 _QUEUE_RENEWAL = 32
 """Admissions after which the forecast of the queue is made anew."""
 _QUEUE_SAMPLE = 512
@@ -66,7 +72,7 @@ class Pacer:
         self._mean_prompt = 1.0
         self._rate = 0.0  # sequences an iteration
         self._renewal = 0  # iterations until it is found anew
-        self._carry = 0.0  # fraction of a prompt token that the last budget was short of
+        self._carry = 0.0  # prompt tokens that the last budget was short of
 
     def queue_changed(self) -> None:
         """The queue has grown: what was predicted is out of date."""
@@ -88,7 +94,9 @@ class Pacer:
         left = float(sequence.limit - len(sequence.output))
         return forecast.admit(len(sequence) + self._rounding, left, sequence.certain, _FULL_SHARE * self._tokens)
 
-    def prompt_tokens(self, forecast: Forecast, admissions: int, decode: int, partial: int | None) -> int:
+    def prompt_tokens(
+        self, forecast: Forecast, admissions: int, decode: int, partial: int | None, row_buckets: Int64
+    ) -> int:
         """Prompt tokens that the next iteration may take.
 
         Args:
@@ -96,6 +104,7 @@ class Pacer:
             admissions: admissions so far.
             decode: decode rows of the iteration.
             partial: slot whose prompt is partly done.
+            row_buckets: row counts to the next of which a nano-batch is padded, ascending.
         """
         if self._renewal == 0:
             self._renewal = _RENEWAL
@@ -107,7 +116,15 @@ class Pacer:
             self.held_back = held_back
         self._renewal -= 1
         tokens = self._rate * self._mean_prompt + self._carry
-        whole = max(int(tokens), self._least_tokens(decode, partial))
+        least = self._least_tokens(decode, partial)
+        if self.held_back:
+            ends = row_buckets[(row_buckets >= decode + max(least, 1)) & (row_buckets <= self._max_tokens)] - decode
+            nearest = int(ends[np.argmin(np.abs(ends - tokens))]) if len(ends) else 0
+            # Further away, the next batches would only make up for this one.
+            if nearest and abs(nearest - tokens) <= _LARGEST_CARRY:
+                self._carry = tokens - nearest
+                return nearest
+        whole = max(int(tokens), least)
         self._carry = max(0.0, tokens - whole)
         return whole
 

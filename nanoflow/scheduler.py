@@ -381,7 +381,7 @@ class Scheduler:
         forecast = None
         if budget and self.waiting:
             forecast = self._pacer.forecast()
-            budget = min(budget, self._pacer.prompt_tokens(forecast, self._epoch, decode, slot))
+            budget = min(budget, self._pacer.prompt_tokens(forecast, self._epoch, decode, slot, self.row_buckets))
         while budget > 0:
             if slot is None:
                 candidate = self._queue.head() if admit and self.admitting and free else None

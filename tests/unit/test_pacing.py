@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from benchmarks.scheduler import simulate
+from benchmarks.scheduler import BUCKETS, simulate
 from nanoflow.forecast import Forecast, Lengths, StopRate
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import StepOutput
@@ -175,9 +175,30 @@ def test_lengths_that_are_not_known_are_learnt():
     assert scheduler.preemptions < 0.02 * 1500
 
 
-def test_a_prompt_that_was_begun_is_not_starved():
+def test_paced_batches_end_on_a_bucket_at_the_same_mean_rate():
+    lengths = [(400, 200)] * 1200
+    free, bucketed = (simulate(lengths, kv_tokens=230_000, row_buckets=buckets) for buckets in ((), BUCKETS))
+    rows, padded = bucketed.rows[bucketed.steady], bucketed.padded[bucketed.steady]
+    assert len(rows) > 200 and (rows == padded).mean() > 0.99
+    assert set(padded) <= {1152, 1280, 1408, 1536}  # the mean lies between two of them
+    assert rows.mean() == pytest.approx(free.rows[free.steady].mean(), rel=0.005)
+    assert bucketed.kv_share[bucketed.steady].mean() == pytest.approx(free.kv_share[free.steady].mean(), abs=0.005)
+    assert abs(len(bucketed.rows) - len(free.rows)) < 0.01 * len(free.rows)
+
+
+def test_buckets_further_apart_than_the_rate_do_not_starve_or_flood():
+    """Decode rows lie just above a bucket, and the next one is far."""
+    lengths = [(64, 256)] * 900
+    free, bucketed = (simulate(lengths, kv_tokens=60_000, row_buckets=buckets) for buckets in ((), (250, 500, 2048)))
+    assert bucketed.preemptions == 0
+    assert len(bucketed.rows) < 1.05 * len(free.rows)
+    assert bucketed.padded[bucketed.steady].mean() < 520
+
+
+@pytest.mark.parametrize("buckets", [(), BUCKETS])
+def test_a_prompt_that_was_begun_is_not_starved(buckets):
     """Memory for little more than one: the second prompt must not crawl in, token by token, when nothing decodes."""
-    series = simulate([(600, 5)] * 6, kv_tokens=704)
+    series = simulate([(600, 5)] * 6, kv_tokens=704, row_buckets=buckets)
     assert len(series.rows) < 6 * (5 + 3)
 
 

@@ -7,17 +7,18 @@ operation reads.
 from collections.abc import Sequence
 from typing import cast
 
-from nanoflow.ops.elementwise import Add
+from nanoflow.ops.elementwise import Add, SiluMul
+from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.norm import AddNorm, Norm, QKNorm
 from nanoflow.ops.operation import Operation
 from nanoflow.ops.rope import Append, Rope, RopeAppend
 
-__all__ = ["fuse", "fuse_add_norm", "fuse_rope_append"]
+__all__ = ["fuse", "fuse_add_norm", "fuse_rope_append", "fuse_silu"]
 
 
 def fuse(operations: Sequence[Operation]) -> tuple[Operation, ...]:
     """Every pass, in turn."""
-    return fuse_add_norm(fuse_rope_append(operations))
+    return fuse_silu(fuse_add_norm(fuse_rope_append(operations)))
 
 
 def fuse_rope_append(operations: Sequence[Operation]) -> tuple[Operation, ...]:
@@ -46,4 +47,18 @@ def fuse_add_norm(operations: Sequence[Operation]) -> tuple[Operation, ...]:
             fused[-1] = AddNorm(name, before.residual, before.branch, op)
         else:
             fused.append(op)
+    return tuple(fused)
+
+
+def fuse_silu(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """``linear; silu_mul`` of its value, which nothing else reads -> one operation of the linear's name."""
+    fused: list[Operation] = []
+    for op in operations:
+        before = fused[-1] if fused else None
+        if isinstance(op, SiluMul) and isinstance(before, Linear) and op.source == before.target:
+            users = [other for other in operations if any(a.buffer == op.source for a in other.accesses)]
+            if len(users) == 2:
+                fused[-1] = LinearSilu(before, op)
+                continue
+        fused.append(op)
     return tuple(fused)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from nanoflow.ops.gemm_choice import stored_choices
 from nanoflow.ops.gemm_config import GemmConfig, Workspace, default_config
+from nanoflow.ops.operation import triton_on_cuda
 
 __all__ = ["GEMM_KERNELS", "GemmKernel", "matmul", "unavailable"]
 
@@ -38,6 +39,7 @@ def matmul(
     kernel: GemmKernel = "measured",
     config: GemmConfig | None = None,
     workspace: Workspace | None = None,
+    intermediate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``out = x @ w.T + bias`` for x [M, K], w [N, K], bias [N], out [M, N], all of one dtype, sums in float32.
 
@@ -49,6 +51,8 @@ def matmul(
         workspace: of Triton's split configs, one for each stream that runs GEMMs. By default one is kept for the
             current stream. In the capture of a CUDA graph, pass one, or run once on the capturing stream before: one
             that is made in a capture is cleared by every launch.
+        intermediate: [M, N], where kernels that cannot activate put the product on its way to `out` (with `silu`; the
+            Triton kernels can). Allocated if None.
 
     Raises:
         ValueError: the kernel cannot do this; see `unavailable`.
@@ -65,9 +69,9 @@ def matmul(
     if kernel == "triton":
         _triton(x, w, out, bias, silu, sms, config, workspace)
     elif silu:
-        columns = out.shape[1]
-        both = matmul(x, w, x.new_empty(x.shape[0], 2 * columns), bias=bias, sms=sms, kernel=kernel)
-        torch.mul(functional.silu(both[:, :columns]), both[:, columns:], out=out)
+        if intermediate is None:
+            intermediate = x.new_empty(x.shape[0], w.shape[0])
+        _silu_mul(matmul(x, w, intermediate, bias=bias, sms=sms, kernel=kernel), out)
     elif kernel == "deep_gemm":
         module = _deep_gemm()
         assert module is not None
@@ -150,6 +154,17 @@ def _triton(
     if workspace is None and config.split:
         workspace = _stream_workspace(config, budget, x.device, silu)
     launch(x, w, out, bias, config, sms=budget, silu=silu, tma=tma, workspace=workspace)
+
+
+def _silu_mul(both: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = silu(gate) * up`` where ``both = [gate | up]``."""
+    if triton_on_cuda(out.device, out.dtype) == "triton":
+        from nanoflow.ops.elementwise_triton import silu_mul
+
+        silu_mul(both, out)
+    else:
+        columns = out.shape[1]
+        torch.mul(functional.silu(both[:, :columns]), both[:, columns:], out=out)
 
 
 def _stream_workspace(config: GemmConfig, sms: int, device: torch.device, silu: bool) -> Workspace:

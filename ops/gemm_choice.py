@@ -63,9 +63,9 @@ class Choices:
         at_least = min((count for count in measured if count >= rows), default=max(measured))
         return measured[at_least] if at_least < 2 * rows else None
 
-    def knows(self, columns: int, inputs: int, dtype: torch.dtype) -> bool:
+    def knows(self, columns: int, inputs: int, dtype: torch.dtype, *, silu: bool = False) -> bool:
         """Whether anything was measured for a weight."""
-        return any(key[:2] == (columns, inputs) and key[3] == _name(dtype) for key in self.by_key)
+        return any(key[:2] == (columns, inputs) and key[3:] == (_name(dtype), silu) for key in self.by_key)
 
     def save(self, path: Path) -> None:
         entries = [

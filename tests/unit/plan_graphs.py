@@ -62,8 +62,7 @@ def llama_graph(layers: int = 3, scratch: bool = False) -> Graph:
         ),
         FakeOperation("o", (read("attention"), write("o"))),
         FakeOperation("add_norm", (read("x"), read("o"), write("x"), write("h"))),
-        FakeOperation("gate_up", (read("h"), write("gate_up"))),
-        FakeOperation("silu_mul", (read("gate_up"), write("mlp"))),
+        FakeOperation("gate_up", (read("h"), write("gate_up"), write("mlp"))),
         FakeOperation("down", (read("mlp"), write("down"), *extra), scratch=6 if scratch else 0),
         FakeOperation("add", (read("x"), read("down"), write("x"))),
     )

@@ -12,8 +12,9 @@ from nanoflow.ops.builder import GraphBuilder, expand_braces
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.elementwise import Add, SiluMul
 from nanoflow.ops.embedding import Embedding
+from nanoflow.ops.fusion import fuse_silu
 from nanoflow.ops.graph import RESIDUAL
-from nanoflow.ops.linear import Linear
+from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.norm import AddNorm, Norm, QKNorm
 from nanoflow.ops.operation import KV, SCRATCH, NanoContext, Operation, RowClass, Work
 from nanoflow.ops.rope import Rope, RopeConfig, rope_tables
@@ -80,6 +81,74 @@ def test_linear_declares_stacked_parts() -> None:
     cost = op.cost(Work(decode_rows=3, prefill_rows=2), 2)
     assert cost.flops == 2 * 5 * 8 * 16 and cost.bytes == 2 * (8 * 16 + 5 * 8 + 5 * 16)
     assert op.cost(Work(), 2).bytes == 0
+
+
+def gate_up_silu(inputs: int, columns: int, bias: bool) -> LinearSilu:
+    linear = Linear("gate_up", "h", "gate_up", inputs, (columns, columns), ["gate", "up"], bias=bias)
+    return LinearSilu(linear, SiluMul("silu_mul", "gate_up", "product", columns))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", ["reference", "onednn", "measured", "cublas"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_linear_silu(dtype, bias, kernel, packed) -> None:
+    torch.manual_seed(0)
+    op = gate_up_silu(37, 20, bias)
+    buffers = random_buffers(dtype, h=37, gate_up=40, product=20)
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    weights = {weight.name: (torch.randn(weight.shape) / math.sqrt(37)).to(dtype) for weight in op.weights}
+    both = buffers["h"].double() @ weights["weight"].double().T + (weights["bias"].double() if bias else 0)
+    wanted = torch.nn.functional.silu(both[:, :20]) * both[:, 20:]
+    packed = packed and kernel in ("reference", "onednn")
+    given = {name: op.pack(name, tensor) if packed else tensor for name, tensor in weights.items()}
+    assert given["weight"].is_mkldnn == (packed and dtype == torch.float32)
+    run(op, buffers, given, kernel)
+    torch.testing.assert_close(buffers["product"][5:].double(), wanted[5:], **tolerance(dtype))
+    assert torch.equal(buffers["h"], before["h"])
+    assert all(torch.equal(buffers[name][:5], before[name][:5]) for name in buffers)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_linear_silu_on_a_cpu_gives_the_bits_of_its_two_operations(dtype, packed) -> None:
+    torch.manual_seed(0)
+    op = gate_up_silu(64, 48, bias=False)
+    buffers = random_buffers(dtype, h=64, gate_up=96, product=48)
+    other = {name: buffer.clone() for name, buffer in buffers.items()}
+    weight = (torch.randn(96, 64) / 8).to(dtype)
+    weights = {"weight": op.pack("weight", weight) if packed else weight}
+    run(op, buffers, weights, "onednn")
+    run(op.linear, other, weights, "onednn")
+    run(op.silu_mul, other, {}, "reference")
+    assert torch.equal(buffers["product"], other["product"])
+
+
+def test_linear_silu_declares_its_parts_and_the_least_it_moves() -> None:
+    op = gate_up_silu(8, 16, bias=True)
+    assert op.name == "gate_up" and op.resource == "compute"
+    assert [(w.name, w.parts, w.shape) for w in op.weights] == [
+        ("weight", ("gate.weight", "up.weight"), (32, 8)),
+        ("bias", ("gate.bias", "up.bias"), (32,)),
+    ]
+    accesses = {(access.buffer, access.write) for access in op.accesses}
+    assert accesses == {("h", False), ("gate_up", True), ("product", True)}
+    cost = op.cost(Work(decode_rows=3, prefill_rows=2), 2)
+    assert cost.flops == 2 * 5 * 8 * 32 + 5 * 5 * 16 and cost.bytes == 2 * (8 * 32 + 5 * 8 + 5 * 16)
+    assert op.cost(Work(), 2).bytes == 0
+    assert op.preferred_kernel(CPU, torch.float32) == "onednn"
+
+
+def test_a_product_that_something_else_uses_is_not_activated_in_place() -> None:
+    op = gate_up_silu(8, 16, bias=False)
+    alone: list[Operation] = [op.linear, op.silu_mul]
+    (fused,) = fuse_silu(alone)
+    assert isinstance(fused, LinearSilu) and (fused.linear, fused.silu_mul) == (op.linear, op.silu_mul)
+    other = Norm("n", "gate_up", "normed", 32, 1e-6, "n")
+    for operations in ([*alone, other], [op.linear, other, op.silu_mul], [op.silu_mul, op.linear]):
+        assert fuse_silu(operations) == tuple(operations)
+    elsewhere = Linear("other", "h", "other", 8, (16, 16), ["a", "b"])
+    assert fuse_silu([elsewhere, op.silu_mul]) == (elsewhere, op.silu_mul)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -185,7 +254,8 @@ def random_state(config: ModelConfig, graph, seed: int = 0) -> dict[str, torch.T
     state: dict[str, torch.Tensor] = {}
     layers = [(f"model.layers.{layer}.", op) for layer in range(graph.layers) for op in graph.layer]
     for prefix, op in layers + [("", op) for op in graph.prologue + graph.epilogue]:
-        sizes = op.outputs if isinstance(op, Linear) else None
+        linear = op.linear if isinstance(op, LinearSilu) else op
+        sizes = linear.outputs if isinstance(linear, Linear) else None
         for weight in op.weights:
             for index, part in enumerate(weight.parts):
                 rows = sizes[index] if sizes else weight.shape[0]
@@ -207,9 +277,10 @@ def test_fused_graph_equals_traced_graph(given) -> None:
     head = ["input_layernorm", "qkv"]
     norm = ["qk_norm"] if given is QWEN3 else []
     attention = ["decode_attention", "prefill_attention", "o"]
-    tail = ["gate_up", "silu_mul", "down", "add"]
-    assert names == [*head, *norm, "rope", "append", *attention, "attention_add", "post_attention_layernorm", *tail]
-    assert [op.name for op in fused.layer] == [*head, "rope_append", *attention, "add_norm", *tail]
+    tail = ["down", "add"]
+    middle = ["attention_add", "post_attention_layernorm", "gate_up", "silu_mul"]
+    assert names == [*head, *norm, "rope", "append", *attention, *middle, *tail]
+    assert [op.name for op in fused.layer] == [*head, "rope_append", *attention, "add_norm", "gate_up", *tail]
     state = random_state(config, traced)
     pages = Pages(4, 4, 3)
     host = dense_batch(BATCH, pages, padding=1)
@@ -227,7 +298,7 @@ def test_fused_graph_equals_traced_graph(given) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_operations_touch_only_what_they_declare(given, fused, kernels) -> None:
     """Rows that an operation does not declare to read are NaN, and what it does not declare to write must not
-    change."""
+    change. What it declares to write and anything reads is written."""
     config = ModelConfig.from_dict(given)
     graph = build_graph(config, fused=fused)
     state = random_state(config, graph)
@@ -236,6 +307,7 @@ def test_operations_touch_only_what_they_declare(given, fused, kernels) -> None:
     runner = GraphRunner(graph, state, pages, reference=kernels == "reference")
     batch = DeviceBatch(host, CPU, 4)
     torch.manual_seed(3)
+    read = {access.buffer for op in graph.layer for access in op.accesses if not access.write}
     for op in graph.layer:
         for number, part in enumerate(batch.parts):
             rows = host.nano_batches[number]
@@ -262,7 +334,7 @@ def test_operations_touch_only_what_they_declare(given, fused, kernels) -> None:
                 kept = [row for row in range(buffer.shape[0]) if row not in writes[name]]
                 torch.testing.assert_close(buffer[kept], before[name][kept], equal_nan=True, rtol=0, atol=0)
                 real = sorted(row for row in writes[name] if row < rows.end - rows.padding)
-                assert not buffer[real].isnan().any(), (op.name, name)
+                assert name not in read or not buffer[real].isnan().any(), (op.name, name)
             changed = (kv != kv_before).any(-1).any(1).any(1).nonzero()
             places = {int(page) * 4 + int(offset) for page, offset in changed}
             writes_kv = any(access.buffer == KV and access.write for access in op.accesses)
@@ -322,7 +394,7 @@ def test_graph_cost_is_two_flops_a_parameter_and_row() -> None:
     """Without attention, FLOPs are nearly 2 x rows x parameters of the GEMMs; the head counts sampled rows only."""
     config = ModelConfig.from_dict({**TINY, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4})
     graph = build_graph(config)
-    gemms = [op for op in graph.layer if isinstance(op, Linear)]
+    gemms = [op for op in graph.layer if isinstance(op, Linear | LinearSilu)]
     parameters = graph.layers * sum(math.prod(op.weights[0].shape) for op in gemms)
     work = Work(decode_rows=6, prefill_rows=4, sampled_rows=7)
     wanted = 2 * 10 * parameters + 2 * 7 * config.vocab_size * config.hidden_size

@@ -236,6 +236,7 @@ def test_numbers_that_cannot_be(old, new, expected):
     ("old", "new", "expected", "mark"),
     [
         ("gate_up.a", "gate_pu.a", "unknown operation 'gate_pu'; did you mean 'gate_up'?", ">>gate_pu.a<<"),
+        ("gate_up.a", "gate_up.a, silu_mul.a", "unknown operation 'silu_mul'", ">>silu_mul.a<<"),
         ("gate_up.a", "gate_up.c", "unknown nano-batch 'c'; known: a, b", ">>gate_up.c<<"),
         ("gate_up.a, ", "", "misses gate_up on the rows of nano-batch a: add gate_up.a", ">>gate_up.b<<"),
         ("gate_up.a", "gate_up.b", "runs gate_up twice on the rows of gate_up.b", ">>gate_up.b<<"),

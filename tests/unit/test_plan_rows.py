@@ -67,7 +67,7 @@ def test_every_row_is_placed_and_none_beyond_its_nano_batch(plan, data):
 
 
 def two_lanes() -> Plan:
-    compute = "input_layernorm qkv.a qkv.b rope_append o add_norm gate_up silu_mul down.a down.b add"
+    compute = "input_layernorm qkv.a qkv.b rope_append o add_norm gate_up down.a down.b add"
     lanes = {"compute": compute, "memory": "decode_attention prefill_attention"}
     stage = Stage("split", FrozenMapping({lane: tuple(map(Entry.parse, ops.split())) for lane, ops in lanes.items()}))
     parts = (NanoBatch("a", Fraction(1, 2), Fraction(1, 2), 8), NanoBatch("b", Fraction(1, 2), Fraction(1, 2), 12))

@@ -283,7 +283,7 @@ def test_peak_memory_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
             for weight in op.weights:
                 held = (made.outer if layer is None else made.layers[layer])[op.name][weight.name]
                 prefix = "" if layer is None else f"model.layers.{layer}."
-                rows = list(getattr(op, "outputs", held.shape[:1]))
+                rows = list(getattr(getattr(op, "linear", op), "outputs", held.shape[:1]))
                 for part, piece in zip(weight.parts, held.split(rows), strict=True):
                     contents[prefix + part] = piece.to(dtype).clone()
     del made

@@ -7,8 +7,13 @@ import torch
 from torch.nn import functional
 
 from nanoflow.ops import gemm_config
+from nanoflow.ops.device_batch import DeviceBatch
+from nanoflow.ops.elementwise import SiluMul
 from nanoflow.ops.gemm import matmul
 from nanoflow.ops.gemm_config import TILES, GemmConfig, Workspace
+from nanoflow.ops.linear import Linear, LinearSilu
+from nanoflow.ops.operation import NanoContext
+from tests.unit.ops_harness import CPU, Pages, Piece, dense_batch
 
 SMALL = GemmConfig(16, 32, 0, 16, 4, 2, group_m=2)
 EXTRA = GemmConfig(16, 32, 16, 16, 4, 2, group_m=2, epilogue_parts=2)
@@ -104,6 +109,31 @@ def test_bias(config: GemmConfig) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_silu_of_gate_times_up(config: GemmConfig, bias: bool) -> None:
     assert error(35, 176, 48, config, silu=True, bias=bias) < 1e-2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [20, 33, 72])
+def test_the_operation_with_silu_gives_its_reference(columns: int, bias: bool) -> None:
+    """On the second of two nano-batches, padding included. The fused kernel leaves the value between alone."""
+    host = dense_batch([[Piece(0, 0, [1] * 5)], [Piece(1, 3, [2, 3, 4, 5, 6])]], Pages(4, 2, 4), padding=2)
+    batch = DeviceBatch(host, CPU, 4)
+    linear = Linear("gate_up", "h", "gate_up", 40, (columns, columns), ["gate", "up"], bias=bias)
+    op = LinearSilu(linear, SiluMul("silu_mul", "gate_up", "product", columns))
+    h = torch.randn(host.rows + 1, 40)
+    weights = {weight.name: torch.randn(weight.shape) / 40**0.5 for weight in op.weights}
+    found = {}
+    for kernel in ("reference", "triton", "cublas", "measured"):
+        between = torch.full((host.rows + 1, 2 * columns), torch.nan)
+        product = torch.full((host.rows + 1, columns), torch.nan)
+        buffers = {"h": h.clone(), "gate_up": between, "product": product}
+        op.kernels[kernel](NanoContext(batch, batch.parts[1], 0, buffers, weights, torch.empty(0)))
+        assert torch.equal(buffers["h"], h)
+        assert between.isnan().all() == (kernel == "triton")
+        found[kernel] = product
+    rows = batch.parts[1].rows
+    assert rows.stop - rows.start == 7 and found["reference"][rows].isfinite().all()
+    for kernel, product in found.items():
+        torch.testing.assert_close(product, found["reference"], rtol=2e-6, atol=2e-6, equal_nan=True, msg=kernel)
 
 
 @pytest.mark.parametrize("config", [SMALL, SPLIT_EXTRA], ids=str)

@@ -123,6 +123,11 @@ class EngineSection(Section):
     )
     max_batch_tokens: Count = Field(2048, description="The most rows (tokens) of one iteration's dense batch.")
     max_running: Count = Field(1024, description="The most sequences that hold KV pages at a time.")
+    order: Literal["input", "longest-first"] = Field(
+        "input",
+        description="Which waiting request is admitted next: the first of the input, or the one that may have the most "
+        "output tokens (then the longest prompt), so that no long one is left over at the end. Tokens stay the same.",
+    )
     max_model_len: AutoOrCount = Field("auto", description="Tokens of a prompt with its output; auto: the model's own.")
     page_size: AutoOrCount = Field("auto", description="Tokens of a KV page.")
     kv_memory: Annotated[float | int | str, BeforeValidator(_kv_memory)] = Field(

@@ -159,7 +159,7 @@ def _engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool
     # Those that are too long become error records.
     fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
     job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
-    return build_engine(
+    engine = build_engine(
         model,
         config.engine,
         config.pipeline,
@@ -167,6 +167,8 @@ def _engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool
         job=job or [1],  # nothing but error records
         more=more,
     )
+    engine.scheduler.longest_first = config.engine.order == "longest-first"
+    return engine
 
 
 class _RequestCount:

@@ -5,6 +5,8 @@ computes; a request is submitted no earlier than it arrives; a finished one is w
 """
 
 import time
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from nanoflow.batch_file import ErrorRecord, ParsedRequest
 from nanoflow.batch_output import error_line, response_line
@@ -15,16 +17,26 @@ from nanoflow.interrupt import Interrupts
 from nanoflow.outputs import RequestOutput
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
-from nanoflow.writer import OutputWriter
+from nanoflow.waiting import BLOCK
 
 __all__ = ["Serving"]
 
 LEAST_WAITING = 1024
 """Sequences that the engine's queue is filled up to, at least: pacing predicts from the first 512."""
+MOST_WAITING_TOKENS = 2**26
+"""Prompt tokens that it is filled up to, at most: 256 MiB."""
 MOST_SUBMITTED = 128
 """Requests that are submitted between two iterations: some 5 ms, in which the device works on what was launched."""
 IDLE_SECONDS = 0.05
 """How long the loop sleeps at a time while nothing runs."""
+
+
+class RecordWriter(Protocol):
+    """Where records go: the output file, or nowhere."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+        ...
 
 
 class Serving:
@@ -39,7 +51,7 @@ class Serving:
         self,
         engine: Engine,
         feed: Feed,
-        writer: OutputWriter,
+        writer: RecordWriter,
         recorder: Recorder,
         progress: RunProgress,
         model: str,
@@ -53,8 +65,10 @@ class Serving:
         self._model = model
         self._resumed = resumed
         self._start: float | None = None  # when arrival 0 is, by time.perf_counter; known with the first request
-        # Two generations of running sequences: pacing then sees as far as it predicts.
-        self._most_waiting = max(LEAST_WAITING, 2 * engine.scheduler.max_running)
+        # Two generations of running sequences: pacing then sees as far as it predicts. An order by length means most
+        # if all that it may reorder is there.
+        scheduler = engine.scheduler
+        self._most_waiting = BLOCK if scheduler.longest_first else max(LEAST_WAITING, 2 * scheduler.max_running)
         self._filling = True
 
     @property
@@ -87,15 +101,15 @@ class Serving:
 
     def _fill(self) -> bool:
         """Submit what is ready and has arrived, if there is room; whether the next request has not arrived yet."""
-        scheduler, feed = self._engine.scheduler, self._feed
+        feed = self._feed
         # In larger portions: each time the queue grows, pacing starts its prediction anew.
-        if scheduler.waiting <= self._most_waiting // 2:
+        if self._filled() <= 0.5:
             self._filling = True
         now = time.perf_counter()
         idle = not self._engine.active
         submitted = 0
         while self._filling and (idle or submitted < MOST_SUBMITTED) and (item := feed.peek()) is not None:
-            if scheduler.waiting >= self._most_waiting:
+            if self._filled() >= 1:
                 self._filling = False
                 break
             if isinstance(item, Prompt):
@@ -108,6 +122,11 @@ class Serving:
                 self._write_error(item)
             feed.take()
         return False
+
+    def _filled(self) -> float:
+        """How far the engine's queue is filled: 1 if nothing more goes into it."""
+        scheduler = self._engine.scheduler
+        return max(scheduler.waiting / self._most_waiting, scheduler.waiting_tokens / MOST_WAITING_TOKENS)
 
     def _arrival(self, request: ParsedRequest, now: float) -> float:
         """When a request arrives, by `time.perf_counter`; what names no time is there from the start."""

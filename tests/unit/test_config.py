@@ -37,6 +37,7 @@ def test_all_but_model_and_workload_has_a_default(run_yaml: Path) -> None:
         "device": "auto",
         "max_batch_tokens": 2048,
         "max_running": 1024,
+        "order": "input",
         "max_model_len": "auto",
         "page_size": "auto",
         "kv_memory": "auto",

@@ -132,6 +132,51 @@ def run(
 
 
 @app.command()
+def bench(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", metavar="N", min=1, help="How often the whole workload is run.")
+    ] = 3,
+    warm_up: Annotated[
+        str,
+        typer.Option("--warm-up", metavar="REQUESTS|SHARE", help="What runs before: 64 requests, or 10% of them."),
+    ] = "10%",
+    requests: Annotated[
+        int | None, typer.Option("--requests", metavar="N", min=1, help="Only the first N requests of the workload.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to save it; default: beside output.path.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show neither progress nor the table.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the job that CONFIG describes: a warm-up, then repetitions; no completion is written."""
+    with _mistakes_as_messages(debug):
+        loaded = load_config(config, overrides or ())
+        from nanoflow.bench import bench as measure, parse_warm_up  # loads torch
+
+        outcome = measure(
+            loaded,
+            repetitions=repetitions,
+            warm_up=parse_warm_up(warm_up),
+            requests=requests,
+            out=out,
+            quiet=quiet,
+        )
+    if outcome.report is not None and not quiet:
+        outcome.report.print(Console())
+        typer.echo(f"saved {_short(outcome.path.absolute())}")
+    if outcome.signal is not None:
+        if outcome.report is None:
+            typer.echo("stopped before a repetition had come to its end; nothing was saved", err=True)
+        else:
+            done = len(outcome.report.repetitions)
+            typer.echo(f"stopped after {done} of {repetitions} repetitions, which are saved", err=True)
+        raise typer.Exit(128 + outcome.signal)
+
+
+@app.command()
 def validate(config: ConfigArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
     """Check CONFIG and print it with all defaults and overrides filled in; nothing is run."""
     with _mistakes_as_messages(debug):

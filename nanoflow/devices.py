@@ -2,14 +2,17 @@
 
 import ctypes
 import os
+import platform
 from math import ceil
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanoflow.errors import ConfigError, OutOfMemoryError
 from nanoflow.memory import format_bytes
 
-__all__ = ["check_head_size", "choose_device", "driver_cuda_version", "gpu_problem", "memory_shortage"]
+__all__ = ["check_head_size", "choose_device", "driver_cuda_version", "gpu_problem", "hardware", "memory_shortage"]
 
 MIN_CAPABILITY = (8, 0)
 """Compute capability that the kernels need: bfloat16 matrix units."""
@@ -80,6 +83,27 @@ def driver_cuda_version() -> tuple[int, int] | None:
     if library.cuDriverGetVersion(ctypes.byref(version)) != 0 or version.value == 0:
         return None
     return version.value // 1000, version.value % 1000 // 10
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What results were measured on: the device, and the processor that feeds it."""
+    found: dict[str, Any] = {"device": "cpu", "processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "sms": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver_cuda": ".".join(map(str, driver_cuda_version() or ())),
+        }
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def check_head_size(head_dim: int, device: torch.device) -> None:

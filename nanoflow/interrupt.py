@@ -34,12 +34,18 @@ class Interrupts:
 
     Args:
         quiet: say nothing.
+        stopping: what is said when the first signal comes while requests run; None: what a run does then.
+        stopped: what is said when the process ends at once; None: what holds of a run.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, stopping: str | None = None, stopped: str | None = None) -> None:
         self.signal: int | None = None
         """The signal that came; None as long as none has."""
         self._quiet = quiet
+        self._stopping = stopping
+        self._stopped = (
+            stopped or "stopped; every request that was finished is in the output, and the same command goes on"
+        )
         self._draining = False
         self._deadline = 0.0
         self._previous: dict[int, Any] = {}
@@ -82,13 +88,15 @@ class Interrupts:
         if not self._draining:
             raise Interrupted(number)
         self._deadline = time.monotonic() + GRACE_SECONDS
-        self._say(f"stopping: what finishes within {GRACE_SECONDS:.0f} s is written; again to stop at once")
+        self._say(
+            self._stopping or f"stopping: what finishes within {GRACE_SECONDS:.0f} s is written; again to stop at once"
+        )
         self._watchdog = threading.Timer(GRACE_SECONDS + _LAST_STEP_SECONDS, self._end, (number,))
         self._watchdog.daemon = True
         self._watchdog.start()
 
     def _end(self, number: int) -> None:
-        self._say("stopped; every request that was finished is in the output, and the same command goes on")
+        self._say(self._stopped)
         # Not `sys.exit`: threads that compute would be waited for, and the writer's lines are with the system already.
         os._exit(128 + number)
 

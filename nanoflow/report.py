@@ -7,8 +7,10 @@ enough. Its form carries a version, which `nanoflow.reports` checks.
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +305,12 @@ def versions() -> dict[str, str]:
     """Versions of what decides speed and results."""
     from nanoflow import __version__
 
-    return {"nanoflow": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    found = {"nanoflow": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
 
 
 def _goodput(config: RunConfig, recorder: Recorder, seconds: float) -> Goodput | None:

@@ -35,7 +35,7 @@ from nanoflow.serving import Serving
 from nanoflow.workload import read_workload
 from nanoflow.writer import OutputWriter
 
-__all__ = ["RunOutcome", "run"]
+__all__ = ["LOOK_AHEAD_SECONDS", "RunOutcome", "engine_for", "run"]
 
 LOOK_AHEAD_SECONDS = 5.0
 """How long requests are gathered, at most, before the KV cache is sized by them."""
@@ -104,7 +104,7 @@ def run(
             ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
             if feed.exhausted:
                 return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
-            engine = _engine_for(config, model, ahead, more=not feed.ended)
+            engine = engine_for(config, model, ahead, more=not feed.ended)
             feed.prepare = engine.check
             try:
                 began = time.perf_counter()
@@ -154,7 +154,7 @@ def _describe(config: RunConfig, identity: Fingerprint) -> None:
     save_config(config)
 
 
-def _engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool) -> Engine:
+def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool) -> Engine:
     """The engine, its KV cache sized by the first prompts; `more` may follow."""
     # Those that are too long become error records.
     fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 
 from nanoflow.errors import OutputError
 
-__all__ = ["SYNC_SECONDS", "OutputWriter", "replace_file"]
+__all__ = ["SYNC_SECONDS", "OutputWriter", "encode", "replace_file"]
 
 SYNC_SECONDS = 5.0
 _LONGEST_LINE = 2**30
@@ -71,7 +71,7 @@ class OutputWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; when this returns, the operating system has all of it. Raises OutputError."""
-        line = _encode(record)
+        line = encode(record)
         self._start()
         start = os.fstat(self._file).st_size
         written = 0
@@ -256,7 +256,8 @@ def _lock(file: int, path: Path) -> None:
         pass  # a file system without locks
 
 
-def _encode(record: Mapping[str, Any]) -> bytes:
+def encode(record: Mapping[str, Any]) -> bytes:
+    """A record as its line in the output."""
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
         return text.encode("utf-8") + b"\n"

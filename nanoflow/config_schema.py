@@ -168,6 +168,11 @@ class OutputSection(Section):
         """``out/x.series.jsonl`` beside ``out/x.jsonl``: the run's course over time."""
         return self._beside(".series.jsonl")
 
+    @property
+    def bench_path(self) -> Path:
+        """``out/x.bench.json`` beside ``out/x.jsonl``: what `nanoflow bench` measured."""
+        return self._beside(".bench.json")
+
     def _beside(self, ending: str) -> Path:
         path = Path(self.path)
         return path.with_name(path.name.removesuffix(".jsonl") + ending)
@@ -175,11 +180,6 @@ class OutputSection(Section):
 
 class SloSection(Section):
     """A latency objective: the report says how many requests met both."""
-
-    @property
-    def bench_path(self) -> Path:
-        """``out/x.bench.json`` beside ``out/x.jsonl``: what `nanoflow bench` measured."""
-        return self._beside(".bench.json")
 
     ttft_ms: float = Field(gt=0, description="Most milliseconds from a request's arrival to its first token.")
     tpot_ms: float = Field(gt=0, description="Most milliseconds for each token after the first, on average.")

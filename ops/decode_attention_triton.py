@@ -19,11 +19,14 @@ DP), B tokens a block (padded to BP), P programs.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
-from nanoflow.ops.decode_work import HEADER, decode_work
+from nanoflow.ops.decode_work import FIELDS, HEADER, decode_work
+from nanoflow.ops.device_batch import BatchPart
 from nanoflow.ops.operation import NanoContext
 
 __all__ = [
@@ -291,7 +294,7 @@ def decode_attention(
         source = TensorDescriptor.from_tensor(kv.view(-1, head_dim), [config.block_tokens, constants["DP"]])
     _decode_kernel[(workspace.programs,)](
         q_THD, source, out_THD, work, workspace.pieces, workspace.maxima, workspace.sums, workspace.arrived,
-        (len(work) - HEADER) // 5, q_THD.stride(0), out_THD.stride(0), scale * LOG2_E,
+        (len(work) - HEADER) // FIELDS, q_THD.stride(0), out_THD.stride(0), scale * LOG2_E,
         **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=config.max_registers,
     )  # fmt: skip
 
@@ -306,15 +309,15 @@ def paged_decode_triton(
     config: DecodeConfig | None = None,
     sms: int | None = None,
 ) -> None:
-    """Attention of the nano-batch's decode rows on `sms` SMs (default: all); work list and workspace are made once an
-    iteration."""
-    part, host = context.part, context.batch.host
+    """Attention of the nano-batch's decode rows on `sms` SMs (default: all); the work list is made once an iteration,
+    the workspace once."""
+    part = context.part
     if part.decode.start == part.decode.stop:
         return
     heads, head_dim = q_THD.shape[1:]
-    page_size = context.batch.page_size
+    pages, _, kv_heads, page_size, _ = context.kv.shape
     device = context.kv.device
-    group = heads // context.kv.shape[2]
+    group = heads // kv_heads
 
     def choose() -> tuple[DecodeConfig, DecodeWorkspace]:
         properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
@@ -323,17 +326,23 @@ def paged_decode_triton(
         count = sms or (properties.multi_processor_count if properties else 2)
         return chosen, DecodeWorkspace(count * chosen.programs_per_sm, group, head_dim, device)
 
-    def make_work() -> torch.Tensor:
-        listed = decode_work(
+    chosen, workspace = part.kept(("decode_triton", heads, config, sms), choose)
+    block_tokens = chosen.block_tokens
+    # Every page belongs to one request, so the list never has more blocks than the pool.
+    capacity = pages * (page_size // block_tokens)
+
+    def make_work(part: BatchPart) -> NDArray[np.int32]:
+        host = part.batch.host
+        return decode_work(
             host.decode_rows[part.decode],
             host.decode_context[part.decode],
             host.decode_pages[part.decode],
             page_size=page_size,
-            block_tokens=chosen.block_tokens,
+            block_tokens=block_tokens,
             window=window,
+            capacity=capacity,
         )
-        return torch.from_numpy(listed).to(device)
 
-    chosen, workspace = part.cached(("decode_triton", heads, config, sms), choose)
-    work = part.cached(("decode_triton_work", chosen.block_tokens, window), make_work)
+    key = ("decode_work", block_tokens, window)
+    work = part.from_host(key, make_work, (HEADER + FIELDS * capacity,))
     decode_attention(q_THD, context.kv, out_THD, work, workspace, scale=scale, config=chosen)

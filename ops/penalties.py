@@ -8,16 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from nanoflow.ops.batch import PenaltyReset
+from nanoflow.ops.device_arrays import to_device
 
-__all__ = ["PenaltyCounts", "to_device"]
-
-
-def to_device(array: NDArray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:  # type: ignore[type-arg]
-    """`array` on `device`. A copy to a GPU goes through pinned memory and waits for nothing."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        return tensor.to(dtype).pin_memory().to(device, non_blocking=True)
-    return tensor.to(device=device, dtype=dtype)
+__all__ = ["PenaltyCounts"]
 
 
 class PenaltyCounts:
@@ -38,8 +31,8 @@ class PenaltyCounts:
             place = self._place.get(reset.slot)
             if place is None:
                 place = self._place[reset.slot] = self._take()
-            prompt = to_device(reset.prompt, torch.int64, self._device)
-            output = to_device(reset.output, torch.int64, self._device)
+            prompt = to_device(reset.prompt, self._device, torch.int64)
+            output = to_device(reset.output, self._device, torch.int64)
             self._prompt[place].zero_().index_fill_(0, prompt, True)
             self._output[place].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
@@ -86,7 +79,7 @@ class PenaltyCounts:
         return np.array([self._place[slot] for slot in slots.tolist()], np.int32)
 
     def _places(self, slots: NDArray[np.int32]) -> torch.Tensor:
-        return to_device(self.places(slots), torch.int64, self._device)
+        return to_device(self.places(slots), self._device, torch.int64)
 
     def _take(self) -> int:
         if not self._free:

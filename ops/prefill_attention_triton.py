@@ -20,13 +20,16 @@ page table, I items, M rows of a block of queries, N keys of a block.
 
 import math
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow.ops.device_batch import BatchPart
 from nanoflow.ops.operation import NanoContext
-from nanoflow.ops.prefill_work import PrefillTile, pack_heads, prefill_work
+from nanoflow.ops.prefill_work import FIELDS, PrefillTile, item_bound, most_segments, pack_heads, prefill_work
 
 __all__ = ["default_tile", "prefill_attention", "run_prefill_attention"]
 
@@ -245,24 +248,22 @@ def run_prefill_attention(
     tile: PrefillTile | None = None,
 ) -> None:
     """Attention of a nano-batch's prefill segments; its work list and the page tables are made once an iteration."""
-    batch, part, kv = context.batch, context.part, context.kv
+    part, kv = context.part, context.kv
     heads, head_dim = q_THD.shape[1:]
     kv_heads = kv.shape[2]
     tile = tile or default_tile(head_dim, kv.element_size(), kv.shape[3], _capability(kv))
 
-    def pages() -> torch.Tensor:
-        return torch.from_numpy(batch.host.prefill_pages).to(batch.device, torch.int32)
-
-    def items() -> torch.Tensor:
-        host, segments = batch.host, part.prefill
-        work = prefill_work(
+    def items(part: BatchPart) -> NDArray[np.int32]:
+        host, segments = part.batch.host, part.prefill
+        return prefill_work(
             host.prefill_rows[segments], host.prefill_lengths[segments], host.prefill_context[segments], tile,
             heads=heads, kv_heads=kv_heads, kv_token_bytes=2 * head_dim * kv.element_size(), window=window,
             first_segment=segments.start,
         )  # fmt: skip
-        return torch.from_numpy(work).to(batch.device)
 
-    prefill_attention(
-        q_THD, kv, batch.whole.cached("prefill_pages", pages),
-        part.cached(("prefill_work", tile, heads, window), items), out_THD, tile=tile, scale=scale, window=window,
-    )  # fmt: skip
+    whole, rows = context.batch.whole, part.rows.stop - part.rows.start
+    most_pages = (most_segments(whole.rows.stop), context.batch.pages_per_sequence)
+    pages = whole.from_host("prefill_pages", lambda part: part.batch.host.prefill_pages, most_pages)
+    bound = item_bound(rows, most_segments(rows), tile, heads, kv_heads)
+    work = part.from_host(("prefill_work", tile, heads, window), items, (1 + bound, FIELDS))
+    prefill_attention(q_THD, kv, pages, work, out_THD, tile=tile, scale=scale, window=window)

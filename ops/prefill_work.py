@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FIELDS", "PrefillTile", "item_bound", "pack_heads", "prefill_work"]
+__all__ = ["FIELDS", "PrefillTile", "item_bound", "most_segments", "pack_heads", "prefill_work"]
 
 FIELDS = 8
 """Columns of the list: row, rows, position of the first row, segment, first query head; the rest is unused."""
@@ -59,6 +59,14 @@ def item_bound(rows: int, segments: int, tile: PrefillTile, heads: int, kv_heads
     tokens = tile.block_m // pack
     segments = min(rows, segments)
     return (segments + (rows - segments) // tokens) * (heads // pack)
+
+
+def most_segments(rows: int) -> int:
+    """Prefill segments that a captured launch makes room for in a batch of `rows` rows.
+
+    Every item of the list's room costs a program, even if it ends at once; prompts are rarely as short as this allows.
+    """
+    return min(rows, max(16, rows // 16))
 
 
 def prefill_work(

@@ -27,10 +27,11 @@ import torch
 from numpy.typing import NDArray
 
 from nanoflow.ops.batch import SamplingBatch, StepOutput
-from nanoflow.ops.penalties import PenaltyCounts, to_device
+from nanoflow.ops.device_arrays import to_device
+from nanoflow.ops.penalties import PenaltyCounts
 from nanoflow.ops.sampling_rows import describe, mask_of, unpack_masks
 
-__all__ = ["Sampler", "StepTensors", "philox_uniform"]
+__all__ = ["NOTHING_SAMPLED", "Sampler", "StepTensors", "philox_uniform"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,19 @@ class StepTensors:
     top_tokens: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
 
-    def to_host(self, seconds: float = 0.0) -> StepOutput:
+    def start_copy(self) -> "StepTensors":
+        """The same in the host's pinned memory: there once the device has come so far on the current stream."""
+
+        def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None or tensor.device.type != "cuda":
+                return tensor
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+        tokens = copy(self.tokens)
+        assert tokens is not None
+        return StepTensors(tokens, copy(self.logprobs), copy(self.top_tokens), copy(self.top_logprobs))
+
+    def to_host(self) -> StepOutput:
         """Waits for the device and copies."""
 
         def array(tensor: torch.Tensor | None, dtype: type[np.generic]) -> NDArray | None:  # type: ignore[type-arg]
@@ -53,8 +66,10 @@ class StepTensors:
             logprobs=array(self.logprobs, np.float32),
             top_tokens=array(self.top_tokens, np.int32),
             top_logprobs=array(self.top_logprobs, np.float32),
-            seconds=seconds,
         )
+
+
+NOTHING_SAMPLED = StepTensors(torch.zeros(0, dtype=torch.int64))
 
 
 def philox_uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -99,11 +114,18 @@ class Sampler:
         """Samples every entry of `batch` from its row of `logits_SV`, which stays as it is."""
         return self.sample_chunks(batch, lambda rows: logits_SV[rows], max(len(batch), 1))
 
-    def sample_chunks(self, batch: SamplingBatch, logits: Callable[[slice], torch.Tensor], chunk: int) -> StepTensors:
-        """As `sample`, with at most `chunk` rows of logits at a time: `logits(slice)` gives those of a slice of
-        entries.
+    def sample_chunks(
+        self,
+        batch: SamplingBatch,
+        logits: Callable[[slice], torch.Tensor],
+        chunk: int,
+        slots_S: torch.Tensor | None = None,
+    ) -> StepTensors:
+        """As `sample`, with at most `chunk` rows of logits at a time.
 
-        The tensor that it returns may be overwritten by the next call.
+        Args:
+            logits: gives those of a slice of entries; the next call may overwrite them.
+            slots_S: ``batch.slots`` on the device, int64, if it is there already.
         """
         self._penalties.reset(batch.penalty_resets)
         widest = int(batch.logprobs.max(initial=-1))
@@ -117,8 +139,9 @@ class Sampler:
             parts.append(self._sample(logits_SV, batch, rows, widest, masks_MW))
         if not parts:
             return StepTensors(torch.zeros(0, dtype=torch.int64, device=self.device))
-        tokens = torch.cat([part.tokens for part in parts])
-        self.last_tokens.index_copy_(0, self._tensor(batch.slots, torch.int64), tokens)
+        tokens = torch.cat([part.tokens for part in parts]) if len(parts) > 1 else parts[0].tokens
+        slots_S = self._tensor(batch.slots, torch.int64) if slots_S is None else slots_S
+        self.last_tokens.index_copy_(0, slots_S, tokens)
         if widest < 0:
             return StepTensors(tokens)
         return StepTensors(
@@ -129,7 +152,7 @@ class Sampler:
         )
 
     def _tensor(self, array: NDArray, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[type-arg]
-        return to_device(array, dtype, self.device)
+        return to_device(array, self.device, dtype)
 
     def _sample(
         self,

@@ -9,10 +9,14 @@ import torch
 from nanoflow.ops.batch import DenseBatch, StepOutput
 from nanoflow.pipeline.program import Program
 
-__all__ = ["Executor", "KVLayout", "Weights"]
+__all__ = ["CaptureError", "Executor", "KVLayout", "Weights"]
 
 OpWeights = Mapping[str, Mapping[str, torch.Tensor]]
 """Weights of several operations: operation name -> weight name -> tensor, as `Operation.pack` left it."""
+
+
+class CaptureError(RuntimeError):
+    """Memory ran out while CUDA graphs were captured."""
 
 
 class Weights(Protocol):
@@ -33,6 +37,8 @@ class KVLayout:
 
     pages: int
     page_size: int
+    pages_per_sequence: int | None = None
+    """Most pages that a request can have; None: all of them."""
 
 
 class Executor(Protocol):
@@ -41,6 +47,11 @@ class Executor(Protocol):
     @property
     def program(self) -> Program:
         """The compiled plan that it runs."""
+        ...
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows, ascending, that a nano-batch is best padded to; empty: any number is as good."""
         ...
 
     def launch(self, batch: DenseBatch) -> None:

@@ -21,51 +21,22 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from math import prod
-from typing import cast
+from dataclasses import replace
 
-import numpy as np
 import torch
 
-from nanoflow.ops.batch import TOKEN_ON_DEVICE, DenseBatch, SamplingBatch, StepOutput
-from nanoflow.ops.device_batch import BatchPart, DeviceBatch
-from nanoflow.ops.graph import RESIDUAL
-from nanoflow.ops.operation import Kernel, NanoContext, Operation
-from nanoflow.ops.sampling import Sampler, StepTensors
-from nanoflow.pipeline.buffers import assign_buffers
-from nanoflow.pipeline.executor import KVLayout, OpWeights, Weights
-from nanoflow.pipeline.plan import PlanError
+from nanoflow.ops.batch import DenseBatch, SamplingBatch, StepOutput
+from nanoflow.ops.device_arrays import DeviceArrays
+from nanoflow.ops.device_batch import DeviceBatch
+from nanoflow.ops.sampling import NOTHING_SAMPLED, Sampler, StepTensors
+from nanoflow.pipeline.bound_program import BoundProgram
+from nanoflow.pipeline.executor import KVLayout, Weights
 from nanoflow.pipeline.program import Program
 
 __all__ = ["ReferenceExecutor"]
 
 SAMPLED_ROWS = 256
 """Rows whose logits are held at a time."""
-
-NOTHING_SAMPLED = StepTensors(torch.zeros(0, dtype=torch.int64))
-
-
-@dataclass(frozen=True)
-class RowsOnly:
-    """The part of an operation that only looks at rows: the sampled ones, gathered."""
-
-    rows: slice
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros of `shape`. On a CPU only what is written takes memory: calloc's pages are the system's own zeros."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def _kernel(op: Operation, named: str | None, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel that the plan names for `op`, or the one that the device prefers."""
-    name = named or op.preferred_kernel(device, dtype)
-    if name not in op.kernels:
-        raise PlanError(f"kernels.{op.name}: {name!r} is unknown; {op.name} has {', '.join(op.kernels)}")
-    return op.kernels[name]
 
 
 class ReferenceExecutor:
@@ -91,26 +62,20 @@ class ReferenceExecutor:
         device: torch.device,
         seed: int = 0,
     ) -> None:
-        graph = program.graph
-        self.program = program
-        self.weights = weights
-        self.device = device
-        self.kv_layout = kv
-        self.buffers = {
-            name: torch.zeros(spec.rows, spec.columns, dtype=dtype, device=device)
-            for name, spec in assign_buffers(graph, program.plan, SAMPLED_ROWS).items()
-        }
-        page = (2, graph.kv_heads, kv.page_size, graph.head_dim)
-        self.kv = [_zeros((kv.pages, *page), dtype, device) for _ in range(graph.layers)]
-        self.sampler = Sampler(graph.vocab_size, slots, device)
-        named = program.plan.kernels
-        self._kernels = {op.name: _kernel(op, named.get(op.name), device, dtype) for op in graph.layer}
-        self._outer_kernels = {
-            op.name: _kernel(op, named.get(op.name), device, dtype) for op in graph.prologue + graph.epilogue
-        }
+        self.bound = BoundProgram(program, weights, kv, dtype=dtype, device=device, sampled_rows=SAMPLED_ROWS)
+        self.sampler = Sampler(program.graph.vocab_size, slots, device)
+        self._arrays = DeviceArrays(device)
         self._random = random.Random(seed)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference-executor")
         self._in_flight: deque[Future[StepOutput]] = deque()
+
+    @property
+    def program(self) -> Program:
+        return self.bound.program
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        return ()
 
     def launch(self, batch: DenseBatch) -> None:
         """Queue an iteration; see `Executor.launch`."""
@@ -128,41 +93,19 @@ class ReferenceExecutor:
     @torch.inference_mode()
     def _run(self, host: DenseBatch) -> StepOutput:
         started = time.perf_counter()
-        batch = DeviceBatch(host, self.device, self.kv_layout.page_size)
-        on_device = batch.token_ids_T == TOKEN_ON_DEVICE
-        batch.token_ids_T = torch.where(on_device, self.sampler.last_tokens[batch.slots_T], batch.token_ids_T)
-        for op in self.program.graph.prologue:
-            self._outer_kernels[op.name](self._context(batch, batch.whole, op, 0, self.weights.outer))
+        bound = self.bound
+        batch = DeviceBatch(host, bound.device, bound.kv_layout.page_size, self._arrays)
+        bound.begin(batch, self.sampler.last_tokens)
         for index in self._draw_order() if len(self.program.lanes) > 1 else range(len(self.program.steps)):
-            nano_op = self.program.steps[index].nano_op
-            op = self.program.graph.operation(nano_op.op)
-            part = batch.part(nano_op.nano_batch)
-            if part.has_rows(op.row_class):
-                context = self._context(batch, part, op, nano_op.layer, self.weights.layers[nano_op.layer])
-                self._kernels[op.name](context)
+            bound.step(batch, index)
         tokens = NOTHING_SAMPLED if host.sampling is None else self._sample(batch, host.sampling)
         output = tokens.to_host()
         return replace(output, seconds=time.perf_counter() - started)
 
     def _sample(self, batch: DeviceBatch, sampling: SamplingBatch) -> StepTensors:
         """Final norm, head and sampling of the rows that need a token, some at a time so that logits stay small."""
-        rows = torch.from_numpy(sampling.rows).to(self.device, torch.int64)
-        sampled, logits = self.buffers["sampled"], self.buffers["logits"]
-
-        def head(entries: slice) -> torch.Tensor:
-            count = entries.stop - entries.start
-            torch.index_select(self.buffers[RESIDUAL], 0, rows[entries], out=sampled[:count])
-            part = cast(BatchPart, RowsOnly(slice(0, count)))
-            for op in self.program.graph.epilogue:
-                self._outer_kernels[op.name](self._context(batch, part, op, 0, self.weights.outer))
-            return logits[:count]
-
-        return self.sampler.sample_chunks(sampling, head, SAMPLED_ROWS)
-
-    def _context(
-        self, batch: DeviceBatch, part: BatchPart, op: Operation, layer: int, weights: OpWeights
-    ) -> NanoContext:
-        return NanoContext(batch, part, layer, self.buffers, weights.get(op.name, {}), self.kv[layer])
+        rows = torch.from_numpy(sampling.rows).to(self.bound.device, torch.int64)
+        return self.sampler.sample_chunks(sampling, lambda entries: self.bound.head(batch, rows[entries]), SAMPLED_ROWS)
 
     def _draw_order(self) -> Iterator[int]:
         """Indices of all steps: a random order among those that lanes and predecessors allow."""

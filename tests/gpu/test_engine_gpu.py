@@ -84,10 +84,10 @@ def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput])
     with make_llm(folder, "cuda") as llm:
         executor: Any = llm.engine.executor
         llm.engine.scheduler.row_buckets = np.arange(8, 513, 8)
-        for buffer in executor.buffers.values():
+        for buffer in executor.bound.buffers.values():
             if buffer.is_floating_point():
                 buffer.fill_(torch.nan)
-        for kv in executor.kv:
+        for kv in executor.bound.kv:
             kv[RESERVED_PAGE] = torch.nan
         assert_same(run_all(llm), expected)
         assert llm.engine.stats.padding_rows > 0

@@ -164,18 +164,18 @@ def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput])
         executor = llm.engine.executor
         assert isinstance(executor, ReferenceExecutor)
         llm.engine.scheduler.row_buckets = np.arange(8, 513, 8)
-        for buffer in executor.buffers.values():
+        for buffer in executor.bound.buffers.values():
             buffer.fill_(torch.nan)
-        for kv in executor.kv:
+        for kv in executor.bound.kv:
             kv[RESERVED_PAGE] = torch.nan
-        embed = executor._outer_kernels["embed"]
+        embed = executor.bound._outer_kernels["embed"]
 
         def poisoned(context: NanoContext) -> None:
             embed(context)
             for rows in context.batch.host.nano_batches:
                 context.buffers["x"][rows.end - rows.padding : rows.end] = torch.nan
 
-        executor._outer_kernels["embed"] = poisoned
+        executor.bound._outer_kernels["embed"] = poisoned
         assert_same(run_all(llm), expected)
         assert llm.engine.stats.padding_rows > 0
         assert all(bool(kv[RESERVED_PAGE].isnan().any()) for kv in executor.kv), "padding rows wrote nothing"

@@ -1,0 +1,291 @@
+"""The executor of plans with one lane: whole iterations as CUDA graphs, launched ahead and collected behind.
+
+Contract: `launch` returns as soon as all of an iteration is queued on the executor's stream; nothing in it waits for
+the device, but for a pinned copy that is three iterations old. A replayed graph computes, bit by bit, what the same
+kernels compute when they are launched one by one on a batch padded to the same rows.
+
+Pseudo-code::
+
+    capture:  for every bucket of rows, largest first: embedding and all layers, on arrays at fixed places
+              for every bucket of sampled rows: gather, final norm, head
+              all graphs share one memory pool: they never run at the same time
+    launch:   sample the iteration before, if it waited for its masks
+              make the metadata in pinned memory; copy it; replay the bucket's graph
+              (no bucket has these rows, or the metadata has no room: copy it array by array, launch step by step)
+              unless it waits for masks: replay the head, sample, start the tokens' way to the host
+    collect:  the same for an iteration that waited; wait for its last event; its tokens
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from nanoflow.ops.batch import RESERVED_PAGE, DenseBatch, NanoBatchRows, StepOutput
+from nanoflow.ops.device_arrays import DeviceArrays
+from nanoflow.ops.device_batch import DeviceBatch
+from nanoflow.ops.sampling import NOTHING_SAMPLED, Sampler, StepTensors
+from nanoflow.pipeline.bound_program import BoundProgram
+from nanoflow.pipeline.clock import Mark
+from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
+from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.static_arrays import StaticArrays
+
+__all__ = ["CudaExecutor", "buckets"]
+
+SAMPLED_ROWS = 1024
+"""The most rows whose logits are held at a time."""
+FINE, FINE_UP_TO, COARSE = 64, 1024, 128
+"""Steps between buckets of rows: padding then stays under 4% from 800 rows on, and GEMM tiles are whole."""
+SMALL = (8, 16, 32)
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """Numbers of rows that graphs are captured for, up to `most` itself, ascending."""
+    fine = range(FINE, min(most, FINE_UP_TO), FINE)
+    coarse = range(FINE_UP_TO, most, COARSE)
+    return (*(rows for rows in SMALL if rows < most), *fine, *coarse, most)
+
+
+class _Replayable(Protocol):
+    def replay(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Function:
+    """What stands for a graph where there is no GPU: the same launches on the same arrays."""
+
+    function: Callable[[], None]
+
+    def replay(self) -> None:
+        self.function()
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: _Replayable
+    room: Mapping[Hashable, tuple[int, ...]]
+    """Shapes that its arrays have room for."""
+
+
+@dataclass(eq=False)
+class _Iteration:
+    host: DenseBatch
+    batch: DeviceBatch
+    begun: Mark
+    tokens: StepTensors | None = None
+    """On their way to the host; None before the iteration is sampled."""
+    ended: Mark | None = None
+
+
+class CudaExecutor:
+    """Runs a program whose plan has a single lane on all SMs.
+
+    Args:
+        program: the compiled plan; its buffers are allocated once, here.
+        weights: of all layers and of what stands before and after them, on `device`.
+        kv: size of the paged KV cache, allocated here.
+        slots: requests that may run at once.
+        dtype: of activations and KV cache.
+        graphs: capture CUDA graphs (of plans with one nano-batch); without, every kernel is launched on its own. On a
+            CPU, for tests of everything else, the same launches are repeated in their place.
+
+    Raises:
+        CaptureError: memory ran out while graphs were captured.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights,
+        kv: KVLayout,
+        *,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        graphs: bool = True,
+    ) -> None:
+        if len(program.lanes) > 1:
+            raise ValueError(f"this executor runs one lane, and the plan has {', '.join(program.lanes)}")
+        plan = program.plan
+        sampled_rows = min(SAMPLED_ROWS, slots, plan.capacity)
+        self.bound = BoundProgram(program, weights, kv, dtype=dtype, device=device, sampled_rows=sampled_rows)
+        self.sampler = Sampler(program.graph.vocab_size, slots, device)
+        self.row_buckets = buckets(plan.capacity) if len(plan.nano_batches) == 1 else ()
+        self.sampled_buckets = buckets(sampled_rows)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._static = StaticArrays(device)
+        self._eager = DeviceArrays(device)
+        self._layers: dict[int, _Captured] = {}
+        self._heads: dict[int, _Replayable] = {}
+        self._head_rows = torch.zeros(sampled_rows, dtype=torch.int64, device=device)
+        self._in_flight: deque[_Iteration] = deque()
+        self._last_end: Mark | None = None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        if graphs and self.row_buckets:
+            with self._on_device():
+                self._capture_all()
+
+    @property
+    def program(self) -> Program:
+        return self.bound.program
+
+    def launch(self, batch: DenseBatch) -> None:
+        """Queue an iteration; see `Executor.launch`."""
+        with self._on_device():
+            if self._in_flight and self._in_flight[-1].tokens is None:
+                self._sample(self._in_flight[-1])
+            begun = Mark(self.bound.device)
+            iteration = _Iteration(batch, self._run_layers(batch), begun)
+            self._in_flight.append(iteration)
+            if batch.sampling is None or batch.sampling.masks is None:
+                self._sample(iteration)
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest iteration launched; see `Executor.collect`."""
+        iteration = self._in_flight.popleft()
+        if iteration.tokens is None:
+            with self._on_device():
+                self._sample(iteration)
+        assert iteration.tokens is not None and iteration.ended is not None
+        iteration.ended.wait()
+        idle = 0.0 if self._last_end is None else max(0.0, self._last_end.until(iteration.begun))
+        self._last_end = iteration.ended
+        seconds = iteration.begun.until(iteration.ended)
+        return replace(iteration.tokens.to_host(), seconds=seconds, idle_seconds=idle)
+
+    def close(self) -> None:
+        """Wait for what runs, and drop what was not collected."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._in_flight.clear()
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        with torch.inference_mode(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            yield
+
+    def _run_layers(self, host: DenseBatch) -> DeviceBatch:
+        """Queue embedding and layers: a graph's replay if there is one for these rows, else kernel by kernel."""
+        captured = self._layers.get(host.rows)
+        if captured is not None:
+            batch = self._device_batch(host, self._static)
+            if self._static.fill(batch, captured.room):
+                captured.graph.replay()
+                return batch
+        batch = self._device_batch(host, self._eager)
+        self._queue_layers(batch)
+        return batch
+
+    def _queue_layers(self, batch: DeviceBatch) -> None:
+        self.bound.begin(batch, self.sampler.last_tokens)
+        for index in range(len(self.program.steps)):
+            self.bound.step(batch, index)
+
+    def _sample(self, iteration: _Iteration) -> None:
+        """Queue head and sampling, wait for masks on the way if there are any, and start the tokens' way to the
+        host."""
+        sampling, batch = iteration.host.sampling, iteration.batch
+        tokens = NOTHING_SAMPLED
+        if sampling is not None:
+            count = len(sampling)
+            rows_S, slots_S = batch.sampled_rows_S[:count], batch.sampled_slots_S[:count]
+            tokens = self.sampler.sample_chunks(
+                sampling, lambda entries: self._head(batch, rows_S[entries]), self.bound.sampled_rows, slots_S
+            )
+        iteration.tokens = tokens.start_copy()
+        iteration.ended = Mark(self.bound.device)
+
+    def _head(self, batch: DeviceBatch, rows_S: torch.Tensor) -> torch.Tensor:
+        count = len(rows_S)
+        padded = next(bucket for bucket in self.sampled_buckets if bucket >= count)
+        # Padding takes rows of an earlier head: any row will do.
+        self._head_rows[:count].copy_(rows_S)
+        head = self._heads.get(padded)
+        if head is None:
+            return self.bound.head(batch, self._head_rows[:padded])[:count]
+        head.replay()
+        return self.bound.buffers["logits"][:count]
+
+    def _device_batch(self, host: DenseBatch, arrays: DeviceArrays) -> DeviceBatch:
+        kv = self.bound.kv_layout
+        return DeviceBatch(host, self.bound.device, kv.page_size, arrays, kv.pages_per_sequence or kv.pages)
+
+    def _capture_all(self) -> None:
+        """Capture the graphs of all buckets."""
+        pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
+        what = "the largest batch"
+        try:
+            largest = _capture_batch(self.row_buckets[-1])
+            batch = self._device_batch(largest, self._static)
+            self._queue_layers(batch)
+            self._note_sampled(batch)
+            self._static.lay_out()
+            for rows in reversed(self.row_buckets):
+                what = f"{rows} rows"
+                host = _capture_batch(rows)
+                self._static.take_room()
+
+                def layers(host: DenseBatch = host) -> None:
+                    batch = self._device_batch(host, self._static)
+                    self._queue_layers(batch)
+                    self._note_sampled(batch)
+
+                graph = self._capture(layers, pool)
+                self._layers[rows] = _Captured(graph, self._static.take_room())
+            for rows in reversed(self.sampled_buckets):
+                what = f"the head of {rows} rows"
+
+                def head(rows: int = rows) -> None:
+                    self.bound.head(batch, self._head_rows[:rows])
+
+                self._heads[rows] = self._capture(head, pool)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise CaptureError(f"memory ran out in the capture of {what}") from error
+
+    def _note_sampled(self, batch: DeviceBatch) -> None:
+        """What the head reads is copied with the layers' arrays."""
+        batch.sampled_rows_S, batch.sampled_slots_S  # noqa: B018
+
+    def _capture(self, function: Callable[[], None], pool: Any) -> _Replayable:
+        """Run `function` once, which compiles and loads its kernels, then capture it."""
+        function()
+        if self._stream is None:
+            return _Function(function)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may go on using the GPU.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+        return graph
+
+
+def _capture_batch(rows: int) -> DenseBatch:
+    """A batch of `rows` rows that makes every operation run: a decode row, a prompt of one token, padding."""
+    one, page = np.ones(1, np.int32), np.full((1, 1), RESERVED_PAGE, np.int32)
+    prefill = min(1, rows - 1)
+    return DenseBatch(
+        nano_batches=(NanoBatchRows(0, 1, prefill, rows - 1 - prefill),),
+        token_ids=np.zeros(rows, np.int32),
+        positions=np.zeros(rows, np.int32),
+        slots=np.zeros(rows, np.int32),
+        kv_index=np.zeros(rows, np.int64),
+        decode_rows=np.zeros(1, np.int32),
+        decode_context=one,
+        decode_pages=page,
+        decode_splits=np.array([0, 1], np.int32),
+        prefill_rows=one[:prefill],
+        prefill_lengths=one[:prefill],
+        prefill_context=one[:prefill],
+        prefill_pages=page[:prefill],
+        prefill_splits=np.array([0, prefill], np.int32),
+    )

@@ -129,6 +129,9 @@ class EngineSection(Section):
         "output tokens (then the longest prompt), so that no long one is left over at the end. Tokens stay the same.",
     )
     max_model_len: AutoOrCount = Field("auto", description="Tokens of a prompt with its output; auto: the model's own.")
+    cuda_graphs: bool = Field(
+        True, description="On a GPU, capture whole iterations; false launches every kernel on its own, to find faults."
+    )
     page_size: AutoOrCount = Field("auto", description="Tokens of a KV page.")
     kv_memory: Annotated[float | int | str, BeforeValidator(_kv_memory)] = Field(
         "auto",

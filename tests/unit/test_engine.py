@@ -178,7 +178,7 @@ def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput])
         executor.bound._outer_kernels["embed"] = poisoned
         assert_same(run_all(llm), expected)
         assert llm.engine.stats.padding_rows > 0
-        assert all(bool(kv[RESERVED_PAGE].isnan().any()) for kv in executor.kv), "padding rows wrote nothing"
+        assert all(bool(kv[RESERVED_PAGE].isnan().any()) for kv in executor.bound.kv), "padding rows wrote nothing"
 
 
 def test_stop_string_is_cut_and_counts_no_late_token(alone: LLM) -> None:
@@ -237,7 +237,7 @@ def test_a_failing_kernel_ends_the_run(folder: Path) -> None:
         def broken(context: NanoContext) -> None:
             raise RuntimeError("the kernel failed")
 
-        executor._kernels["o"] = broken
+        executor.bound._kernels["o"] = broken
         with pytest.raises(RuntimeError, match="the kernel failed"):
             llm.generate([[5, 6]])
 

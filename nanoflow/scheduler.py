@@ -279,7 +279,7 @@ class Scheduler:
         # Entries that need more than their token appended. One that is not live was preempted or has ended.
         special = ~live
         special[live] = (
-            (np.isin(output.tokens[live], self.eos_token_ids) & ~slots.ignore_eos[own])
+            ((output.tokens[live, None] == self.eos_token_ids).any(axis=1) & ~slots.ignore_eos[own])
             | (seen >= slots.limit[own])
             | (seen == 1)
             | slots.has_stop_ids[own]
@@ -287,10 +287,12 @@ class Scheduler:
             | slots.wants_logprobs[own]
         )
         self._pacer.stop_rate.observe(tokens=int(np.count_nonzero(~slots.certain[own])), stops=0)
-        received = [s for s in iteration.sampled if s.finish_reason is None]
-        for sequence, token in zip(iteration.sampled, output.tokens.tolist(), strict=True):
-            if sequence.finish_reason is None:
-                sequence.output.append(token)
+        received, tokens = iteration.sampled, output.tokens.tolist()
+        if not live.all():  # those that ended since then get none; a live one has not
+            entries = [entry for entry, s in enumerate(received) if s.finish_reason is None]
+            received, tokens = [received[entry] for entry in entries], [tokens[entry] for entry in entries]
+        for sequence, token in zip(received, tokens, strict=True):
+            sequence.output.append(token)
         for entry in np.flatnonzero(special).tolist():
             sequence = iteration.sampled[entry]
             if not live[entry]:
@@ -301,8 +303,8 @@ class Scheduler:
             if sequence.finish_reason is None:
                 self._inspect(sequence, output, entry, now)
         # Most had the token before together, in one iteration; a first token has none before it.
-        times, tokens = np.unique(before[before > 0], return_counts=True)
-        self.token_gaps = dict(zip((now - times).tolist(), tokens.tolist(), strict=True))
+        times, counts = np.unique(before[before > 0], return_counts=True)
+        self.token_gaps = dict(zip((now - times).tolist(), counts.tolist(), strict=True))
         return received
 
     def _inspect(self, sequence: Sequence, output: StepOutput, entry: int, now: float) -> None:

@@ -1,0 +1,91 @@
+"""The executor of CUDA graphs on a CPU: what its graphs would replay is launched again on the same static arrays.
+
+At that, kernels see the batch of the capture; all that they know of the real one is what the iteration's one copy
+brings. A kernel that looks at the batch itself, or an array that has no room, gives wrong tokens here.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanoflow import LLM, RequestOutput, SamplingParams, loading
+from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
+from nanoflow.structured_outputs import StructuredOutputs
+from tests.unit.test_engine import REQUESTS, assert_same
+from tests.unit.tiny_model import save_tiny_llama
+
+PLAN = """
+capacity: 48
+nano_batches:
+  a: {decode: 1, prefill: 1, rows: 48}
+period:
+  - whole:
+      main: [qkv]
+kernels: {decode_attention: triton, prefill_attention: triton}
+"""
+
+# Twenty prompts of one token make more prompts in one batch than a capture has room for.
+SHORT = [([7 + number], SamplingParams(max_tokens=3, temperature=1.0, seed=number)) for number in range(20)]
+FORMED = [
+    ([5, 6], SamplingParams(max_tokens=12, seed=3, structured_outputs=StructuredOutputs(regex="[a-d]{4}-[0-9]{2,6}"))),
+    ([9], SamplingParams(max_tokens=6, structured_outputs=StructuredOutputs(choice=("yes", "no", "perhaps")))),
+]
+MIX = SHORT + FORMED + [pair for pair in REQUESTS if len(pair[0]) < 40 and pair[1].max_tokens <= 30][:8]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+    (folder / "plan.yaml").write_text(PLAN)
+    return folder
+
+
+def run(folder: Path, **options: Any) -> tuple[list[RequestOutput], LLM]:
+    sizes = {"kv_memory": "1MiB", "page_size": 16, "max_batch_tokens": 48, "max_running": 24, **options}
+    with LLM(model=folder, dtype="float32", device="cpu", **sizes) as llm:
+        params = [one if one.seed is not None else one.replace(seed=5) for _, one in MIX]
+        return llm.generate([prompt for prompt, _ in MIX], params), llm
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[RequestOutput]:
+    return run(folder)[0]
+
+
+def test_a_mix_gives_the_reference_executors_tokens(
+    folder: Path, expected: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[CudaExecutor] = []
+    filled: Counter[bool] = Counter()
+
+    def executor(model: Any, engine: Any, program: Any, weights: Any, kv: Any) -> CudaExecutor:
+        sizes = {"slots": engine.max_running, "dtype": model.dtype, "device": model.device}
+        made.append(CudaExecutor(program, weights, kv, **sizes))
+        fill = made[0]._static.fill
+
+        def counted(*arguments: Any) -> bool:
+            filled[fits := fill(*arguments)] += 1
+            return fits
+
+        monkeypatch.setattr(made[0]._static, "fill", counted)
+        return made[0]
+
+    monkeypatch.setattr(loading, "_executor", executor)
+    # The head takes 24 rows at a time at most, and memory for some 25 pages makes requests wait and be preempted.
+    outputs, llm = run(folder, plan=folder / "plan.yaml", kv_memory=26 * 16 * 512)
+    assert_same(outputs, expected)
+    stats = llm.engine.stats
+    assert stats.padding_rows > 0
+    assert filled[True] > 15 and filled[False] >= 1, "iterations were replayed, and some had no room"
+    assert set(made[0]._layers) == {8, 16, 32, 48} and set(made[0]._heads) == {8, 16, 24}
+
+
+def test_buckets_are_close_and_end_with_the_largest() -> None:
+    for most in (1, 7, 8, 48, 64, 100, 1024, 1100, 2048, 8192):
+        found = buckets(most)
+        assert list(found) == sorted(set(found)) and found[-1] == most
+        for rows in range(1, most + 1):
+            padded = next(bucket for bucket in found if bucket >= rows)
+            assert padded - rows < (8 if rows <= 8 else 16 if rows <= 32 else 32 if rows <= 64 else 64 if rows <= 1024 else 128)

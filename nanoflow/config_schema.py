@@ -150,6 +150,11 @@ class OutputSection(Section):
     """Where results go."""
 
     path: Name = Field("out/completions.jsonl", description="A JSONL file, relative to the working folder.")
+    sort: bool = Field(
+        False,
+        description="Whether a complete output is put into the order of the input; until then its lines are in the "
+        "order in which requests finish.",
+    )
 
     @property
     def report_path(self) -> Path:

@@ -22,6 +22,10 @@ DUPLICATE = "duplicate_custom_id"
 """Code of the error record of a line whose custom_id was there before."""
 
 _ID = re.compile(r"batch_req_(\d{1,18})")
+_ANSWER = re.compile(rb'\{"id":"batch_req_(\d{1,18})","custom_id":("(?:[^"\\]|\\.)*"),"response":\{')
+"""How the record of an answered request begins, as it is written: then the rest, which is long, need not be parsed."""
+_ELSEWHERE = 2**62
+"""Added to the line of a record whose request is not in the input any more: it comes after all that are."""
 _RECORDED = 1
 """Value of a key that has a record and was not met in the input yet; a key met at line n has n + 1."""
 _KEY = Struct("<QQ")
@@ -120,6 +124,23 @@ class Ledger:
         self.completed += answered
         self.errors += not answered
         return True
+
+    def place(self, raw: bytes) -> int:
+        """Where the record `raw` belongs in an output in the order of the input, once all of the input was taken.
+
+        This is the line of its request, by its key; what is not in the input any more comes last, by its old line.
+        """
+        answer = _ANSWER.match(raw)
+        if answer is not None:
+            line, custom_id, code = int(answer[1]), json.loads(answer[2]), None
+        else:
+            record = json.loads(raw)
+            line, custom_id = int(record["id"].removeprefix("batch_req_")), record["custom_id"]
+            code = record["error"]["code"] if record["error"] is not None else None
+        if custom_id is None or code == DUPLICATE:
+            return line
+        met = self._keys.get(_id_key(custom_id))
+        return met - 1 if met > _RECORDED else _ELSEWHERE + line
 
     def take(self, item: ParsedRequest | ErrorRecord) -> ParsedRequest | ErrorRecord | None:
         """What is to be done about an item of the input: run or write it; None if it has its record already.

@@ -9,7 +9,7 @@ weights are read; what is wrong with one line becomes that line's error record.
     build the engine, its KV cache sized by the requests that are ready
     while requests are left:
         fill the engine's queue from the feed; step; write what is finished
-    report
+    report; sort the output, if that is asked for
 """
 
 import sys
@@ -19,7 +19,7 @@ from threading import Event, Thread
 
 from nanoflow.config import RunConfig, save_config
 from nanoflow.engine import Engine
-from nanoflow.errors import InputError
+from nanoflow.errors import InputError, OutputError
 from nanoflow.feed import Feed, Prompt
 from nanoflow.input_files import InputFiles
 from nanoflow.interrupt import Interrupts
@@ -88,6 +88,11 @@ def run(
         OutputWriter(config.output.path, restart=restart) as writer,
         Monitoring(config, quiet=quiet) as monitoring,
     ):
+        if config.output.sort and not writer.regular:
+            raise OutputError(
+                f"output.sort: {writer.path} is a device or a pipe, whose lines cannot be put in order afterwards; "
+                "set it to false, or output.path to a file"
+            )
         model = open_model(config.model, config.engine)
         identity = fingerprint(config, model)
         ledger = Ledger()
@@ -103,6 +108,7 @@ def run(
         with Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed:
             ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
             if feed.exhausted:
+                _sort(config, writer, ledger, quiet)
                 return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
             engine = engine_for(config, model, ahead, more=not feed.ended)
             feed.prepare = engine.check
@@ -140,6 +146,8 @@ def run(
                 earlier=ledger.records,
             )
             report.save(config.output.report_path)
+            if serving.complete:
+                _sort(config, writer, ledger, quiet)
             return RunOutcome(
                 report,
                 ledger.completed + recorder.completed,
@@ -147,6 +155,18 @@ def run(
                 ledger.records,
                 None if serving.complete else interrupts.signal,
             )
+
+
+def _sort(config: RunConfig, writer: OutputWriter, ledger: Ledger, quiet: bool) -> None:
+    """Put a complete output into the order of the input, if that is asked for. Raises OutputError."""
+    if not config.output.sort:
+        return
+    order = writer.line_order(ledger.place)
+    if order is None:
+        return
+    if not quiet:
+        print(f"sorting {len(order):,} records into the order of the input", file=sys.stderr, flush=True)
+    writer.reorder(order)
 
 
 def _describe(config: RunConfig, identity: Fingerprint) -> None:

@@ -7,6 +7,8 @@ Contract:
   that time at most, and the next run finds out which.
 - If the disk fills up, the file is cut back to its last whole line and the run ends with a message.
 - What an older run wrote is replaced only when there is a new line to put in its place.
+- Lines that are taken out or put in order are copied into a new file, which then takes the old one's place: whatever
+  ends the process meanwhile, all lines are there.
 """
 
 import fcntl
@@ -16,11 +18,12 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from nanoflow.errors import OutputError
+from nanoflow.sorting import LineOrder, copy_in_order, find_order
 
 __all__ = ["SYNC_SECONDS", "OutputWriter", "encode", "replace_file"]
 
@@ -57,6 +60,7 @@ class OutputWriter:
                 f"output.path: cannot write {self.path}: {_reason(error)}; choose another path"
             ) from error
         self._open = True
+        self._swap = Lock()  # held while `_file` is replaced, or synced
         self._unsynced = Event()
         self._closing = Event()
         self._sync_error: OSError | None = None
@@ -64,10 +68,14 @@ class OutputWriter:
         self._syncer.start()
 
     @property
+    def regular(self) -> bool:
+        """Whether it is a file, and not a device or a pipe."""
+        return stat.S_ISREG(os.fstat(self._file).st_mode)
+
+    @property
     def size(self) -> int:
         """Bytes in the file; 0 of a device or a pipe."""
-        status = os.fstat(self._file)
-        return status.st_size if stat.S_ISREG(status.st_mode) else 0
+        return os.fstat(self._file).st_size if self.regular else 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; when this returns, the operating system has all of it. Raises OutputError."""
@@ -101,8 +109,10 @@ class OutputWriter:
         Returns:
             Whole lines that were dropped. Raises OutputError.
         """
-        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+        if not self.regular:
             return 0
+        with suppress(OSError):  # of a run that was killed while it rewrote the file
+            self._beside.unlink()
         dropped, gap, end = 0, False, 0
         keep = judge()
         try:
@@ -114,7 +124,7 @@ class OutputWriter:
                     gap = gap or end + len(line) != file.tell()
                     end = file.tell()
             if gap:
-                self._rewrite(judge())
+                self._rewrite(lambda copy: self._copy_kept(copy, judge()))
             elif end != os.fstat(self._file).st_size:
                 os.ftruncate(self._file, end)
         except OSError as error:
@@ -123,6 +133,32 @@ class OutputWriter:
                 "or choose another path"
             ) from error
         return dropped
+
+    def line_order(self, place: Callable[[bytes], int]) -> LineOrder | None:
+        """The order of the lines by the places that `place` gives; None if they are in it. Raises OutputError."""
+        if self._replacing and not self._started:
+            return None  # an older run's, which are about to go
+        try:
+            with self.path.open("rb") as file:
+                return find_order(file, place)
+        except OSError as error:
+            raise OutputError(f"output.sort: cannot read {self.path}: {_reason(error)}") from error
+
+    def reorder(self, order: LineOrder) -> None:
+        """Put the lines into an order that `line_order` gave. Raises OutputError; then they are as they were."""
+
+        def copy_lines(copy: BinaryIO) -> None:
+            with self.path.open("rb") as old:
+                copy_in_order(old.fileno(), order, copy.write)
+
+        try:
+            self._rewrite(copy_lines)
+        except OSError as error:
+            raise OutputError(
+                f"output.sort: cannot sort {self.path}: {_reason(error)}; all its records are there, in the order in "
+                f"which they were finished: make room for {order.lengths.sum():,} bytes beside it, and the same "
+                "command sorts them"
+            ) from error
 
     def close(self, *, keep_empty: bool = True) -> None:
         """Close the file. Without `keep_empty`, a file that this run made and wrote nothing to is removed."""
@@ -177,14 +213,23 @@ class OutputWriter:
         with suppress(OSError):  # a device has no length
             os.ftruncate(self._file, length)
 
-    def _rewrite(self, keep: Callable[[bytes], bool]) -> None:
+    @property
+    def _beside(self) -> Path:
         target = self.path.resolve()  # a link stays a link
-        beside = target.with_name(target.name + ".new")
+        return target.with_name(target.name + ".new")
+
+    def _copy_kept(self, copy: BinaryIO, keep: Callable[[bytes], bool]) -> None:
+        with self.path.open("rb") as old:
+            copy.writelines(line for line, whole in _lines(old) if whole and keep(line))
+
+    def _rewrite(self, fill: Callable[[BinaryIO], None]) -> None:
+        """Put a file that `fill` writes in the place of this one; nobody finds anything but the old one or the new."""
+        beside, target = self._beside, self.path.resolve()
         new = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             _lock(new, beside)
-            with self.path.open("rb") as old, os.fdopen(new, "ab", _PIECE, closefd=False) as copy:
-                copy.writelines(line for line, whole in _lines(old) if whole and keep(line))
+            with os.fdopen(new, "ab", _PIECE, closefd=False) as copy:
+                fill(copy)
             os.fchmod(new, stat.S_IMODE(os.fstat(self._file).st_mode))
             os.fsync(new)
             os.rename(beside, target)
@@ -194,8 +239,9 @@ class OutputWriter:
                 beside.unlink()
             raise
         sync_folder(target.parent)
-        old_file, self._file = self._file, new
-        os.close(old_file)
+        with self._swap:
+            old_file, self._file = self._file, new
+            os.close(old_file)
 
     def _sync(self) -> None:
         """Bring lines to the disk, away from the loop that writes them: the call waits for the disk."""
@@ -203,12 +249,13 @@ class OutputWriter:
             if not self._unsynced.is_set():
                 continue
             self._unsynced.clear()
-            try:
-                os.fsync(self._file)
-            except OSError as error:
-                if stat.S_ISREG(os.fstat(self._file).st_mode):
-                    self._sync_error = error
-                return
+            with self._swap:
+                try:
+                    os.fsync(self._file)
+                except OSError as error:
+                    if self.regular:
+                        self._sync_error = error
+                    return
 
 
 def replace_file(path: Path, text: str) -> None:

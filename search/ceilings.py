@@ -52,7 +52,7 @@ def _block_bytes(device: torch.device) -> int:
 def _gemm(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     """A product of two [size, size] matrices through `Linear`."""
     linear = Linear("gemm", "source", "target", size, [size], ["gemm"])
-    source, weight = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    source, weight = (torch.empty(size, size, device=device, dtype=dtype).normal_() for _ in range(2))
     context = SimpleNamespace(
         weights={"weight": linear.pack("weight", weight)},
         rows={"source": source, "target": torch.empty_like(source)}.__getitem__,

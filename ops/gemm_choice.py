@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -24,6 +24,9 @@ __all__ = ["Choice", "Choices", "choice_folders", "choose", "machine_of", "store
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+
+Calls = TypeVar("Calls")
+"""What a timer takes."""
 
 Key = tuple[int, int, int, str, bool]
 """Output columns and input columns of the weight, SMs, dtype, SiLU."""
@@ -107,7 +110,7 @@ class Choices:
             if found.get(name) != here:
                 raise ValueError(
                     f"{path}: measured with {name} {found.get(name)!r}, here it is {here!r}; measure again with "
-                    "python -m benchmarks.kernels gemm"
+                    "python -m benchmarks.gemm_choices"
                 )
         choices = cls(machine)
         try:
@@ -126,18 +129,23 @@ class Choices:
         return choices
 
 
+MARGINS = {"cublas": 1.0, "triton": 1.005, "deep_gemm": 1.02}
+"""What times are multiplied by before they are compared: noise shall not choose, and DeepGEMM, an extra that other
+machines may lack, must be worth it."""
+
+
 def choose(
-    kernels: Mapping[str, tuple[Choice, Callable[[], object]]],
-    timer: Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, float]],
+    kernels: Mapping[str, tuple[Choice, Calls]],
+    timer: Callable[[Mapping[str, Calls], float], Mapping[str, float]],
     *,
     seconds: float = 0.2,
     finalists: int = 3,
     part: bool = False,
 ) -> Choice:
-    """Measure candidates of one shape and return the fastest.
+    """Measure candidates of one shape and return the fastest; see `MARGINS`.
 
     Args:
-        kernels: by name, the choice it stands for (its times are filled in here) and one call of it; ``cublas`` is one.
+        kernels: by name, the choice it stands for (its times are filled in here) and its calls; ``cublas`` is one.
         timer: times calls against each other, hot, so many seconds each: milliseconds by name.
         seconds: for each finalist; all candidates get a quarter of that first.
         part: the shape is for a part of the SMs. cuBLAS, which takes them all, is then measured but not chosen.
@@ -146,7 +154,8 @@ def choose(
     first = timer(calls, seconds / 4)
     best = sorted(first, key=lambda name: first[name])[:finalists]
     last = timer({name: calls[name] for name in {*best, "cublas"}}, seconds)
-    winner = min((name for name in last if not (part and name == "cublas")), key=lambda name: last[name])
+    eligible = (name for name in last if not (part and name == "cublas"))
+    winner = min(eligible, key=lambda name: last[name] * MARGINS[kernels[name][0].kernel])
     choice = kernels[winner][0]
     return Choice(choice.kernel, choice.config, last[winner], last["cublas"])
 

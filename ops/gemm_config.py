@@ -160,7 +160,10 @@ TILES = (
 SILU_TILES = (
     GemmConfig(128, 128, 0, 64, 8, 4, epilogue_parts=2),
     GemmConfig(128, 128, 0, 64, 8, 4, epilogue_parts=4, split=True),
-    GemmConfig(256, 64, 0, 64, 8, 4),
+    GemmConfig(128, 128, 0, 64, 8, 4, epilogue_parts=4, flatten=True),
+    GemmConfig(128, 128, 0, 64, 8, 3, epilogue_parts=2, flatten=True),
+    GemmConfig(128, 64, 0, 64, 4, 3, ctas_per_sm=2, epilogue_parts=2),
+    GemmConfig(64, 128, 0, 64, 4, 4, epilogue_parts=2),
 )
 """The same with SiLU, where a tile has two accumulators of `block_n` columns."""
 

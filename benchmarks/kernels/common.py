@@ -68,9 +68,12 @@ def time_interleaved(
     seconds: float = 0.5,
     *,
     warmup_seconds: float = 0.3,
+    slice_seconds: float = SLICE_SECONDS,
     device: str | torch.device = "cuda",
 ) -> dict[str, Timing]:
     """Time candidates against each other, `seconds` of replays each, after `warmup_seconds` of them all in turn.
+
+    They take turns of about `slice_seconds`: shorter ones compare better, but tell no energy.
 
     A candidate is a call, or several calls that do the same on different inputs, which then take turns (for inputs that
     would otherwise stay in the L2 cache). It must be launchable in a CUDA graph: no synchronisation, the same buffers
@@ -85,7 +88,7 @@ def time_interleaved(
             replay.run_for(min(0.05, warmup_seconds))
         if time.perf_counter() >= ends:
             break
-    rounds = max(2, math.ceil(seconds / SLICE_SECONDS))
+    rounds = max(2, math.ceil(seconds / slice_seconds))
     for _ in range(rounds):
         for replay in replays.values():
             replay.run_for(seconds / rounds, record=True)

@@ -1,12 +1,12 @@
 """GEMM: every kernel and config against float32, and who is fastest for Llama-3-8B's linears.
 
 Each shape's candidates are timed briefly, the best against cuBLAS (and DeepGEMM, where it is installed) at length.
-Weights rotate so that they come from memory, as in a model. The choices are stored for the engine under
-``$XDG_CACHE_HOME/nanoflow/gemm``; a file copied to ``configs/gemm`` is shipped. The summary's rows are ``gemm``, what
-was tried is ``gemm try``.
+Weights rotate so that they come from memory, as in a model. The summary's rows are ``gemm``, what was tried is ``gemm
+try``. What the engine takes is measured at more numbers of rows, by ``python -m benchmarks.gemm_choices``.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from benchmarks.kernels.common import check_row, poisoned, randn, relative_error, time_interleaved, time_row
 from nanoflow.ops.gemm import GemmKernel, device_sms, matmul, unavailable
-from nanoflow.ops.gemm_choice import Choice, Choices, choice_file, choice_folders, choose, machine_of
+from nanoflow.ops.gemm_choice import Choice, choose
 from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, Workspace, candidates
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -33,9 +33,10 @@ FINALISTS = 3
 
 def compile_all(device: str) -> None:
     """Every config once, several at a time: compilation runs in threads of C++."""
+    inputs = 4096 if torch.device(device).type == "cuda" else 256  # steps enough for split configs to split
 
     def launch(config: GemmConfig, silu: bool) -> None:
-        x, w = randn(256, 256, device=device), randn(512, 256, device=device)
+        x, w = randn(256, inputs, device=device), randn(512, inputs, device=device)
         matmul(x, w, poisoned(256, 256 if silu else 512, device=device), silu=silu, kernel="triton", config=config)
 
     wanted = [(config, False) for config in TILES] + [(config, True) for config in SILU_TILES]
@@ -78,56 +79,66 @@ def check(device: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape at one number of rows and SMs."""
+    """One weight of `columns` x `inputs` at one number of rows and SMs."""
 
     name: str
+    columns: int
+    inputs: int
     rows: int
     sms: int
     whole: bool
     silu: bool
 
     def __str__(self) -> str:
-        n, k = SHAPES[self.name]
-        return f"{self.name}{' + silu_mul' if self.silu else ''} {self.rows}x{n}x{k} on {self.sms} SMs"
+        shape = f"{self.rows}x{self.columns}x{self.inputs}"
+        return f"{self.name}{' + silu_mul' if self.silu else ''} {shape} on {self.sms} SMs"
+
+    def inputs_and_weights(self, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Random rows, and as many weights as are needed to come from memory when they take turns."""
+        count = (
+            math.ceil(ROTATED_BYTES / (2 * self.columns * self.inputs)) if torch.device(device).type == "cuda" else 1
+        )
+        weights = [randn(self.columns, self.inputs, device=device) / self.inputs**0.5 for _ in range(count)]
+        return randn(self.rows, self.inputs, device=device), weights
 
     def calls(
         self, kernel: GemmKernel, config: GemmConfig | None, x: torch.Tensor, weights: list[torch.Tensor]
     ) -> list[Callable[[], object]]:
-        """One call for each of the rotated weights."""
-        n = weights[0].shape[0]
-        out = poisoned(self.rows, n // 2 if self.silu else n, device=x.device)
-        if kernel == "triton" or not self.silu:
+        """One call for each of the weights; with SiLU, all that makes the activated product."""
+        out = poisoned(self.rows, self.columns // 2 if self.silu else self.columns, device=x.device)
+        options: dict[str, Any] = {"silu": self.silu, "sms": self.sms, "kernel": kernel, "config": config}
+        if config:
             # Its own: one that is made while a graph is captured would be cleared by every call.
-            workspace = Workspace(config, self.sms, x.device, silu=self.silu) if config else None
-            options = {"silu": self.silu, "sms": self.sms, "kernel": kernel, "config": config, "workspace": workspace}
-            run = partial(matmul, x, out=out, **options)  # type: ignore[arg-type]
-            return [partial(run, w) for w in weights]
-        both = poisoned(self.rows, n, device=x.device)
+            options["workspace"] = Workspace(config, self.sms, x.device, silu=self.silu)
+        if self.silu and kernel != "triton":
+            options["intermediate"] = poisoned(self.rows, self.columns, device=x.device)
+        run = partial(matmul, x, out=out, **options)
+        return [partial(run, w) for w in weights]
 
-        def two_kernels(w: torch.Tensor) -> None:
-            from nanoflow.ops.elementwise_triton import silu_mul
+    def runs(
+        self, x: torch.Tensor, weights: list[torch.Tensor], *, deep_gemm: bool = True, most: int | None = None
+    ) -> dict[str, tuple[Choice, list[Callable[[], object]]]]:
+        """What can compute it here, by name: the choice that it stands for, and its calls.
 
-            matmul(x, w, both, sms=self.sms, kernel=kernel)
-            silu_mul(both, out)
+        `most` limits our own kernels to the configs that are likeliest to be fast.
+        """
+        named: list[tuple[str, GemmKernel, GemmConfig | None]] = [("cublas", "cublas", None)]
+        if deep_gemm:
+            named.append(("deep_gemm", "deep_gemm", None))
+        if x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+            found = candidates(self.rows, self.columns, self.inputs, self.sms, silu=self.silu)
+            named += [(str(config), "triton", config) for config in found[:most]]
+        return {
+            label: (Choice(kernel, config, 0.0, 0.0), self.calls(kernel, config, x, weights))  # type: ignore[arg-type]
+            for label, kernel, config in named
+            if unavailable(kernel, x, weights[0], x) is None
+        }
 
-        return [partial(two_kernels, w) for w in weights]
 
-
-def measure(case: Case, device: str, seconds: float) -> tuple[Choice, list[dict[str, Any]]]:
-    """Who is fastest for one case, and the table of all that was tried."""
-    n, k = SHAPES[case.name]
-    weights = [randn(n, k, device=device) / k**0.5 for _ in range(math.ceil(ROTATED_BYTES / (2 * n * k)))]
-    x = randn(case.rows, k, device=device)
-    named: list[tuple[str, GemmKernel, GemmConfig | None]] = [
-        ("cublas", "cublas", None),
-        ("deep_gemm", "deep_gemm", None),
-        *((str(config), "triton", config) for config in candidates(case.rows, n, k, case.sms, silu=case.silu)),
-    ]
-    runs: dict[str, tuple[Choice, Any]] = {
-        label: (Choice(kernel, config, 0.0, 0.0), case.calls(kernel, config, x, weights))  # type: ignore[arg-type]
-        for label, kernel, config in named
-        if unavailable(kernel, x, weights[0], x) is None
-    }
+def measure(case: Case, device: str, seconds: float) -> list[dict[str, Any]]:
+    """Who is fastest for one case: the table of all that was tried."""
+    n, k = case.columns, case.inputs
+    runs = case.runs(*case.inputs_and_weights(device))
     flops = 2.0 * case.rows * n * k
     moved = 2.0 * (case.rows * k + n * k + case.rows * (n // 2 if case.silu else n))
     rows: list[dict[str, Any]] = []
@@ -150,8 +161,8 @@ def measure(case: Case, device: str, seconds: float) -> tuple[Choice, list[dict[
         return milliseconds
 
     # cuBLAS and DeepGEMM may be among the finalists: room for configs of our own beside them.
-    choice = choose(runs, timer, seconds=seconds, finalists=FINALISTS + 2, part=not case.whole)  # type: ignore[arg-type]
-    return choice, rows
+    choose(runs, timer, seconds=seconds, finalists=FINALISTS + 2, part=not case.whole)
+    return rows
 
 
 def time(device: str, quick: bool = False) -> list[dict[str, Any]]:
@@ -161,21 +172,16 @@ def time(device: str, quick: bool = False) -> list[dict[str, Any]]:
     """
     compile_all(device)
     whole = device_sms(torch.device(device))
-    cases = [Case(name, rows, whole, True, False) for rows in ROWS for name in SHAPES]
-    cases += [Case(name, ROWS[0], PARTITION, False, False) for name in SHAPES]
-    cases += [Case("gate_up", rows, whole, True, True) for rows in ROWS]
-    choices = Choices(machine_of(torch.device(device)))
+    cases = [Case(name, *SHAPES[name], rows, whole, True, False) for rows in ROWS for name in SHAPES]
+    cases += [Case(name, *SHAPES[name], ROWS[0], PARTITION, False, False) for name in SHAPES]
+    cases += [Case("gate_up", *SHAPES["gate_up"], rows, whole, True, True) for rows in ROWS]
     table: list[dict[str, Any]] = []
     for case in cases:
         if quick and case.rows != ROWS[0]:
             continue
         try:
-            choice, rows = measure(case, device, 0.2 if quick else 0.4)
+            table += measure(case, device, 0.2 if quick else 0.4)
         except KeyboardInterrupt:
             print(f"interrupted at {case}: the cases before it are kept", flush=True)
             break
-        choices.add(case.rows, *SHAPES[case.name], case.sms, torch.bfloat16, choice, silu=case.silu)
-        choices.save(choice_file(choice_folders()[0], str(choices.machine["gpu"])))
-        table += rows
-        print(f"{case}: {choice}", flush=True)
     return table

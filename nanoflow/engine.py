@@ -248,12 +248,13 @@ class Engine:
 
     def _account(self, iteration: Iteration, output: StepOutput) -> None:
         batch, stats = iteration.batch, self.stats
+        if stats.iterations:  # before the first, the device idled for whatever came before this engine
+            stats.idle_seconds += output.idle_seconds
         stats.iterations += 1
         stats.rows += batch.tokens
         stats.padding_rows += batch.rows - batch.tokens
         stats.largest_batch = max(stats.largest_batch, batch.tokens)
         stats.busy_seconds += output.seconds
-        stats.idle_seconds += output.idle_seconds
         work = work_of(batch)
         stats.work = stats.work + work
         stats.cost = stats.cost + self.graph.cost(work, self._itemsize)

@@ -41,6 +41,7 @@ def test_all_but_model_and_workload_has_a_default(run_yaml: Path) -> None:
         "max_model_len": "auto",
         "page_size": "auto",
         "kv_memory": "auto",
+        "cuda_graphs": True,
     }
     assert config.pipeline.plan == "sequential"
     assert config.output.path == str(Path.cwd() / "out/completions.jsonl")

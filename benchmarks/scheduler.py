@@ -271,6 +271,7 @@ def main() -> None:
             "buckets": BUCKETS,
         },
         "iteration_time": asdict(model),
+        "trace": arguments.trace.name if arguments.trace is not None else None,
         "repetitions": arguments.repetitions,
         "forming": forming,
         "runs": described,

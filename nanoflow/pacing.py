@@ -125,7 +125,8 @@ class Pacer:
                 self._carry = tokens - nearest
                 return nearest
         whole = max(int(tokens), least)
-        self._carry = max(0.0, tokens - whole)
+        # What was rounded up is still owed; what the least took beyond the rate is not.
+        self._carry = min(tokens, max(0.0, tokens - whole))
         return whole
 
     def _least_tokens(self, decode: int, partial: int | None) -> int:

@@ -12,6 +12,8 @@ from nanoflow.pacing import Pacer, sustainable_rate
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.sequence import Sequence
+from nanoflow.slots import SlotTable
+from nanoflow.waiting import WaitingQueue
 
 
 def same(count: int, held: float, left: float, certain: bool = True) -> Lengths:
@@ -184,6 +186,21 @@ def test_paced_batches_end_on_a_bucket_at_the_same_mean_rate():
     assert rows.mean() == pytest.approx(free.rows[free.steady].mean(), rel=0.005)
     assert bucketed.kv_share[bucketed.steady].mean() == pytest.approx(free.kv_share[free.steady].mean(), abs=0.005)
     assert abs(len(bucketed.rows) - len(free.rows)) < 0.01 * len(free.rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 1900), st.floats(0, 120), st.sampled_from([(), BUCKETS, (256, 512, 1024, 2048)]))
+def test_rounding_keeps_the_rate(decode, rate, buckets):
+    kv = KVCache(10, 64, 4, 8)
+    pacer = Pacer(kv, SlotTable(4), WaitingQueue(), max_running=4, max_tokens=2048)
+    pacer._sustainable_rate = lambda *_: rate  # prompts of one token
+    forecast = Forecast(same(0, 0, 0), 0.0)
+    budgets = [pacer.prompt_tokens(forecast, 0, decode, None, np.array(buckets, np.int64)) for _ in range(400)]
+    owed = np.cumsum(budgets) - rate * np.arange(1, 401)
+    assert owed.min() > -129 and owed.max() < 129
+    ends = {decode + budget for budget in budgets if budget}
+    if buckets == BUCKETS and rate > 64:  # the next bucket is always near enough
+        assert ends <= set(BUCKETS)
 
 
 def test_buckets_further_apart_than_the_rate_do_not_starve_or_flood():

@@ -16,6 +16,7 @@ Pseudo-code::
     collect:  the same for an iteration that waited; wait for its last event; its tokens
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -127,9 +128,12 @@ class CudaExecutor:
         self._last_end: Mark | None = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
+        begun = time.perf_counter()
         if graphs and self.row_buckets:
             with self._on_device():
                 self._capture_all()
+        self.capture_seconds = time.perf_counter() - begun
+        """What compiling kernels and capturing graphs took."""
 
     @property
     def program(self) -> Program:

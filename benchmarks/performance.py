@@ -4,7 +4,8 @@
     python -m benchmarks.performance --check    # status 1 if the page is not what the records say
 
 FLOPs and bytes are those that the operations of the traced graph declare; floors are those over the ceilings recorded
-in benchmarks/results/kernels.json; times are the record's own.
+in benchmarks/results/kernels.json; times are the record's own. The layer's products by rows are those of
+benchmarks/results/gemm_choices.json (``python -m benchmarks.gemm_choices --record ...``).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from nanoflow.ops.operation import Work
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 RECORD = ROOT / "benchmarks" / "results" / "kernels.json"
+CHOICES = ROOT / "benchmarks" / "results" / "gemm_choices.json"
 MODEL = "llama-3-8b"
 WORK = Work(
     decode_rows=600,
@@ -118,13 +120,40 @@ def times(record: dict[str, Any] | None) -> Iterator[str]:
         yield ""
 
 
+def products(record: dict[str, Any] | None) -> Iterator[str]:
+    """What a layer's products take at each number of rows, with the kernels that were chosen."""
+    if record is None:
+        yield f"Nothing is recorded yet: `python -m benchmarks.gemm_choices --record {CHOICES.relative_to(ROOT)}`."
+        return
+    versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "cuda", "triton") if name in record)
+    yield f"Recorded on {record['gpu']}, {record['linears_on_sms']} SMs, {record['model']}; {versions}."
+    yield ""
+    names = list(record["layers"][0]["linears"])
+    yield f"| rows | {' | '.join(names)} | together, us | us a row | cuBLAS alone, us |"
+    yield "|---" * (len(names) + 4) + "|"
+    for layer in sorted(record["layers"], key=lambda layer: int(layer["rows"])):
+        linears = (layer["linears"][name] for name in names)
+        kernels = (f"{1e3 * linear['milliseconds']:.1f}, {linear['kernel']}" for linear in linears)
+        together = 1e3 * layer["layer_milliseconds"]
+        yield (
+            f"| {layer['rows']} | {' | '.join(kernels)} | {together:,.1f} | {together / layer['rows']:.3f} | "
+            f"{1e3 * layer['cublas_layer_milliseconds']:,.1f} |"
+        )
+
+
 def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value else "-"
 
 
-def render(text: str, record: dict[str, Any] | None) -> str:
+def render(text: str, record: dict[str, Any] | None, choices: dict[str, Any] | None) -> str:
     """The page with every marked part made anew."""
-    for name, lines in (("machine", machine(record)), ("floors", floors(record)), ("times", times(record))):
+    parts = {
+        "machine": machine(record),
+        "floors": floors(record),
+        "times": times(record),
+        "products": products(choices),
+    }
+    for name, lines in parts.items():
         made = "\n".join(lines).strip()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         text, found = pattern.subn(lambda match, made=made: f"{match[1]}{made}{match[2]}", text)
@@ -137,7 +166,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     text = PAGE.read_text()
-    made = render(text, load())
+    made = render(text, load(), load(CHOICES))
     if args.check:
         return int(made != text)
     PAGE.write_text(made)

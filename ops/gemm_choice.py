@@ -173,8 +173,14 @@ def machine_of(device: torch.device) -> dict[str, Any]:
 
 def choice_folders() -> tuple[Path, ...]:
     """The user's store, then the shipped one."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache_home / "nanoflow" / "gemm", Path(__file__).parent.parent / "configs" / "gemm"
+    return _folders(os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+
+
+@cache
+def _folders(cache_home: str | None, home: str | None) -> tuple[Path, ...]:
+    """Once for each pair of what the environment says: every product of an eager run asks."""
+    cached = Path(cache_home) if cache_home else Path(home or Path.home()) / ".cache"
+    return cached / "nanoflow" / "gemm", Path(__file__).parent.parent / "configs" / "gemm"
 
 
 def choice_file(folder: Path, gpu: str) -> Path:

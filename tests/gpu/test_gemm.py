@@ -1,11 +1,15 @@
 """GEMM on the GPU against float64: every config, odd sizes, unaligned rows, poisoned outputs, graphs, two streams."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
 
 from nanoflow.ops.gemm import matmul, unavailable
 from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, Workspace
+from nanoflow.ops.operation import NanoContext
+from tests.unit.ops_harness import gate_up_silu
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +57,39 @@ def test_every_config(config: GemmConfig, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", [(640, 8192, 4096), (333, 1200, 520)], ids=str)
 def test_every_silu_config(config: GemmConfig, shape: tuple[int, int, int]) -> None:
     assert relative_error(*shape, config, silu=True) < LIMITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("kernel", ["reference", "cublas", "triton", "measured"])
+def test_the_operation_with_silu_in_a_graph_that_allocates_nothing(dtype: torch.dtype, kernel: str) -> None:
+    op = gate_up_silu(256, 1200, bias=False)
+    weight = torch.randn(2400, 256, device="cuda", dtype=dtype) / 16
+    for rows in (1, 8, 64, 320, 1280):
+        h = torch.randn(rows, 256, device="cuda", dtype=dtype)
+        between, product = (torch.empty(rows, count, device="cuda", dtype=dtype) for count in (2400, 1200))
+        part = SimpleNamespace(rows=slice(0, rows))
+        buffers = {"h": h, "gate_up": between, "product": product}
+        context = NanoContext(None, part, 0, buffers, {"weight": weight}, h)  # type: ignore[arg-type]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            op.kernels[kernel](context)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            op.kernels[kernel](context)  # a library may still take its workspace
+            before = torch.cuda.memory_allocated()
+            op.kernels[kernel](context)
+            after = torch.cuda.memory_allocated()
+        h.normal_()
+        for buffer in (between, product):
+            buffer.fill_(torch.nan)
+        graph.replay()
+        both = functional.linear(h.double(), weight.double())
+        expected = functional.silu(both[:, :1200]) * both[:, 1200:]
+        assert after == before or kernel == "reference"
+        # An unfused kernel rounds the value between too.
+        assert float((product.double() - expected).norm() / expected.norm()) < 1.5 * LIMITS[dtype], rows
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

@@ -9,10 +9,18 @@ import torch
 
 from nanoflow.ops.batch import RESERVED_PAGE, DenseBatch, NanoBatchRows
 from nanoflow.ops.device_batch import DeviceBatch
+from nanoflow.ops.elementwise import SiluMul
 from nanoflow.ops.graph import RESIDUAL, Graph
+from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import NanoContext, Operation
 
 CPU = torch.device("cpu")
+
+
+def gate_up_silu(inputs: int, columns: int, bias: bool) -> LinearSilu:
+    """Reads ``h``, writes ``product``; ``gate_up`` lies between."""
+    linear = Linear("gate_up", "h", "gate_up", inputs, (columns, columns), ["gate", "up"], bias=bias)
+    return LinearSilu(linear, SiluMul("silu_mul", "gate_up", "product", columns))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def local_bytes(kernel: triton.compiler.CompiledKernel, folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("config", "silu"),
-    [(c, False) for c in (*TILES, SMALL)] + [(c, True) for c in SILU_TILES],
+    [(c, False) for c in (*TILES, SMALL)] + [(c, True) for c in (*SILU_TILES, SMALL)],
     ids=str,
 )
 def test_every_config_for_hopper_uses_its_tensor_cores_and_spills_nothing(

@@ -120,7 +120,8 @@ def test_candidates_take_turns() -> None:
 
 def test_the_page_is_what_the_records_say() -> None:
     text = performance.PAGE.read_text()
-    assert performance.render(text, performance.load()) == text, "run python -m benchmarks.performance"
+    made = performance.render(text, performance.load(), performance.load(performance.CHOICES))
+    assert made == text, "run python -m benchmarks.performance"
 
 
 def test_a_record_makes_a_page(section: ModuleType, tmp_path: Path) -> None:
@@ -129,9 +130,17 @@ def test_a_record_makes_a_page(section: ModuleType, tmp_path: Path) -> None:
     record = {**json.loads(path.read_text()), "ceilings": {
         "tflops": 700.0, "gbytes_per_second": 3000.0, "read_gbytes_per_second": 2800.0,
     }}  # fmt: skip
-    page = performance.render(performance.PAGE.read_text(), record)
+    layer = {
+        "rows": 128,
+        "linears": {"qkv": {"kernel": "cublas", "milliseconds": 0.02, "cublas_milliseconds": 0.02}},
+        "layer_milliseconds": 0.064,
+        "cublas_layer_milliseconds": 0.0701,
+    }
+    choices = {"gpu": "a GPU", "linears_on_sms": 132, "model": "llama", "torch": "2.11.0", "layers": [layer]}
+    page = performance.render(performance.PAGE.read_text(), record, choices)
+    assert "| 128 | 20.0, cublas | 64.0 | 0.500 | 70.1 |" in page
     assert "### doubling" in page and "1 checks, all right" in page and "any (met)" in page
     assert "700 TFLOP/s" in page and performance.NONE not in page
     floor = next(line for line in page.splitlines() if line.startswith("| gate_up"))
     assert floor.endswith("| 429.6 |")  # 300.74 GFLOP / 700 TFLOP/s
-    assert performance.render(page, record) == page
+    assert performance.render(page, record, choices) == page

@@ -18,7 +18,7 @@ from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.norm import AddNorm, Norm, QKNorm
 from nanoflow.ops.operation import KV, SCRATCH, NanoContext, Operation, RowClass, Work
 from nanoflow.ops.rope import Rope, RopeConfig, rope_tables
-from tests.unit.ops_harness import CPU, GraphRunner, Pages, Piece, dense_batch
+from tests.unit.ops_harness import CPU, GraphRunner, Pages, Piece, dense_batch, gate_up_silu
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,11 +81,6 @@ def test_linear_declares_stacked_parts() -> None:
     cost = op.cost(Work(decode_rows=3, prefill_rows=2), 2)
     assert cost.flops == 2 * 5 * 8 * 16 and cost.bytes == 2 * (8 * 16 + 5 * 8 + 5 * 16)
     assert op.cost(Work(), 2).bytes == 0
-
-
-def gate_up_silu(inputs: int, columns: int, bias: bool) -> LinearSilu:
-    linear = Linear("gate_up", "h", "gate_up", inputs, (columns, columns), ["gate", "up"], bias=bias)
-    return LinearSilu(linear, SiluMul("silu_mul", "gate_up", "product", columns))
 
 
 @pytest.mark.parametrize("dtype", TYPES)

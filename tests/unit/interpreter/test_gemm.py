@@ -8,12 +8,10 @@ from torch.nn import functional
 
 from nanoflow.ops import gemm_config
 from nanoflow.ops.device_batch import DeviceBatch
-from nanoflow.ops.elementwise import SiluMul
 from nanoflow.ops.gemm import matmul
 from nanoflow.ops.gemm_config import TILES, GemmConfig, Workspace
-from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import NanoContext
-from tests.unit.ops_harness import CPU, Pages, Piece, dense_batch
+from tests.unit.ops_harness import CPU, Pages, Piece, dense_batch, gate_up_silu
 
 SMALL = GemmConfig(16, 32, 0, 16, 4, 2, group_m=2)
 EXTRA = GemmConfig(16, 32, 16, 16, 4, 2, group_m=2, epilogue_parts=2)
@@ -117,8 +115,7 @@ def test_the_operation_with_silu_gives_its_reference(columns: int, bias: bool) -
     """On the second of two nano-batches, padding included. The fused kernel leaves the value between alone."""
     host = dense_batch([[Piece(0, 0, [1] * 5)], [Piece(1, 3, [2, 3, 4, 5, 6])]], Pages(4, 2, 4), padding=2)
     batch = DeviceBatch(host, CPU, 4)
-    linear = Linear("gate_up", "h", "gate_up", 40, (columns, columns), ["gate", "up"], bias=bias)
-    op = LinearSilu(linear, SiluMul("silu_mul", "gate_up", "product", columns))
+    op = gate_up_silu(40, columns, bias)
     h = torch.randn(host.rows + 1, 40)
     weights = {weight.name: torch.randn(weight.shape) / 40**0.5 for weight in op.weights}
     found = {}

@@ -81,15 +81,42 @@ def _choice(completion: Completion, chat: bool, tokenizer: TokenText | None) -> 
     return choice
 
 
+class _Written(dict[int, tuple[str, bytes]]):
+    """Text and bytes of tokens, each made once: the same few come again and again among the alternatives.
+
+    Bytes that are no whole characters are written out, ``bytes:\\xe2\\x80``, as OpenAI does.
+    """
+
+    def __init__(self, tokenizer: TokenText | None) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> tuple[str, bytes]:
+        self[token_id] = made = self._make(token_id)
+        return made
+
+    def _make(self, token_id: int) -> tuple[str, bytes]:
+        if self._tokenizer is None:
+            return f"token_id:{token_id}", b""
+        known = self._tokenizer.token_bytes(token_id)
+        raw = self._tokenizer.decode([token_id], skip_special_tokens=False).encode() if known is None else known
+        try:
+            return raw.decode("utf-8"), raw
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+
 def _completion_logprobs(logprobs: list[TokenLogprobs], tokenizer: TokenText | None) -> dict[str, Any]:
     """OpenAI's form for completions: parallel lists; the alternatives of a position are keyed by their text."""
-    tokens = [_text(entry.token_id, tokenizer) for entry in logprobs]
+    written = _Written(tokenizer)
     # Several tokens may make one character; it counts where its last byte is.
     characters = codecs.getincrementaldecoder("utf-8")("ignore")
-    offsets, at = [], 0
+    tokens, offsets, at = [], [], 0
     for entry in logprobs:
+        text, raw = written[entry.token_id]
+        tokens.append(text)
         offsets.append(at)
-        at += len(characters.decode(_bytes(entry.token_id, tokenizer)))
+        at += len(characters.decode(raw))
     top: list[dict[str, float]] | None = None
     if any(entry.top for entry in logprobs):
         top = []
@@ -97,7 +124,7 @@ def _completion_logprobs(logprobs: list[TokenLogprobs], tokenizer: TokenText | N
             alternatives: dict[str, float] = {}
             for token_id, logprob in entry.top:
                 # Two tokens may share a text; the likelier one, which comes first, keeps the key.
-                alternatives.setdefault(_text(token_id, tokenizer), _finite(logprob))
+                alternatives.setdefault(written[token_id][0], _finite(logprob))
             alternatives.setdefault(token, _finite(entry.logprob))
             top.append(alternatives)
     return {
@@ -110,38 +137,18 @@ def _completion_logprobs(logprobs: list[TokenLogprobs], tokenizer: TokenText | N
 
 def _chat_logprobs(logprobs: list[TokenLogprobs], tokenizer: TokenText | None) -> dict[str, Any]:
     """OpenAI's form for chats: one entry a token, with its bytes and its alternatives."""
+    written = _Written(tokenizer)
+
+    def entry_of(token_id: int, logprob: float) -> dict[str, Any]:
+        text, raw = written[token_id]
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw) if tokenizer is not None else None}
+
     content = []
     for entry in logprobs:
-        chosen = _chat_token(entry.token_id, entry.logprob, tokenizer)
-        chosen["top_logprobs"] = [_chat_token(token_id, logprob, tokenizer) for token_id, logprob in entry.top]
+        chosen = entry_of(entry.token_id, entry.logprob)
+        chosen["top_logprobs"] = [entry_of(token_id, logprob) for token_id, logprob in entry.top]
         content.append(chosen)
     return {"content": content, "refusal": None}
-
-
-def _chat_token(token_id: int, logprob: float, tokenizer: TokenText | None) -> dict[str, Any]:
-    return {
-        "token": _text(token_id, tokenizer),
-        "logprob": _finite(logprob),
-        "bytes": list(_bytes(token_id, tokenizer)) if tokenizer is not None else None,
-    }
-
-
-def _bytes(token_id: int, tokenizer: TokenText | None) -> bytes:
-    if tokenizer is None:
-        return b""
-    known = tokenizer.token_bytes(token_id)
-    return tokenizer.decode([token_id], skip_special_tokens=False).encode() if known is None else known
-
-
-def _text(token_id: int, tokenizer: TokenText | None) -> str:
-    """The token as text. Bytes that are no whole characters are written out, ``bytes:\\xe2\\x80``, as OpenAI does."""
-    if tokenizer is None:
-        return f"token_id:{token_id}"
-    raw = _bytes(token_id, tokenizer)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _finite(logprob: float) -> float:

@@ -1,15 +1,14 @@
 """What a finished request comes back as."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanoflow.sampling_params import SamplingParams
 
 __all__ = ["Completion", "RequestOutput", "RequestTiming", "TokenLogprobs"]
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """Log-probabilities at one output position, under the model itself: before temperature, penalties and filters."""
 
     token_id: int

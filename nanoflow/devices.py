@@ -12,7 +12,15 @@ import torch
 from nanoflow.errors import ConfigError, OutOfMemoryError
 from nanoflow.memory import format_bytes
 
-__all__ = ["check_head_size", "choose_device", "driver_cuda_version", "gpu_problem", "hardware", "memory_shortage"]
+__all__ = [
+    "check_head_size",
+    "choose_device",
+    "driver_cuda_version",
+    "gpu_problem",
+    "hardware",
+    "memory_shortage",
+    "processor_name",
+]
 
 MIN_CAPABILITY = (8, 0)
 """Compute capability that the kernels need: bfloat16 matrix units."""
@@ -87,7 +95,7 @@ def driver_cuda_version() -> tuple[int, int] | None:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What results were measured on: the device, and the processor that feeds it."""
-    found: dict[str, Any] = {"device": "cpu", "processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+    found: dict[str, Any] = {"device": "cpu", "processor": processor_name(), "cores": len(os.sched_getaffinity(0))}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -99,7 +107,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the machine's processor is called."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,7 +1,7 @@
 """Lines of a file in the order of their places, in memory that does not grow with the length of the lines.
 
 find:  read the file once; keep the place and the start of every line           16 bytes a line
-       sort by place, lines of one place as they stand                          24 bytes more, for a moment
+       sort by place, lines of one place as they stand                          40 bytes more, for a moment
 copy:  cut the new file into pieces of at most `PIECE` bytes; for each of them
        read its lines in the order of the old file, where neighbours are still neighbours; write the piece
 """

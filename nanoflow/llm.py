@@ -49,7 +49,6 @@ class LLM:
         self.engine = build_engine(
             self.model, sizes, checked(PipelineSection, {"plan": str(plan)}), weights=section.weights
         )
-        self.engine.scheduler.longest_first = sizes.order == "longest-first"
         self.tokenizer = self.model.tokenizer
 
     def generate(

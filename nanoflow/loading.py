@@ -109,6 +109,7 @@ def build_engine(
         row_buckets=executor.row_buckets,
         eos_token_ids=model.checkpoint.eos_token_ids,
     )
+    scheduler.longest_first = engine.order == "longest-first"
     return Engine(
         executor=executor,
         scheduler=scheduler,

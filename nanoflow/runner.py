@@ -179,7 +179,7 @@ def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool)
     # Those that are too long become error records.
     fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
     job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
-    engine = build_engine(
+    return build_engine(
         model,
         config.engine,
         config.pipeline,
@@ -187,8 +187,6 @@ def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool)
         job=job or [1],  # nothing but error records
         more=more,
     )
-    engine.scheduler.longest_first = config.engine.order == "longest-first"
-    return engine
 
 
 class _RequestCount:

@@ -115,7 +115,7 @@ class Bench:
             load_seconds=self._load_seconds,
             energy=energy,
         )
-        return Repetition(report, log.whole(), log.steady())
+        return Repetition(report, log.whole(), log.steady(), log.course())
 
     def warm_up(self, config: RunConfig, requests: int) -> WarmUp:
         """Run the first `requests` of the workload, and measure the ceilings: they are to be those of a hot machine."""

@@ -36,6 +36,8 @@ class Repetition:
     whole: Stretch
     steady: Stretch | None
     """None if the run had no steady state (see `nanoflow.steady_state`)."""
+    course: Sequence[Stretch] = ()
+    """The run in some stretches, one after the other."""
 
     @property
     def figures(self) -> dict[str, float]:
@@ -109,7 +111,7 @@ class BenchReport:
     steady_figures: dict[str, Spread]
     """Of the steady state; empty unless every repetition had one."""
     repetitions: list[dict[str, Any]]
-    """Each one's ``report`` (without what is the same in all), ``whole`` and ``steady``."""
+    """Each one's ``report`` (without what is the same in all), ``whole``, ``steady`` and ``course``."""
     ceilings: Ceilings
     model: str
     device: str

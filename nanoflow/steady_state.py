@@ -9,6 +9,7 @@ these has no steady state: all of its requests run at once.
 import time
 from array import array
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,11 @@ class EngineLog:
         """The steady state; None if there is none."""
         found = steady_state(*(np.array(column) for column in (self._kv_pages, self._waiting, self._slots_full)))
         return None if found is None else self._stretch(*found)
+
+    def course(self, pieces: int = 60) -> list[Stretch]:
+        """The whole in at most so many stretches of about as many iterations each."""
+        ends = np.unique(np.linspace(0, len(self._waiting), pieces + 1).round().astype(int)).tolist()
+        return [self._stretch(first, end) for first, end in pairwise(ends)]
 
     def _totals(self, now: float, output_tokens: float) -> tuple[float, ...]:
         stats = self._engine.stats

@@ -86,6 +86,7 @@ def test_a_bench_repeats_the_whole_workload_and_saves_what_it_measured(config: R
         assert whole["rows"] >= REQUESTS * (IN + OUT - 1) and whole["output_tokens"] == REQUESTS * OUT
         assert steady["first_iteration"] > 0 and LEAST_ITERATIONS <= steady["iterations"] < whole["iterations"]
         assert steady["rows"] < whole["rows"] and steady["flops"] < whole["flops"]
+        assert sum(part["rows"] for part in one["course"]) == whole["rows"] and len(one["course"]) > 1
         assert one["report"]["bound_seconds"]["compute"] == pytest.approx(whole["flops"] / 1e9)
     assert saved["figures"]["reached_compute"]["median"] > 0 and saved["steady_figures"]["iteration_ms"]["median"] > 0
 

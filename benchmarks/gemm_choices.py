@@ -7,7 +7,7 @@
 For each number of rows, largest first: every linear of a layer and the head, with SiLU where the model has it behind a
 linear (cuBLAS and DeepGEMM with a kernel after them, Triton in its epilogue). Candidates take short turns on rotating
 weights, hot; all briefly, then the best against cuBLAS. Then the layer's products run one after the other, as chosen
-and with cuBLAS alone: only choices that gain 1% of the layer are stored, else cuBLAS for all of its linears.
+and with cuBLAS alone: choices that do not make it faster are not stored, but cuBLAS for all of its linears.
 
 The choices go to ``$XDG_CACHE_HOME/nanoflow/gemm``, or to --out, after every case, beside what a file for this machine
 holds of other shapes. The table of layers is printed and, with --record, saved. --time-limit ends a run early; what was
@@ -43,8 +43,6 @@ SLICE_SECONDS = 0.05
 CANDIDATES = 5
 """Of our own configs, the likeliest: the best of those recorded were always among them."""
 FINALISTS = 2
-LAYER_MARGIN = 0.99
-"""What a layer as chosen may take of its time with cuBLAS for the choices to be stored."""
 
 Calls = Sequence[Callable[[], object]]
 
@@ -64,7 +62,7 @@ class Layer:
     @property
     def wins(self) -> bool:
         """Whether the choices, each the fastest alone, are so in a row too; near the power limit they need not be."""
-        return self.chosen_ms <= LAYER_MARGIN * self.cublas_ms
+        return self.chosen_ms < self.cublas_ms
 
     def to_dict(self) -> dict[str, Any]:
         linears = {

@@ -3,7 +3,7 @@
 For an iteration of T rows (R with padding) whose decode rows attend to C tokens of KV cache and whose prompts make P
 (query, key) pairs, S rows of it sampled:
 
-    GEMM               max(0.64 us * R', 436 MB / 2.9 TB/s), R' being R rounded up to half a tile, 64 rows
+    GEMM               max(0.64 us * R', 436 MB / 2.9 TB/s), R' being R rounded up to a tile, 128 rows
     decode attention   4,096 B * C / 2.95 TB/s
     prefill attention  4 * 4,096 FLOP * P / 350 TFLOP/s
     element-wise       2.03 us / 32 * R
@@ -31,7 +31,7 @@ __all__ = ["IterationTime", "Iterations"]
 Float = NDArray[np.float64]
 
 LAYERS = 32
-HALF_TILE = 64
+TILE = 128
 KV_BYTES = 4096
 QUERY_COLUMNS = 4096
 WEIGHT_BYTES = 436e6
@@ -81,7 +81,7 @@ class IterationTime:
 
     def padding(self, work: Iterations) -> Float:
         """[I] what padding adds."""
-        tiles = np.ceil(work.padded / HALF_TILE) * HALF_TILE
+        tiles = np.ceil(work.padded / TILE) * TILE
         gemm = np.maximum(self.gemm_row * tiles, self._weights) - np.maximum(self.gemm_row * work.rows, self._weights)
         return LAYERS * gemm + self.elementwise_row * (work.padded - work.rows)
 

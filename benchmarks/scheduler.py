@@ -29,14 +29,15 @@ import numpy as np
 from benchmarks.iteration_time import Iterations, IterationTime
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import StepOutput
+from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.cost_model import work_of
 from nanoflow.sequence import Sequence
 
 KV_TOKENS = 464_080
-PAGE_SIZE = 64
-BUCKETS = (8, 16, 32, *range(64, 1024, 64), *range(1024, 2049, 128))
+PAGE_SIZE = 128
+BUCKETS = buckets(2048)
 """Row counts that a CUDA graph is captured for."""
 RUNS = {
     "512-512": [(512, 512)] * 1600,

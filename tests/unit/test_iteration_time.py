@@ -28,7 +28,7 @@ def test_a_steady_iteration_of_512_in_512_out():
     ("rows", "padded", "padding", "small"),
     [
         (1281, 1408, 32 * 0.64 * 127 + 2.03 * 127, 0),
-        (2060, 2060, 32 * 0.64 * 52, 0),  # beyond all buckets a tile is part empty
+        (2060, 2060, 32 * 0.64 * 116, 0),  # beyond all buckets a tile is part empty
         (8, 8, 0, 32 * (436 / 2.9 - 0.64 * 8)),
         (9, 16, 2.03 * 7, 32 * (436 / 2.9 - 0.64 * 9)),
         (200, 256, 32 * (0.64 * 256 - 436 / 2.9) + 2.03 * 56, 32 * (436 / 2.9 - 0.64 * 200)),
@@ -57,7 +57,7 @@ def test_what_the_scheduler_loses_of_the_ideal(name, least):
     lengths = RUNS[name]
     series = simulate(lengths, row_buckets=BUCKETS)
     predicted = predict(series, sum(map(sum, lengths)), IterationTime())
-    assert predicted["tokens_per_second"] > max(least, 0.97 * predicted["ideal_tokens_per_second"])
+    assert predicted["tokens_per_second"] > max(least, 0.96 * predicted["ideal_tokens_per_second"])
     assert predicted["padding_share"] < 0.03
     assert series.preemptions == 0
     padding = predicted["seconds_beyond_ideal"]["padding"]

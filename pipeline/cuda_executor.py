@@ -43,12 +43,12 @@ SAMPLED_ROWS = 1024
 STEP = 128
 """Between buckets of rows. On an H100 cuBLAS takes longer for 448 rows than for 512, and so for most numbers of rows
 between two multiples of 128."""
-SMALL = (8, 16, 32, 64)
+SMALL = (8, 16, 32, 64, 96, 128, 192)
 
 
 def buckets(most: int) -> tuple[int, ...]:
     """Numbers of rows that graphs are captured for, up to `most` itself, ascending."""
-    return (*(rows for rows in SMALL if rows < most), *range(STEP, most, STEP), most)
+    return (*(rows for rows in SMALL if rows < most), *range(2 * STEP, most, STEP), most)
 
 
 class _Replayable(Protocol):

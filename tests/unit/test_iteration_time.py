@@ -58,7 +58,7 @@ def test_what_the_scheduler_loses_of_the_ideal(name, least):
     series = simulate(lengths, row_buckets=BUCKETS)
     predicted = predict(series, sum(map(sum, lengths)), IterationTime())
     assert predicted["tokens_per_second"] > max(least, 0.96 * predicted["ideal_tokens_per_second"])
-    assert predicted["padding_share"] < 0.03
+    assert predicted["padding_share"] < 0.04
     assert series.preemptions == 0
     padding = predicted["seconds_beyond_ideal"]["padding"]
     assert padding["ramp"] + padding["steady"] < 0.002 * predicted["seconds"] < padding["tail"]

@@ -86,7 +86,7 @@ def test_buckets_are_close_and_end_with_the_largest() -> None:
     for most in (1, 7, 8, 48, 64, 100, 1024, 1100, 2048, 8192):
         found = buckets(most)
         assert list(found) == sorted(set(found)) and found[-1] == most
-        steps = [(8, 8), (32, 16), (64, 32), (8192, 128)]
+        steps = [(8, 8), (32, 16), (128, 32), (256, 64), (8192, 128)]
         for rows in range(1, most + 1):
             padded = next(bucket for bucket in found if bucket >= rows)
             assert padded - rows < next(step for up_to, step in steps if rows <= up_to)

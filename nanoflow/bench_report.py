@@ -245,6 +245,7 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ),
     ("iterations", "iterations", _whole),
     ("iteration_ms", "an iteration, ms", _digits),
+    ("host_ms", "host: form and launch one, ms", _digits),
     ("mean_rows", "rows of an iteration", _whole),
     ("padding_share", "padding rows", _percent),
     ("preemptions", "preemptions", _whole),

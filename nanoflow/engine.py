@@ -51,6 +51,8 @@ class EngineStats:
     padding_rows: int = 0
     busy_seconds: float = 0.0
     """Time that the executor spent in iterations."""
+    host_seconds: float = 0.0
+    """Time that the host took to form iterations, describe them to the executor and launch them."""
     idle_seconds: float = 0.0
     """Time between iterations in which the device did nothing; 0 if the executor does not tell."""
     work: Work = field(default_factory=Work)
@@ -178,9 +180,11 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Launch one iteration, collect the one before it, and return the requests that this finished."""
+        begun = time.perf_counter()
         iteration = self.scheduler.form()
         if iteration is not None:
             self.executor.launch(iteration.batch)
+            self.stats.host_seconds += time.perf_counter() - begun
             self._in_flight.append(iteration)
             if len(self._in_flight) == 1:
                 self._begin_masks(iteration)

@@ -48,7 +48,7 @@ _LARGEST_CARRY = 128
 _QUEUE_RENEWAL = 32
 """Admissions after which the forecast of the queue is made anew."""
 _QUEUE_SAMPLE = 512
-"""Sequences at the head of the queue that the forecast is made of."""
+"""Sequences of the queue, spread over all of it, that the forecast is made of."""
 _GRID = 32
 """Times at which the prediction is compared with the capacity, and rates that are tried at once."""
 

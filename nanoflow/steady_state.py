@@ -38,6 +38,8 @@ class Stretch:
     iterations: int
     seconds: float
     busy_seconds: float
+    host_seconds: float
+    """In which iterations were formed and launched."""
     idle_seconds: float
     """Of the device, between iterations; 0 if the executor does not tell."""
     rows: int
@@ -61,6 +63,7 @@ class Stretch:
             "total_tokens_per_second": _over(self.rows, seconds),
             "output_tokens_per_second": _over(self.output_tokens, seconds),
             "iteration_ms": _over(1e3 * seconds, iterations),
+            "host_ms": _over(1e3 * self.host_seconds, iterations),
             "mean_rows": _over(self.rows, iterations),
             "padding_share": _over(self.padding_rows, self.rows + self.padding_rows),
             "executor_busy_share": _over(busy, seconds),
@@ -78,7 +81,7 @@ class Stretch:
 
 
 class EngineLog:
-    """Keeps the engine's totals after each iteration: 88 bytes each. An observer of the engine.
+    """Keeps the engine's totals after each iteration: 96 bytes each. An observer of the engine.
 
     Args:
         engine: has run nothing yet.
@@ -125,7 +128,7 @@ class EngineLog:
 
     def _totals(self, now: float, output_tokens: float) -> tuple[float, ...]:
         stats = self._engine.stats
-        done = (stats.busy_seconds, stats.idle_seconds, stats.rows, stats.padding_rows)
+        done = (stats.busy_seconds, stats.host_seconds, stats.idle_seconds, stats.rows, stats.padding_rows)
         cost = (stats.cost.flops, stats.cost.bytes, stats.cost.wire_bytes)
         return now, output_tokens, *done, *cost
 
@@ -138,7 +141,7 @@ class EngineLog:
         """Iterations `first` to `end`, that one left out; row i of the totals is before iteration i."""
         rows = np.array(self._values).reshape(-1, self._width)
         before, after = rows[first], rows[end]
-        seconds, output_tokens, busy, idle, done, padding, flops, moved, wire = (after - before).tolist()
+        seconds, output_tokens, busy, host, idle, done, padding, flops, moved, wire = (after - before).tolist()
         if self._energy and end == len(self._waiting) and self._energy[-2] < after[0]:
             self._look(time.perf_counter())
         joules = None
@@ -150,6 +153,7 @@ class EngineLog:
             iterations=end - first,
             seconds=seconds,
             busy_seconds=busy,
+            host_seconds=host,
             idle_seconds=idle,
             rows=int(done),
             padding_rows=int(padding),

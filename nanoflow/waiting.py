@@ -100,10 +100,12 @@ class WaitingQueue:
         self._leave(sequence)
 
     def sample(self, count: int) -> list[Sequence]:
-        """Those that were preempted, and the next `count` others."""
-        self._fill_front(count)
-        entries = self._preempted + self._front[:count]
-        return [entry[-1] for entry in entries if not entry[-1].finished]
+        """Those that were preempted, and about `count` of the others, evenly from the first to the last."""
+        front, back = self._front, self._back
+        total = len(front) + len(back)
+        places = range(0, total, max(1, total // count))
+        entries = [front[place] if place < len(front) else back[place - len(front)] for place in places]
+        return [entry[-1] for entry in (*self._preempted, *entries) if not entry[-1].finished]
 
     def _entry(self, sequence: Sequence, block: int | None = None) -> _Entry:
         if not self._longest_first:

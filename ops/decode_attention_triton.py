@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from nanoflow.ops.decode_work import FIELDS, HEADER, decode_work
+from nanoflow.ops.decode_list_triton import COLUMNS, decode_segments, list_blocks, pages_in_a_row
+from nanoflow.ops.decode_work import FIELDS, HEADER
 from nanoflow.ops.device_batch import BatchPart
 from nanoflow.ops.operation import NanoContext
 
@@ -82,13 +83,16 @@ def decode_config(
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"decode attention: head size {head_dim} is not supported; the largest is {MAX_HEAD_DIM}")
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
-    # 16 KiB of keys a block: 64 tokens of head size 128 in 16 bits.
-    block = block_tokens_for(page_size, min(128, max(16, (16 << 10) // row_bytes)))
+    # Of a request's last block only a part is seen, but a TMA load reads all of it: for contexts of some hundred tokens
+    # 8 KiB of keys a block (32 tokens of head size 128 in 16 bits) beat 16 KiB by 3%.
+    block = block_tokens_for(page_size, min(128, max(16, (8 << 10) // row_bytes)))
     tma = capability[0] == 9 and block >= 16 and block & (block - 1) == 0 and head_dim * dtype.itemsize % 16 == 0
+    if not tma:
+        block = block_tokens_for(page_size, min(128, max(16, (16 << 10) // row_bytes)))
     if dtype.itemsize > 2 or head_dim > 128 or group > 16:  # for being right; nobody runs these fast
         return DecodeConfig(block, stages=2, warps=4, programs_per_sm=2, tma=tma)
     if tma:
-        return DecodeConfig(block, stages=3, warps=4, programs_per_sm=3, tma=True, max_registers=168)
+        return DecodeConfig(block, stages=3, warps=2, programs_per_sm=4, tma=True)
     return DecodeConfig(block, stages=3, warps=4, programs_per_sm=2, tma=False)
 
 
@@ -309,8 +313,8 @@ def paged_decode_triton(
     config: DecodeConfig | None = None,
     sms: int | None = None,
 ) -> None:
-    """Attention of the nano-batch's decode rows on `sms` SMs (default: all); the work list is made once an iteration,
-    the workspace once."""
+    """Attention of the nano-batch's decode rows on `sms` SMs (default: all); the work list is made on the device
+    once an iteration, the workspace once."""
     part = context.part
     if part.decode.start == part.decode.stop:
         return
@@ -331,18 +335,29 @@ def paged_decode_triton(
     # Every page belongs to one request, so the list never has more blocks than the pool.
     capacity = pages * (page_size // block_tokens)
 
-    def make_work(part: BatchPart) -> NDArray[np.int32]:
+    def segments(part: BatchPart) -> NDArray[np.int32]:
         host = part.batch.host
-        return decode_work(
+        return decode_segments(
             host.decode_rows[part.decode],
             host.decode_context[part.decode],
-            host.decode_pages[part.decode],
             page_size=page_size,
             block_tokens=block_tokens,
             window=window,
-            capacity=capacity,
         )
 
+    def pages_of(part: BatchPart) -> NDArray[np.int32]:
+        host = part.batch.host
+        return pages_in_a_row(host.decode_context[part.decode], host.decode_pages[part.decode], page_size)
+
     key = ("decode_work", block_tokens, window)
-    work = part.from_host(key, make_work, (HEADER + FIELDS * capacity,))
+
+    def make_work() -> torch.Tensor:
+        work = part.kept(key, lambda: torch.zeros(HEADER + FIELDS * capacity, dtype=torch.int32, device=device))
+        rows = part.rows.stop - part.rows.start
+        listed = part.from_host(("decode_segments", block_tokens, window), segments, (1 + rows, COLUMNS))
+        in_a_row = part.from_host("decode_pages", pages_of, (pages,))
+        list_blocks(listed, in_a_row, work, page_size=page_size, block_tokens=block_tokens, window=window)
+        return work
+
+    work = part.cached(key, make_work)
     decode_attention(q_THD, context.kv, out_THD, work, workspace, scale=scale, config=chosen)

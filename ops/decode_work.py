@@ -1,8 +1,9 @@
 """Work list of decode attention: which blocks of the KV pool a nano-batch's decode rows read.
 
-Made in numpy once an iteration, read by the kernel from device memory, so that one captured launch serves any number of
-requests and lengths. A *block* is some consecutive tokens of one page. A segment's blocks stand together, oldest first;
-blocks that a sliding window hides are not in the list.
+Made once an iteration, read by the kernel from device memory, so that one captured launch serves any number of
+requests and lengths. `decode_work` makes it in numpy and is the standard; the operation makes it on the device
+(`nanoflow.ops.decode_list_triton`). A *block* is some consecutive tokens of one page. A segment's blocks stand
+together, oldest first; blocks that a sliding window hides are not in the list.
 
 Layout, all int32: a header of `HEADER` entries, the first of which is the number of blocks N, then `FIELDS` arrays of
 `capacity` entries each::
@@ -17,7 +18,7 @@ Layout, all int32: a header of `HEADER` entries, the first of which is the numbe
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FIELDS", "HEADER", "decode_blocks", "decode_work"]
+__all__ = ["FIELDS", "HEADER", "decode_blocks", "decode_blocks_each", "decode_work"]
 
 HEADER = 8
 FIELDS = 5
@@ -25,8 +26,16 @@ FIELDS = 5
 
 def decode_blocks(context: NDArray[np.int32], *, block_tokens: int, window: int | None = None) -> int:
     """Blocks that `decode_work` lists for segments of these context lengths."""
+    return int(decode_blocks_each(context, block_tokens=block_tokens, window=window).sum())
+
+
+def decode_blocks_each(
+    context: NDArray[np.int32], *, block_tokens: int, window: int | None = None
+) -> NDArray[np.int32]:
+    """[S] blocks of each segment."""
     start = np.zeros_like(context) if window is None else np.maximum(context - window, 0)
-    return int(((context - 1) // block_tokens - start // block_tokens + 1).sum())
+    blocks: NDArray[np.int32] = (context - 1) // block_tokens - start // block_tokens + 1
+    return blocks
 
 
 def decode_work(

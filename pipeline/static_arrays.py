@@ -49,6 +49,7 @@ class StaticArrays(DeviceArrays):
         self._bytes = 0
         self._buffer: torch.Tensor | None = None
         self._ring: list[torch.Tensor] = []
+        self._staged: list[dict[Hashable, NDArray[Any]]] = []
         self._copied: list[torch.cuda.Event | None] = []
         self._turn = 0
         self._room: dict[Hashable, Shape] = {}
@@ -75,6 +76,10 @@ class StaticArrays(DeviceArrays):
         on_gpu = self.device.type == "cuda"
         self._buffer = torch.zeros(self._bytes, dtype=torch.uint8, device=self.device)
         self._ring = [torch.zeros(self._bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(RING)]
+        self._staged = [
+            {name: self._view(staged, region).numpy() for name, region in self._regions.items()}
+            for staged in self._ring
+        ]
         self._copied = [None] * RING
 
     def take_room(self) -> Mapping[Hashable, Shape]:
@@ -92,25 +97,21 @@ class StaticArrays(DeviceArrays):
         Returns:
             False, and nothing is copied, if an array does not fit its room.
         """
-        arrays: list[tuple[_Region, NDArray[Any]]] = []
+        arrays: dict[Hashable, NDArray[Any]] = {}
         for name, shape in room.items():
             region = self._regions[name]
-            array = region.make(batch.part(region.nano_batch))
+            array = arrays[name] = region.make(batch.part(region.nano_batch))
             if any(size > most for size, most in zip(array.shape, shape, strict=True)):
                 return False
-            arrays.append((region, array))
         turn = self._turn
         self._turn = (turn + 1) % RING
         if (copied := self._copied[turn]) is not None:
             copied.synchronize()
-        staged = self._ring[turn]
-        end = 0
-        for region, array in arrays:
-            view = self._view(staged, region).numpy()
-            view[tuple(slice(size) for size in array.shape)] = array
-            end = max(end, region.offset + view.nbytes)
+        staged = self._staged[turn]
+        for name, array in arrays.items():
+            staged[name][tuple(slice(size) for size in array.shape)] = array
         assert self._buffer is not None
-        self._buffer[:end].copy_(staged[:end], non_blocking=True)
+        self._buffer.copy_(self._ring[turn], non_blocking=True)
         if self.device.type == "cuda":
             event = copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()

@@ -97,6 +97,7 @@ def test_figures_are_over_the_time_that_they_are_said_to_be() -> None:
         iterations=10,
         seconds=4.0,
         busy_seconds=2.0,
+        host_seconds=0.02,
         idle_seconds=0.5,
         rows=800,
         padding_rows=200,
@@ -107,6 +108,7 @@ def test_figures_are_over_the_time_that_they_are_said_to_be() -> None:
         joules=1000.0,
     )
     assert stretch.figures == {
+        "host_ms": 2.0,
         "iterations": 10,
         "seconds": 4.0,
         "total_tokens_per_second": 200.0,

@@ -98,3 +98,19 @@ def test_an_unsupported_head_size_is_refused() -> None:
 
     with pytest.raises(ValueError, match="head size 512 is not supported; the largest is 256"):
         decode_config(64, 512, torch.bfloat16, (9, 0))
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("window", [0, 300])
+def test_the_list_of_blocks_compiles(target: int, window: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nanoflow.ops.decode_list_triton import LANES, _list_kernel
+
+    constants = {"PER_PAGE": 4, "B": 32, "WINDOW": window, "LANES": LANES}
+    signature = dict.fromkeys(("segments", "pages", "work"), "*i32") | {"capacity": "i32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(_list_kernel, {name: signature[name] for name in _list_kernel.arg_names}, constants)
+    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 2})
+    assert kernel.metadata.shared == 0 and "ld.global" in kernel.asm["ptx"]

@@ -12,6 +12,7 @@ from nanoflow.ops.decode_attention_triton import (
     decode_attention,
     paged_decode_triton,
 )
+from nanoflow.ops.decode_list_triton import COLUMNS, decode_segments, list_blocks, pages_in_a_row
 from nanoflow.ops.decode_work import FIELDS, HEADER, decode_work
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.operation import NanoContext
@@ -126,3 +127,25 @@ def test_one_launch_serves_any_work_list_of_its_capacity() -> None:
             else:
                 assert (out_THD[request] == -77).all()
         assert not workspace.arrived.any()
+
+
+def test_the_list_made_on_the_device_is_that_of_the_host() -> None:
+    rng = np.random.default_rng(4)
+    for page_size, block, window in ((16, 8, None), (64, 16, 50), (32, 32, 1), (128, 32, None), (64, 8, 300)):
+        for count in (5, 0, 1, 12):
+            lengths = rng.integers(1, 700, count).astype(np.int32)
+            table = rng.integers(1, 5000, (count, -(-700 // page_size))).astype(np.int32)
+            rows = np.sort(rng.choice(100, count, replace=False)).astype(np.int32)
+            sizes = {"page_size": page_size, "block_tokens": block, "window": window}
+            wanted = decode_work(rows, lengths, table, capacity=2000, **sizes)
+            room = torch.full((16, COLUMNS), 77, dtype=torch.int32)
+            made = torch.from_numpy(decode_segments(rows, lengths, **sizes))
+            room[: len(made)] = made
+            pages = torch.from_numpy(pages_in_a_row(lengths, table, page_size))
+            work = torch.full((HEADER + FIELDS * 2000,), -5, dtype=torch.int32)
+            list_blocks(room, pages, work, **sizes)
+            total = int(wanted[0])
+            assert int(work[0]) == total
+            found = work[HEADER:].view(FIELDS, 2000)
+            assert (found[:, :total].numpy() == wanted[HEADER:].reshape(FIELDS, 2000)[:, :total]).all()
+            assert (found[:, total:] == -5).all()

@@ -84,7 +84,7 @@ def decode_config(
         raise ValueError(f"decode attention: head size {head_dim} is not supported; the largest is {MAX_HEAD_DIM}")
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     # Of a request's last block only a part is seen, but a TMA load reads all of it: for contexts of some hundred tokens
-    # 8 KiB of keys a block (32 tokens of head size 128 in 16 bits) beat 16 KiB by 3%.
+    # 8 KiB of keys a block (32 tokens of head size 128 in 16 bits) beat 16 KiB by 3% (benchmarks/decode_blocks.py).
     block = block_tokens_for(page_size, min(128, max(16, (8 << 10) // row_bytes)))
     tma = capability[0] == 9 and block >= 16 and block & (block - 1) == 0 and head_dim * dtype.itemsize % 16 == 0
     if not tma:

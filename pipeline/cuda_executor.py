@@ -128,7 +128,7 @@ class CudaExecutor:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
         begun = time.perf_counter()
-        if graphs and self.row_buckets:
+        if graphs and self.row_buckets and plan.capacity > 1:
             with self._on_device():
                 self._capture_all()
         self.capture_seconds = time.perf_counter() - begun
@@ -273,11 +273,10 @@ class CudaExecutor:
 
 
 def _capture_batch(rows: int) -> DenseBatch:
-    """A batch of `rows` rows that makes every operation run: a decode row, a prompt of one token, padding."""
+    """A batch of `rows` (2 or more) that makes every operation run: a decode row, a prompt of one token, padding."""
     one, page = np.ones(1, np.int32), np.full((1, 1), RESERVED_PAGE, np.int32)
-    prefill = min(1, rows - 1)
     return DenseBatch(
-        nano_batches=(NanoBatchRows(0, 1, prefill, rows - 1 - prefill),),
+        nano_batches=(NanoBatchRows(0, decode=1, prefill=1, padding=rows - 2),),
         token_ids=np.zeros(rows, np.int32),
         positions=np.zeros(rows, np.int32),
         slots=np.zeros(rows, np.int32),
@@ -286,9 +285,9 @@ def _capture_batch(rows: int) -> DenseBatch:
         decode_context=one,
         decode_pages=page,
         decode_splits=np.array([0, 1], np.int32),
-        prefill_rows=one[:prefill],
-        prefill_lengths=one[:prefill],
-        prefill_context=one[:prefill],
-        prefill_pages=page[:prefill],
-        prefill_splits=np.array([0, prefill], np.int32),
+        prefill_rows=one,
+        prefill_lengths=one,
+        prefill_context=one,
+        prefill_pages=page,
+        prefill_splits=np.array([0, 1], np.int32),
     )

@@ -5,7 +5,6 @@ the power limit treat all of them alike. On a machine without a GPU everything s
 for trying a section out, not for numbers.
 """
 
-import ctypes
 import gc
 import math
 import statistics
@@ -16,6 +15,8 @@ from functools import cache
 from typing import Any
 
 import torch
+
+from nanoflow.power import EnergyMeter
 
 __all__ = [
     "MeasuredCeilings",
@@ -232,41 +233,18 @@ def _captured(calls: list[Callable[[], object]]) -> _Replays:
 
 
 @cache
-def _nvml() -> tuple[Any, Any] | None:
-    """NVML's library and the handle of torch's current GPU; None without them."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    if library.nvmlInit_v2() != 0:
-        return None
-    handle = ctypes.c_void_p()
-    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
-    if library.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)) != 0 and (
-        library.nvmlDeviceGetHandleByIndex_v2(torch.cuda.current_device(), ctypes.byref(handle)) != 0
-    ):
-        return None
-    return library, handle
+def _meter() -> EnergyMeter:
+    return EnergyMeter(torch.device("cuda"))
 
 
 def energy_joules() -> float | None:
     """Energy that the current GPU has used since its driver was loaded; None if NVML does not tell."""
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    millijoules = ctypes.c_ulonglong()
-    if nvml[0].nvmlDeviceGetTotalEnergyConsumption(nvml[1], ctypes.byref(millijoules)) != 0:
-        return None
-    return millijoules.value / 1e3
+    return _meter().joules()
 
 
 def power_limit_watts() -> float | None:
     """The current GPU's power limit; None if NVML does not tell."""
-    nvml = _nvml()
-    milliwatts = ctypes.c_uint()
-    if nvml is None or nvml[0].nvmlDeviceGetEnforcedPowerLimit(nvml[1], ctypes.byref(milliwatts)) != 0:
-        return None
-    return milliwatts.value / 1e3
+    return _meter().power_limit_watts()
 
 
 @dataclass(frozen=True)

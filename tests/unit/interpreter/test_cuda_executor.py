@@ -82,6 +82,22 @@ def test_a_mix_gives_the_reference_executors_tokens(
     assert set(made[0]._layers) == {8, 16, 32, 48} and set(made[0]._heads) == {8, 16, 24}
 
 
+def test_batches_of_a_single_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is a decode row or a prompt's: no graph serves both."""
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": "1MiB", "max_batch_tokens": 1}
+    with LLM(model=folder, **options) as llm:
+        expected = llm.generate([[5, 6, 7], [9]], params)
+
+    def executor(model: Any, engine: Any, program: Any, weights: Any, kv: Any) -> CudaExecutor:
+        return CudaExecutor(program, weights, kv, slots=engine.max_running, dtype=model.dtype, device=model.device)
+
+    monkeypatch.setattr(loading, "_executor", executor)
+    with LLM(model=folder, **options) as llm:
+        assert isinstance(llm.engine.executor, CudaExecutor) and not llm.engine.executor._layers
+        assert_same(llm.generate([[5, 6, 7], [9]], params), expected)
+
+
 def test_buckets_are_close_and_end_with_the_largest() -> None:
     for most in (1, 7, 8, 48, 64, 100, 1024, 1100, 2048, 8192):
         found = buckets(most)

@@ -1,79 +1,56 @@
-"""Write the tables of docs/performance.md from what is recorded: no number there is typed by hand.
+"""Write the tables of docs/performance.md and of README.md from what is recorded: no number there is typed by hand.
 
-    python -m benchmarks.performance            # rewrites the parts between the page's markers
-    python -m benchmarks.performance --check    # status 1 if the page is not what the records say
+    python -m benchmarks.performance            # rewrites the parts between the pages' markers
+    python -m benchmarks.performance --check    # status 1 if a page is not what the records say
 
-FLOPs and bytes are those that the operations of the traced graph declare; floors are those over the ceilings recorded
-in benchmarks/results/kernels.json; times are the record's own. The layer's products by rows are those of
-benchmarks/results/gemm_choices.json (``python -m benchmarks.gemm_choices --record ...``).
+Records are in benchmarks/results: kernels.json (``python -m benchmarks.kernels``), gemm_choices.json (``python -m
+benchmarks.gemm_choices --record ...``), iteration.json (``python -m benchmarks.iteration --profile``) and
+offline_throughput.json. The pictures are drawn by ``python -m benchmarks.plots``.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow.models.config import ModelConfig
-from nanoflow.models.registry import build_graph
-from nanoflow.ops.operation import Work
+from benchmarks import whole_tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-RECORD = ROOT / "benchmarks" / "results" / "kernels.json"
-CHOICES = ROOT / "benchmarks" / "results" / "gemm_choices.json"
-MODEL = "llama-3-8b"
-WORK = Work(
-    decode_rows=600,
-    prefill_rows=680,
-    decode_context=600 * 768,
-    prefill_context=2 * 340,
-    prefill_pairs=2 * (340 * 341 // 2),
-    sampled_rows=600,
-)
-"""Steady state of 512 tokens in, 512 out: 600 requests that decode at 768 tokens of context, two pieces of prompts."""
-BYTES = 2
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+CHOICES = RESULTS / "gemm_choices.json"
 NONE = "Nothing is recorded yet: run `python -m benchmarks.kernels` on a GPU, then `python -m benchmarks.performance`."
 
+Record = dict[str, Any] | None
 
-def load(path: Path = RECORD) -> dict[str, Any] | None:
-    """The record, None if there is none."""
+
+@dataclass(frozen=True)
+class Records:
+    """What is recorded; None where nothing is."""
+
+    kernels: Record = None
+    choices: Record = None
+    iteration: Record = None
+    runs: Record = None
+    """Whole runs by name."""
+
+    @classmethod
+    def load(cls) -> "Records":
+        runs = _load("offline_throughput")
+        return cls(_load("kernels"), _load("gemm_choices"), _load("iteration"), runs and runs["runs"])
+
+
+def _load(name: str) -> Record:
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def floors(record: dict[str, Any] | None) -> Iterator[str]:
-    """Table of the model's operations: FLOPs, bytes, and the floor if ceilings are recorded."""
-    graph = build_graph(
-        ModelConfig.from_dict(json.loads((ROOT / "configs/models" / MODEL / "config.json").read_text()))
-    )
-    ceilings = (record or {}).get("ceilings")
-    head = Work(decode_rows=WORK.sampled_rows, sampled_rows=WORK.sampled_rows)
-    yield "| operation | bound by | GFLOP | MB | floor, us |"
-    yield "|---|---|---|---|---|"
-    total = 0.0
-    for op, work, times in (
-        *((op, WORK, 1) for op in graph.prologue),
-        *((op, WORK, graph.layers) for op in graph.layer),
-        *((op, head, 1) for op in graph.epilogue),
-    ):
-        cost = op.cost(work, BYTES)
-        floor = "-"
-        if ceilings is not None:
-            compute = cost.flops / ceilings["tflops"] / 1e6
-            memory = cost.bytes / max(ceilings["gbytes_per_second"], ceilings["read_gbytes_per_second"]) / 1e3
-            floor = f"{max(compute, memory):,.1f}"
-            total += max(compute, memory) * times
-        yield (
-            f"| {op.name}{f' (x {times})' if times > 1 else ''} | {op.resource} | {cost.flops / 1e9:,.2f} | "
-            f"{cost.bytes / 1e6:,.1f} | {floor} |"
-        )
-    if total:
-        yield f"| all of an iteration | | | | {total:,.0f} |"
-
-
-def machine(record: dict[str, Any] | None) -> Iterator[str]:
+def machine(record: Record) -> Iterator[str]:
     """Where and with what the record was made, and its ceilings."""
     if record is None:
         yield NONE
@@ -90,7 +67,7 @@ def machine(record: dict[str, Any] | None) -> Iterator[str]:
         )
 
 
-def times(record: dict[str, Any] | None) -> Iterator[str]:
+def times(record: Record) -> Iterator[str]:
     """The recorded times, section by section."""
     if record is None:
         yield NONE
@@ -120,7 +97,7 @@ def times(record: dict[str, Any] | None) -> Iterator[str]:
         yield ""
 
 
-def products(record: dict[str, Any] | None) -> Iterator[str]:
+def products(record: Record) -> Iterator[str]:
     """What a layer's products take at each number of rows, with the kernels that were chosen."""
     if record is None:
         yield f"Nothing is recorded yet: `python -m benchmarks.gemm_choices --record {CHOICES.relative_to(ROOT)}`."
@@ -145,32 +122,35 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value else "-"
 
 
-def render(text: str, record: dict[str, Any] | None, choices: dict[str, Any] | None) -> str:
-    """The page with every marked part made anew."""
-    parts = {
-        "machine": machine(record),
-        "floors": floors(record),
-        "times": times(record),
-        "products": products(choices),
-    }
-    for name, lines in parts.items():
-        made = "\n".join(lines).strip()
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, made=made: f"{match[1]}{made}{match[2]}", text)
-        assert found == 1, f"{PAGE}: the marker <!-- {name} --> must stand there once"
-    return text
+PARTS: dict[str, Callable[[Records], Iterator[str]]] = {
+    "machine": lambda records: machine(records.kernels),
+    "times": lambda records: times(records.kernels),
+    "products": lambda records: products(records.choices),
+    "iteration": lambda records: whole_tables.iteration(records.iteration),
+    "timeline": lambda records: whole_tables.timeline(records.iteration),
+    "runs": lambda records: whole_tables.runs(records.runs),
+    "claims": lambda records: whole_tables.claims(records.runs),
+}
+MARKED = re.compile(r"(<!-- (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str, records: Records) -> str:
+    """The page with every marked part made anew; KeyError if a marker names none."""
+    return MARKED.sub(lambda match: match[1] + "\n".join(PARTS[match[2]](records)).strip() + "\n" + match[3], text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    text = PAGE.read_text()
-    made = render(text, load(), load(CHOICES))
-    if args.check:
-        return int(made != text)
-    PAGE.write_text(made)
-    return 0
+    records, differs = Records.load(), False
+    for page in (PAGE, README):
+        text = page.read_text()
+        made = render(text, records)
+        differs |= made != text
+        if not args.check:
+            page.write_text(made)
+    return int(args.check and differs)
 
 
 if __name__ == "__main__":

@@ -143,8 +143,7 @@ class CudaExecutor:
         with self._on_device():
             if self._in_flight and self._in_flight[-1].tokens is None:
                 self._sample(self._in_flight[-1])
-            begun = Mark(self.bound.device)
-            iteration = _Iteration(batch, self._run_layers(batch), begun)
+            iteration = self._run_layers(batch)
             self._in_flight.append(iteration)
             if batch.sampling is None or batch.sampling.masks is None:
                 self._sample(iteration)
@@ -173,17 +172,22 @@ class CudaExecutor:
         with torch.inference_mode(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             yield
 
-    def _run_layers(self, host: DenseBatch) -> DeviceBatch:
-        """Queue embedding and layers: a graph's replay if there is one for these rows, else kernel by kernel."""
+    def _run_layers(self, host: DenseBatch) -> _Iteration:
+        """Queue embedding and layers: a graph's replay if there is one for these rows, else kernel by kernel.
+
+        The iteration begins when its metadata are ready: a device that waits for the host until then is idle.
+        """
         captured = self._layers.get(host.rows)
         if captured is not None:
             batch = self._device_batch(host, self._static)
             if self._static.fill(batch, captured.room):
+                iteration = _Iteration(host, batch, Mark(self.bound.device))
+                self._static.send()
                 captured.graph.replay()
-                return batch
-        batch = self._device_batch(host, self._eager)
-        self._queue_layers(batch)
-        return batch
+                return iteration
+        iteration = _Iteration(host, self._device_batch(host, self._eager), Mark(self.bound.device))
+        self._queue_layers(iteration.batch)
+        return iteration
 
     def _queue_layers(self, batch: DeviceBatch) -> None:
         self.bound.begin(batch, self.sampler.last_tokens)

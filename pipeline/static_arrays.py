@@ -7,7 +7,8 @@ before its last copy to the device is over.
     find     run the largest batch: every array asked for is noted, with its size and the function that makes it
     lay out  allocate the device buffer and the pinned ring
     bind     capture a smaller batch: note which shapes it has room for
-    fill     for each iteration: make all arrays from the batch on the host, copy once
+    fill     for each iteration: make all arrays from the batch, in pinned memory
+    send     copy them, once
 """
 
 from collections.abc import Hashable, Mapping
@@ -88,14 +89,14 @@ class StaticArrays(DeviceArrays):
         return room
 
     def fill(self, batch: DeviceBatch, room: Mapping[Hashable, Shape]) -> bool:
-        """Make all arrays of a batch and start their copy on the current stream.
+        """Make all arrays of a batch, in the pinned copy whose turn it is; `send` has them copied.
 
         Args:
             batch: its host side is all that is used; it has the rows of the capture.
             room: of the capture that reads them.
 
         Returns:
-            False, and nothing is copied, if an array does not fit its room.
+            False if an array does not fit its room; there is nothing to send then.
         """
         arrays: dict[Hashable, NDArray[Any]] = {}
         for name, shape in room.items():
@@ -103,20 +104,23 @@ class StaticArrays(DeviceArrays):
             array = arrays[name] = region.make(batch.part(region.nano_batch))
             if any(size > most for size, most in zip(array.shape, shape, strict=True)):
                 return False
-        turn = self._turn
-        self._turn = (turn + 1) % RING
-        if (copied := self._copied[turn]) is not None:
+        if (copied := self._copied[self._turn]) is not None:
             copied.synchronize()
-        staged = self._staged[turn]
+        staged = self._staged[self._turn]
         for name, array in arrays.items():
             staged[name][tuple(slice(size) for size in array.shape)] = array
+        return True
+
+    def send(self) -> None:
+        """Start the copy of what was filled in last, on the current stream."""
+        turn = self._turn
+        self._turn = (turn + 1) % RING
         assert self._buffer is not None
         self._buffer.copy_(self._ring[turn], non_blocking=True)
         if self.device.type == "cuda":
-            event = copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = self._copied[turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copied[turn] = event
-        return True
 
     def _view(self, buffer: torch.Tensor, region: _Region) -> torch.Tensor:
         dtype = torch.from_numpy(np.empty(0, region.dtype)).dtype

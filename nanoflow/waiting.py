@@ -5,7 +5,7 @@ with `longest_first` in blocks of `BLOCK` in order of arrival: within a block, m
 the longer prompt, then the lower index. So a sequence is overtaken by less than `BLOCK` others, however many still
 come. An empty queue begins a new block.
 
-The next `_FRONT` or more stand in a sorted list, for pacing to look at; the rest are in a heap behind it.
+The next `_FRONT` or more stand in a sorted list; the rest are in a heap behind it.
 """
 
 from bisect import insort

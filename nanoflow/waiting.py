@@ -5,7 +5,7 @@ with `longest_first` in blocks of `BLOCK` in order of arrival: within a block, m
 the longer prompt, then the lower index. So a sequence is overtaken by less than `BLOCK` others, however many still
 come. An empty queue begins a new block.
 
-The next `_FRONT` or more stand in a sorted list; the rest are in a heap behind it.
+Those that come next stand in a sorted list; the rest are in a heap behind it.
 """
 
 from bisect import insort
@@ -87,9 +87,12 @@ class WaitingQueue:
         if self._preempted:
             sequence = self._preempted[0][-1]
             return sequence if sequence.in_flight == 0 else None
-        while self._fill_front(1) and self._front[0][-1].finished:
+        while True:
+            if not self._front:
+                self._front = [heappop(self._back) for _ in range(min(_FRONT, len(self._back)))]
+            if not self._front or not self._front[0][-1].finished:
+                return self._front[0][-1] if self._front else None
             del self._front[0]
-        return self._front[0][-1] if self._front else None
 
     def take(self, sequence: Sequence) -> None:
         """Takes out what `head` returned."""
@@ -112,13 +115,6 @@ class WaitingQueue:
             return (0, 0, 0, sequence.index, sequence)
         own = self._block if block is None else block
         return (own, -sequence.limit, -len(sequence.prompt), sequence.index, sequence)
-
-    def _fill_front(self, count: int) -> int:
-        """Sees to it that the front has `count` sequences if so many are there; returns how many it has."""
-        if len(self._front) < count:
-            for _ in range(min(max(count, _FRONT) - len(self._front), len(self._back))):
-                self._front.append(heappop(self._back))
-        return len(self._front)
 
     def _come(self, sequence: Sequence) -> None:
         self._count += 1

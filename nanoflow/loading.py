@@ -1,6 +1,5 @@
 """From a configuration to an engine that is ready to run: checkpoint, graph, plan, weights, KV cache, executor."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -156,7 +155,7 @@ def _executor(model: Model, engine: EngineSection, program: Program, weights: We
     if model.device.type != "cuda" or len(program.lanes) > 1:
         return ReferenceExecutor(program, weights, kv, **sizes)
     try:
-        executor = CudaExecutor(program, weights, kv, graphs=engine.cuda_graphs, **sizes)
+        return CudaExecutor(program, weights, kv, graphs=engine.cuda_graphs, **sizes)
     except (CaptureError, torch.OutOfMemoryError) as error:
         what = str(error) if isinstance(error, CaptureError) else "memory ran out for the buffers of an iteration"
         raise OutOfMemoryError(
@@ -165,11 +164,6 @@ def _executor(model: Model, engine: EngineSection, program: Program, weights: We
             "left. Lower kv_memory (a fraction such as 0.85), engine.max_batch_tokens or engine.max_running"
             + ("; cuda_graphs: false runs without graphs" if isinstance(error, CaptureError) else "")
         ) from None
-    # Python's garbage collector would walk all that the libraries have loaded, again and again, and for a third of a
-    # second each time nothing would be launched.
-    gc.collect()
-    gc.freeze()
-    return executor
 
 
 def _page_bytes(model: Model, page_size: int) -> int:

@@ -4,6 +4,7 @@ At that, kernels see the batch of the capture; all that they know of the real on
 brings. A kernel that looks at the batch itself, or an array that has no room, gives wrong tokens here.
 """
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def test_batches_of_a_single_row(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loading, "_executor", executor)
     with LLM(model=folder, **options) as llm:
         assert isinstance(llm.engine.executor, CudaExecutor) and not llm.engine.executor._layers
+        assert gc.get_freeze_count() > 10_000, "the collector leaves alone what is loaded"
         assert_same(llm.generate([[5, 6, 7], [9]], params), expected)
+    assert gc.get_freeze_count() == 0, "a closed engine can be collected"
 
 
 def test_buckets_are_close_and_end_with_the_largest() -> None:

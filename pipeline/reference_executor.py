@@ -104,8 +104,10 @@ class ReferenceExecutor:
 
     def _sample(self, batch: DeviceBatch, sampling: SamplingBatch) -> StepTensors:
         """Final norm, head and sampling of the rows that need a token, some at a time so that logits stay small."""
-        rows = torch.from_numpy(sampling.rows).to(self.bound.device, torch.int64)
-        return self.sampler.sample_chunks(sampling, lambda entries: self.bound.head(batch, rows[entries]), SAMPLED_ROWS)
+        rows_S = batch.sampled_rows_S
+        return self.sampler.sample_chunks(
+            sampling, lambda entries: self.bound.head(batch, rows_S[entries]), SAMPLED_ROWS, batch.sampled_slots_S
+        )
 
     def _draw_order(self) -> Iterator[int]:
         """Indices of all steps: a random order among those that lanes and predecessors allow."""

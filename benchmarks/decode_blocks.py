@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.kernels.__main__ import machine
-from benchmarks.kernels.common import randn, time_interleaved
-from nanoflow.ops.decode_attention_triton import DecodeConfig, DecodeWorkspace, decode_attention, decode_config
-from nanoflow.ops.decode_work import decode_work
+from benchmarks.kernels.common import time_interleaved
+from benchmarks.kernels.decode_attention import Case, Shape, name_of
+from nanoflow.ops.decode_attention_triton import DecodeConfig
 
 RESULTS = Path(__file__).parent / "results" / "decode_blocks.json"
-HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 128
-BYTES_A_TOKEN = 2 * KV_HEADS * HEAD_DIM * 2
 CANDIDATES = (
     DecodeConfig(64, stages=3, warps=4, programs_per_sm=3, tma=True, max_registers=168),
     DecodeConfig(64, stages=3, warps=2, programs_per_sm=3, tma=True),
@@ -41,11 +38,6 @@ CANDIDATES = (
 )
 
 
-def label(config: DecodeConfig) -> str:
-    registers = f" r{config.max_registers}" if config.max_registers else ""
-    return f"b{config.block_tokens} s{config.stages} w{config.warps} x{config.programs_per_sm}{registers}"
-
-
 def running_of(trace: Path, count: int) -> np.ndarray:
     """Contexts of `count` requests of a trace at random moments of their lives."""
     with trace.open(encoding="utf-8", newline="") as file:
@@ -57,42 +49,23 @@ def running_of(trace: Path, count: int) -> np.ndarray:
     return np.asarray(prompts[chosen] + (random.random(count) * outputs[chosen]).astype(int) + 1)
 
 
-def measure(context: np.ndarray, seconds: float, device: torch.device) -> list[dict[str, Any]]:
-    """Every candidate on requests of these contexts; each one's output is compared with the first one's."""
-    lengths, random = context.astype(np.int32), np.random.default_rng(0)
-    counts = -(-lengths // PAGE)
-    order = random.permutation(np.arange(1, counts.sum() + 1)).astype(np.int32)
-    table = np.zeros((len(lengths), counts.max()), np.int32)
-    table[np.arange(counts.max()) < counts[:, None]] = order
-    kv = randn(int(counts.sum()) + 1, 2, KV_HEADS, PAGE, HEAD_DIM, device=device)
-    q_THD = randn(len(lengths), HEADS, HEAD_DIM, device=device)
-    out_THD = torch.empty_like(q_THD)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    """Every candidate on one case; each one's output is compared with the first one's."""
     calls, first = {}, None
     for config in CANDIDATES:
-        listed = decode_work(
-            np.arange(len(lengths), dtype=np.int32), lengths, table, page_size=PAGE, block_tokens=config.block_tokens
-        )
-        work = torch.from_numpy(listed).to(device)
-        space = DecodeWorkspace(sms * config.programs_per_sm, HEADS // KV_HEADS, HEAD_DIM, device)
-
-        def call(work: torch.Tensor = work, space: DecodeWorkspace = space, config: DecodeConfig = config) -> None:
-            decode_attention(q_THD, kv, out_THD, work, space, scale=HEAD_DIM**-0.5, config=config)
-
+        call = calls[name_of(config)] = case.bound(config)
         call()
-        first = out_THD.float().clone() if first is None else first
-        assert (out_THD.float() - first).abs().max() < 2e-2, label(config)
-        calls[label(config)] = call
-    moved = float(lengths.sum()) * BYTES_A_TOKEN
+        first = case.out_THD.float().clone() if first is None else first
+        assert (case.out_THD.float() - first).abs().max() < 2e-2, name_of(config)
     return [
         {
             "config": name,
             "microseconds": timing.median_ms * 1e3,
-            "gbytes_per_second": moved / timing.median_ms / 1e6,
+            "gbytes_per_second": case.shape.kv_bytes / timing.median_ms / 1e6,
             "watts": timing.watts,
             "millijoules": timing.joules and timing.joules * 1e3,
         }
-        for name, timing in time_interleaved(calls, seconds, device=device).items()
+        for name, timing in time_interleaved(calls, seconds, device=case.device).items()
     ]
 
 
@@ -102,21 +75,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of each candidate")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    device, random = torch.device("cuda"), np.random.default_rng(0)
+    random = np.random.default_rng(0)
     mixes = {
         "560 requests of 512 to 1,023 tokens": random.integers(512, 1024, 560),
         "60 requests of 512 to 1,535 tokens": random.integers(512, 1536, 60),
     }
     if args.trace is not None:
         mixes[f"700 running requests of {args.trace.stem}"] = running_of(args.trace, 700)
-    chosen = decode_config(PAGE, HEAD_DIM, torch.bfloat16, torch.cuda.get_device_capability(device), HEADS // KV_HEADS)
-    result: dict[str, Any] = {**machine("cuda"), "chosen": label(chosen), "mixes": {}}
+    result: dict[str, Any] = {**machine("cuda"), "mixes": {}}
     for name, context in mixes.items():
-        rows = result["mixes"][name] = measure(context, args.seconds, device)
+        case = Case(Shape(name, 32, 8, 128, 128, tuple(context.tolist())), "cuda")
+        result["chosen"] = name_of(case.default())
+        rows = result["mixes"][name] = measure(case, args.seconds)
         print(name)
         for row in rows:
             rate, watts = row["gbytes_per_second"], row["watts"] or 0
-            print(f"  {row['config']:18} {row['microseconds']:7.1f} us, {rate:5,.0f} GB/s, {watts:3.0f} W")
+            print(f"  {row['config']:22} {row['microseconds']:7.1f} us, {rate:5,.0f} GB/s, {watts:3.0f} W")
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

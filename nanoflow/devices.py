@@ -15,6 +15,7 @@ from nanoflow.memory import format_bytes
 __all__ = [
     "check_head_size",
     "choose_device",
+    "device_sms",
     "driver_cuda_version",
     "gpu_problem",
     "hardware",
@@ -79,6 +80,11 @@ def gpu_problem(index: int) -> str | None:
             f"kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or more: use a GPU of the A100's generation or later"
         )
     return None
+
+
+def device_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 for a CPU, which is not cut into parts."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def driver_cuda_version() -> tuple[int, int] | None:

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow.config_schema import RunConfig
+from nanoflow.devices import device_sms
 from nanoflow.engine import Engine
 from nanoflow.errors import OutputError
 from nanoflow.loading import Model, device_name
 from nanoflow.pipeline.plan_text import format_plan
-from nanoflow.plan_timeline import TimelineEntry, estimate_timeline
 from nanoflow.power import Energy
 from nanoflow.recording import LogHistogram, Recorder
 from nanoflow.search.cost_model import Bounds, Ceilings, bounds
+from nanoflow.search.timeline import Timeline, estimate_timeline, shared_works
 
 __all__ = ["SCHEMA_VERSION", "Goodput", "Percentiles", "RunReport", "idle_share", "make_report", "versions"]
 
@@ -82,6 +83,18 @@ class Goodput:
     share: float
     """Of the completed requests."""
     requests_per_second: float
+
+
+@dataclass(frozen=True)
+class TimelineEntry:
+    """One nano-op of the layer shown, in microseconds from the layer's start."""
+
+    name: str
+    """As plans write it: ``qkv.a``; ``@1`` if it belongs to the next layer, ``@-1`` to the one before."""
+    lane: str
+    resource: str
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -243,7 +256,7 @@ def make_report(
     """
     tokens_in = int(recorder.column("prompt_tokens").sum())
     tokens_out = int(recorder.column("output_tokens").sum())
-    stats = engine.stats
+    stats, program = engine.stats, engine.executor.program
     if energy is not None:
         ceilings = replace(ceilings, power_limit_watts=energy.power_limit_watts)
         energy = replace(energy, joules_per_token=_rate(energy.joules, tokens_in + tokens_out))
@@ -286,9 +299,15 @@ def make_report(
         device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         plan=config.pipeline.plan,
-        plan_text=format_plan(engine.executor.program.plan),
-        plan_timeline=estimate_timeline(
-            engine.executor.program, stats.work.over(stats.iterations), ceilings, model.dtype.itemsize
+        plan_text=format_plan(program.plan),
+        plan_timeline=_layer(
+            estimate_timeline(
+                program,
+                shared_works(program.plan, stats.work.over(stats.iterations)),
+                ceilings,
+                model.dtype.itemsize,
+                device_sms(model.device),
+            )
         ),
         sizes=engine.scheduler.sizes,
         config=config.model_dump(mode="json", exclude_none=True),
@@ -311,6 +330,24 @@ def versions() -> dict[str, str]:
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def _layer(timeline: Timeline) -> list[TimelineEntry]:
+    """What runs while the middle layer does; nothing if nothing ran."""
+    if not timeline.seconds:
+        return []
+    middle = (max(span.layer for span in timeline.spans) + 1) // 2
+    shown = timeline.layers(middle, middle)
+    return [
+        TimelineEntry(
+            span.label(middle),
+            span.lane,
+            span.resource,
+            round(max(span.start, 0.0) * 1e6, 3),
+            round(min(span.end, shown.seconds) * 1e6, 3),
+        )
+        for span in shown.spans
+    ]
 
 
 def _goodput(config: RunConfig, recorder: Recorder, seconds: float) -> Goodput | None:

@@ -1,0 +1,392 @@
+"""The timeline of one iteration's layers under a plan: estimated from ceilings, or measured by an executor's marks.
+
+Contract: a `Timeline` is frozen data that pictures, traces and reports are made of. It knows where every nano-op ran,
+from when to when, and, moment by moment, how many SMs worked, how many FLOP/s and how many bytes/s they did.
+
+Pseudo-code of the estimate::
+
+    while nano-ops are left:
+        start every lane's next nano-op whose predecessors are done
+        n     = the lane's SMs; lanes that are not confined share the device evenly among those that run
+        speed = min(n / N of the FLOP/s ceiling, what n SMs read of memory, the link) over what the nano-op needs
+        where all together would move more bytes than memory gives: even shares, what one leaves over to the others
+        go on to the moment at which the first of them ends; speeds change there
+
+Launching costs nothing here and power limits nothing: it is what the plan could be at best.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+from nanoflow.ops.operation import Cost, Work
+from nanoflow.pipeline.period import complete_period
+from nanoflow.pipeline.plan import NanoBatch, Plan
+from nanoflow.pipeline.program import Program
+from nanoflow.search.cost_model import Ceilings
+
+__all__ = [
+    "Load",
+    "Segment",
+    "Span",
+    "Timeline",
+    "bandwidth_on",
+    "estimate_timeline",
+    "measured_timeline",
+    "shared_works",
+]
+
+Source = Literal["estimated", "measured"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One nano-op on the timeline. A nano-op without rows has no length."""
+
+    step: int
+    """Its place in `Program.steps`."""
+    name: str
+    """As plans write it, the layer apart: ``qkv.a``."""
+    op: str
+    nano_batch: str | None
+    """None: all rows at once."""
+    layer: int
+    repetition: int
+    """Which repetition of the plan's period it belongs to: its layer less how far the period looks ahead for it."""
+    stage: int
+    lane: str
+    partition: str
+    sms: int | None
+    """SMs of its lane; None: the lane is not confined."""
+    resource: str
+    start: float
+    """Seconds, as `end`."""
+    end: float
+    flops: float
+    bytes: float
+    waits: tuple[int, ...]
+    """Steps of other lanes that it waits for."""
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+    def label(self, layer: int) -> str:
+        """The name as a plan writes it in a period whose own layer is `layer`: ``qkv.a@1``."""
+        return f"{self.name}{f'@{self.layer - layer}' if self.layer != layer else ''}"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one lane does during a segment."""
+
+    lane: str
+    sms: float
+    flops_per_second: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of time in which the same nano-ops run; lanes that do nothing have no load."""
+
+    start: float
+    end: float
+    loads: tuple[Load, ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Nano-ops in the order of `Program.steps`, and what the device does from moment to moment."""
+
+    spans: tuple[Span, ...]
+    segments: tuple[Segment, ...]
+    """One after the other, in time; moments at which nothing runs belong to none."""
+    seconds: float
+    source: Source
+    device_sms: int
+    lanes: tuple[str, ...]
+    """Of the plan, in its order."""
+    layer: int = 0
+    """The layer that a stretch cut out of an iteration shows; 0 for the whole."""
+
+    def busy(self) -> dict[str, float]:
+        """For each lane, the share of the time in which it runs something."""
+        used = dict.fromkeys(self.lanes, 0.0)
+        for segment in self.segments:
+            for load in segment.loads:
+                used[load.lane] += segment.end - segment.start
+        return {lane: seconds / self.seconds if self.seconds else 0.0 for lane, seconds in used.items()}
+
+    def cut(self, start: float, end: float, layer: int) -> "Timeline":
+        """The stretch from `start` to `end`, its times counted from `start`. Spans that reach over its edges keep
+        their whole length: they begin before 0, or end after `seconds`."""
+        spans = [
+            replace(span, start=span.start - start, end=span.end - start)
+            for span in self.spans
+            if span.end > span.start and span.end > start and span.start < end
+        ]
+        segments = [
+            Segment(max(segment.start, start) - start, min(segment.end, end) - start, segment.loads)
+            for segment in self.segments
+            if segment.end > start and segment.start < end
+        ]
+        return replace(self, spans=tuple(spans), segments=tuple(segments), seconds=max(0.0, end - start), layer=layer)
+
+    def layers(self, first: int, last: int) -> "Timeline":
+        """The stretch in which layers `first` to `last` (both included) run, and whatever runs beside them."""
+        own = [span for span in self.spans if first <= span.layer <= last]
+        if not own:
+            raise ValueError(f"no nano-op of layers {first} to {last} is on the timeline")
+        return self.cut(min(span.start for span in own), max(span.end for span in own), first)
+
+    def period(self, layer: int | None = None) -> "Timeline":
+        """One repetition of the plan's period in steady state: from the moment at which its first nano-op starts to the
+        moment at which that of the next repetition does. `layer`: which one; by default the middle of those that are
+        whole."""
+        if not self.spans:
+            return self
+        last = max(span.layer for span in self.spans)
+        furthest = max(span.layer - span.repetition for span in self.spans)
+        layer = max(0, last - furthest) // 2 if layer is None else layer
+        own = [span for span in self.spans if span.repetition == layer]
+        if not own:
+            raise ValueError(f"no repetition {layer} of the period is on the timeline; the last is {last}")
+        stage = min(span.stage for span in own)
+        lane = next(lane for lane in self.lanes if any(span.stage == stage and span.lane == lane for span in own))
+
+        def begin(repetition: int) -> float | None:
+            starts = [
+                span.start
+                for span in self.spans
+                if (span.repetition, span.stage, span.lane) == (repetition, stage, lane)
+            ]
+            return min(starts, default=None)
+
+        start, end = begin(layer), begin(layer + 1)
+        assert start is not None
+        return self.cut(start, max(span.end for span in own) if end is None else end, layer)
+
+
+def bandwidth_on(sms: float, device_sms: int, ceiling: float) -> float:
+    """Bytes/s that `sms` of a device's `device_sms` SMs read, if all of them read `ceiling`.
+
+    Few SMs have too few loads in flight: the rate grows with them and then saturates.
+    With x = 3.235 * sms / device_sms::
+
+        rate = ceiling * x / (1 + x ** 5.5) ** (1 / 5.5)
+
+    fitted to decode attention on an H100 (132 SMs): 1,170, 1,730, 2,240, 2,620 and 3,000 GB/s on 16, 24, 32, 40 and all
+    SMs, which it meets within 1.5%. A measured profile of the device may take its place.
+    """
+
+    def saturating(share: float) -> float:
+        x = 3.235 * share
+        return float(x / (1 + x**5.5) ** (1 / 5.5))
+
+    return ceiling * min(1.0, saturating(sms / device_sms) / saturating(1.0))
+
+
+def shared_works(plan: Plan, work: Work) -> tuple[Work, ...]:
+    """`work` of a whole iteration among the nano-batches, by their shares of decode rows and of prefill rows."""
+
+    def part(nano_batch: NanoBatch) -> Work:
+        decode, prefill = float(nano_batch.decode), float(nano_batch.prefill)
+        return Work(
+            decode_rows=round(work.decode_rows * decode),
+            prefill_rows=round(work.prefill_rows * prefill),
+            decode_context=round(work.decode_context * decode),
+            prefill_context=round(work.prefill_context * prefill),
+            prefill_pairs=round(work.prefill_pairs * prefill),
+        )
+
+    return tuple(map(part, plan.nano_batches))
+
+
+def measured_timeline(
+    program: Program, times: Sequence[tuple[float, float]], works: Sequence[Work], itemsize: int, device_sms: int
+) -> Timeline:
+    """The timeline that was measured.
+
+    Args:
+        times: start and end of each of the program's steps, in seconds.
+        works: of each nano-batch.
+        itemsize: bytes of an element of weights and activations.
+        device_sms: SMs of the device; 1 where there are none.
+
+    Rates are means over each nano-op. Raises ValueError if there are not as many times as steps.
+    """
+    if len(times) != len(program.steps):
+        raise ValueError(f"{len(times)} measured times do not belong to a program of {len(program.steps)} steps")
+    spans = _spans(program, _costs(program, works, itemsize), times)
+    return Timeline(
+        spans,
+        _measured_segments(spans, device_sms),
+        max((span.end for span in spans), default=0.0),
+        "measured",
+        device_sms,
+        program.plan.lanes,
+    )
+
+
+def estimate_timeline(
+    program: Program, works: Sequence[Work], ceilings: Ceilings, itemsize: int, device_sms: int
+) -> Timeline:
+    """The timeline by the pseudo-code above; arguments as of `measured_timeline`."""
+    costs = _costs(program, works, itemsize)
+    plan, steps = program.plan, program.steps
+    queues = {lane: list(reversed(indices)) for lane, indices in program.lanes.items()}
+    times: list[tuple[float, float]] = [(0.0, 0.0)] * len(steps)
+    done = bytearray(len(steps))
+    running: dict[int, float] = {}  # step -> what is left of it, from 1 to 0
+    segments: list[Segment] = []
+    clock = 0.0
+    while True:
+        _start(program, queues, done, running, costs, times, clock)
+        if not running:
+            break
+        confined = {step: plan.lane_sms(steps[step].stage, steps[step].lane) for step in running}
+        free = sum(sms is None for sms in confined.values())
+        sms = {step: device_sms / free if own is None else float(own) for step, own in confined.items()}
+        speeds = _speeds({step: costs[step] for step in running}, sms, ceilings, device_sms)
+        length = min(left / speeds[step] for step, left in running.items())
+        loads = [
+            Load(steps[step].lane, sms[step], costs[step].flops * speeds[step], costs[step].bytes * speeds[step])
+            for step in running
+        ]
+        segments.append(Segment(clock, clock + length, tuple(loads)))
+        clock += length
+        for step in list(running):
+            if running[step] <= length * speeds[step] * (1 + 1e-12):
+                del running[step]
+                done[step] = 1
+                times[step] = (times[step][0], clock)
+            else:
+                running[step] -= length * speeds[step]
+    return Timeline(_spans(program, costs, times), tuple(segments), clock, "estimated", device_sms, plan.lanes)
+
+
+def _start(
+    program: Program,
+    queues: Mapping[str, list[int]],
+    done: bytearray,
+    running: dict[int, float],
+    costs: Sequence[Cost],
+    times: list[tuple[float, float]],
+    clock: float,
+) -> None:
+    """Start what may start at `clock`; what has nothing to do ends at once."""
+    moved = True
+    while moved:
+        moved = False
+        for queue in queues.values():
+            # A lane's next step has the one before among its predecessors, so a lane never runs two.
+            while queue and all(done[before] for before in program.predecessors[queue[-1]]):
+                step, moved = queue.pop(), True
+                times[step] = (clock, clock)
+                if costs[step] == Cost():
+                    done[step] = 1
+                else:
+                    running[step] = 1.0
+
+
+def _speeds(
+    costs: Mapping[int, Cost], sms: Mapping[int, float], ceilings: Ceilings, device_sms: int
+) -> dict[int, float]:
+    """How much of each running step is done in a second."""
+    speeds: dict[int, float] = {}
+    for step, cost in costs.items():
+        needed = [
+            cost.flops / (ceilings.flops * sms[step] / device_sms),
+            cost.bytes / bandwidth_on(sms[step], device_sms, ceilings.bytes_per_second),
+            cost.wire_bytes / ceilings.link_bytes_per_second if ceilings.link_bytes_per_second else 0.0,
+        ]
+        # A cost that no known ceiling limits (the wire's, where the link was not measured) takes next to no time.
+        speeds[step] = 1 / max(*needed, 1e-12)
+    room, left = ceilings.bytes_per_second, len(speeds)
+    for step in sorted(speeds, key=lambda step: costs[step].bytes * speeds[step]):
+        moved = costs[step].bytes * speeds[step]
+        granted = min(moved, room / left)
+        if granted < moved:
+            speeds[step] = granted / costs[step].bytes
+        room, left = room - granted, left - 1
+    return speeds
+
+
+def _costs(program: Program, works: Sequence[Work], itemsize: int) -> list[Cost]:
+    """Of every step. An operation that has no rows of its class to work on is skipped, and costs nothing."""
+    count = len(program.plan.nano_batches)
+    if len(works) != count:
+        raise ValueError(f"{len(works)} works do not belong to a plan of {count} nano-batches")
+    total = sum(works, Work())
+    kept: dict[tuple[str, int | None], Cost] = {}
+    result = []
+    for step in program.steps:
+        key = step.nano_op.op, step.nano_op.nano_batch
+        if key not in kept:
+            work = total if key[1] is None else works[key[1]]
+            kept[key] = program.graph.operation(key[0]).cost(work, itemsize)
+        result.append(kept[key])
+    return result
+
+
+def _spans(program: Program, costs: Sequence[Cost], times: Sequence[tuple[float, float]]) -> tuple[Span, ...]:
+    plan, graph = program.plan, program.graph
+    ahead = {
+        (entry.op, entry.nano_batch): entry.ahead
+        for stage in complete_period(plan, graph)
+        for entries in stage.lanes.values()
+        for entry in entries
+    }
+    spans = []
+    for index, (step, cost, (start, end)) in enumerate(zip(program.steps, costs, times, strict=True)):
+        op, number = step.nano_op.op, step.nano_op.nano_batch
+        nano_batch = None if number is None else plan.nano_batches[number].name
+        spans.append(
+            Span(
+                step=index,
+                name=op if nano_batch is None else f"{op}.{nano_batch}",
+                op=op,
+                nano_batch=nano_batch,
+                layer=step.nano_op.layer,
+                repetition=step.nano_op.layer - ahead[op, nano_batch],
+                stage=step.stage,
+                lane=step.lane,
+                partition=plan.period[step.stage].partition,
+                sms=plan.lane_sms(step.stage, step.lane),
+                resource=graph.operation(op).resource,
+                start=start,
+                end=end,
+                flops=cost.flops,
+                bytes=cost.bytes,
+                waits=step.waits,
+            )
+        )
+    return tuple(spans)
+
+
+def _measured_segments(spans: Sequence[Span], device_sms: int) -> tuple[Segment, ...]:
+    long = [span for span in spans if span.end > span.start]
+    moments = sorted({moment for span in long for moment in (span.start, span.end)})
+    begin: dict[float, list[Span]] = {}
+    for span in long:
+        begin.setdefault(span.start, []).append(span)
+    running: list[Span] = []
+    segments = []
+    for start, end in pairwise(moments):
+        running = [span for span in running if span.end > start] + begin.get(start, [])
+        if not running:
+            continue
+        free = sum(span.sms is None for span in running)
+        loads = [
+            Load(
+                span.lane,
+                device_sms / free if span.sms is None else float(span.sms),
+                span.flops / span.seconds,
+                span.bytes / span.seconds,
+            )
+            for span in running
+        ]
+        segments.append(Segment(start, end, tuple(loads)))
+    return tuple(segments)

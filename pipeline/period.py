@@ -9,9 +9,13 @@ from difflib import get_close_matches
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Operation
 from nanoflow.pipeline.dependencies import producer
+from nanoflow.pipeline.grid import Block, Cell, Name, plain, render_order
 from nanoflow.pipeline.plan import Entry, FrozenMapping, Plan, PlanError, Stage
 
 __all__ = ["complete_period", "render_period"]
+
+GRID_WIDTH = 112
+"""Columns of the schedules in messages."""
 
 
 def complete_period(plan: Plan, graph: Graph) -> tuple[Stage, ...]:
@@ -108,12 +112,17 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def render_period(period: tuple[Stage, ...], marked: set[Entry] | frozenset[Entry] = frozenset()) -> str:
-    """The schedule as text, one lane a line, with the entries of `marked` between ``>>`` and ``<<``."""
-    lines = []
-    for stage in period:
-        lines.append(f"  {stage.partition}:")
-        width = max((len(lane) for lane in stage.lanes), default=0)
-        for lane, entries in stage.lanes.items():
-            shown = " ".join(f">>{entry}<<" if entry in marked else str(entry) for entry in entries)
-            lines.append(f"    {lane:<{width}} | {shown}")
-    return "\n".join(lines)
+    """The schedule as a text grid without times, with the entries of `marked` between ``>>`` and ``<<``."""
+    blocks = [
+        Block(
+            stage.partition,
+            {
+                lane: [
+                    Cell(Name(entry.op, str(entry).removeprefix(entry.op)), marked=entry in marked) for entry in entries
+                ]
+                for lane, entries in stage.lanes.items()
+            },
+        )
+        for stage in period
+    ]
+    return plain(render_order(blocks, GRID_WIDTH))

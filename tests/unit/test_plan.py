@@ -249,7 +249,7 @@ def test_schedules_that_cannot_be_show_where(old, new, expected, mark):
     text = message(changed(old, new))
     assert expected in text
     assert mark in text
-    assert "compute | " in text
+    assert "compute |" in text
 
 
 def test_a_deadlock_across_lanes_tells_who_waits_for_whom():

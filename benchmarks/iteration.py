@@ -92,7 +92,7 @@ def make_executor(model: Model, batch: DenseBatch, pages: int, page_size: int, l
     weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
     slots = len(batch.sampling) if batch.sampling is not None else 1
     executor = CudaExecutor(
-        compile_program(plan, model.graph), weights, layout, slots=slots, dtype=model.dtype, device=model.device
+        [compile_program(plan, model.graph)], weights, layout, slots=slots, dtype=model.dtype, device=model.device
     )
     for kv in executor.bound.kv:
         kv.normal_()
@@ -139,7 +139,7 @@ def whole(executor: CudaExecutor, batch: DenseBatch, seconds: float) -> dict[str
 def operations(executor: CudaExecutor, host: DenseBatch, seconds: float) -> list[dict[str, Any]]:
     """Every operation by itself, all layers in turn, and what it has to do."""
     bound = executor.bound
-    program, device = bound.program, bound.device
+    program, device = bound.programs[0], bound.device
     batch = DeviceBatch(host, device, bound.kv_layout.page_size, DeviceArrays(device))
     work = work_of(host)
     itemsize = bound.buffers["x"].element_size()
@@ -197,7 +197,8 @@ def profile(executor: CudaExecutor, batch: DenseBatch, iterations: int = 3) -> d
             executor.launch(batch)
             executor.collect()
         executor.collect()
-        executor.close()
+        if executor.bound.device.type == "cuda":
+            torch.cuda.synchronize()
     events = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
     names = sorted({name for _, _, name in spans})

@@ -58,7 +58,7 @@ class _StubExecutor:
     """Answers each iteration at once."""
 
     def __init__(self, program: Any) -> None:
-        self.program = program
+        self.programs = (program,)
         self._random = np.random.default_rng(0)
         self._vocab_size = program.graph.vocab_size
         self._launched: list[Any] = []
@@ -92,6 +92,7 @@ def measure(folder: Path, source: Path) -> dict[str, Any]:
     from nanoflow.kv_cache import KVCache
     from nanoflow.pipeline.plan import Plan
     from nanoflow.pipeline.program import compile_program
+    from nanoflow.pipeline.split import Cut
     from nanoflow.scheduler import Scheduler
     from nanoflow.search.cost_model import Ceilings
 
@@ -100,7 +101,7 @@ def measure(folder: Path, source: Path) -> dict[str, Any]:
     def build_engine(model: Any, engine: Any, *_: Any, **__: Any) -> Engine:
         scheduler = Scheduler(
             kv=KVCache(20_000, 64, engine.max_running, 128),
-            split=lambda decode, prefill: ([decode], [prefill]),
+            cut=lambda decode, prefill: Cut([decode], [prefill], [decode + prefill]),
             max_batch_tokens=65536,
             max_running=engine.max_running,
             max_model_len=8192,

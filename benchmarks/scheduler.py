@@ -21,6 +21,7 @@ import platform
 import time
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from benchmarks.iteration_time import Iterations, IterationTime
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import StepOutput
 from nanoflow.pipeline.cuda_executor import buckets
+from nanoflow.pipeline.plan import NanoBatch, Plan
+from nanoflow.pipeline.split import BatchCutter
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.cost_model import work_of
@@ -83,10 +86,6 @@ class Series:
         return np.abs(np.diff(rows)) / rows[:-1]
 
 
-def split(decode: int, prefill: int) -> tuple[list[int], list[int]]:
-    return [decode], [prefill]
-
-
 def simulate(
     lengths: Many[tuple[int, int]],
     kv_tokens: int = KV_TOKENS,
@@ -97,10 +96,11 @@ def simulate(
 ) -> Series:
     """Runs requests of (input, output) tokens through a scheduler, to the end or for some iterations."""
     longest = max(a + b for a, b in lengths)
+    whole = Fraction(1)
     kv = KVCache(kv_tokens // PAGE_SIZE + 1, PAGE_SIZE, max_running, -(-longest // PAGE_SIZE))
     scheduler = Scheduler(
         kv=kv,
-        split=split,
+        cut=BatchCutter([Plan(max_batch_tokens, (NanoBatch("a", whole, whole, max_batch_tokens),), ())], row_buckets),
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
         max_model_len=longest,

@@ -4,7 +4,7 @@ Legend as in `nanoflow.ops.batch`; W is the prompt tokens of the iteration, K it
 them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import RESERVED_PAGE, TOKEN_ON_DEVICE, DenseBatch, NanoBatchRows, SamplingBatch
+from nanoflow.pipeline.split import Cut
 
-__all__ = ["BatchLayout", "SplitRows", "form_dense_batch", "lay_out"]
+__all__ = ["BatchLayout", "CutBatch", "form_dense_batch", "lay_out"]
 
-SplitRows = Callable[[int, int], tuple[Sequence[int], Sequence[int]]]
-"""Splits (decode rows, prefill rows) among nano-batches: decode rows and prefill rows of each."""
+CutBatch = Callable[[int, int], Cut]
+"""Deals (decode rows, prefill rows) to nano-batches, as `nanoflow.pipeline.split.BatchCutter` does."""
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -35,26 +36,27 @@ class BatchLayout:
     """[N + 1] decode tokens before each nano-batch."""
     prefill_splits: Int64
     """[N + 1] prompt tokens before each nano-batch."""
+    program: int = 0
+    """Of the executor's programs, the one that it is for."""
 
 
-def lay_out(split: SplitRows, decode: int, prefill: int, row_buckets: Int64) -> BatchLayout:
+def lay_out(cut: CutBatch, decode: int, prefill: int) -> BatchLayout:
     """Gives rows to `decode` decode tokens and `prefill` prompt tokens.
 
-    Each nano-batch is padded up to the next of `row_buckets` [B], ascending; one that has no rows, or more than the
-    largest bucket, is left as it is.
-
-    Raises ValueError if `split` does not share out exactly the rows that it was given.
+    Raises ValueError if `cut` does not deal out exactly the rows that it was given, or more than it makes room for.
     """
-    decode_counts, prefill_counts = (np.asarray(counts, np.int64) for counts in split(decode, prefill))
+    dealt = cut(decode, prefill)
+    decode_counts, prefill_counts, rows = (np.asarray(c, np.int64) for c in (dealt.decode, dealt.prefill, dealt.rows))
     if decode_counts.sum() != decode or prefill_counts.sum() != prefill or len(decode_counts) != len(prefill_counts):
         raise ValueError(
             f"{decode} decode rows and {prefill} prefill rows were split into {decode_counts.tolist()} and "
             f"{prefill_counts.tolist()}: each must sum to its rows, over the same nano-batches"
         )
     counts = decode_counts + prefill_counts
-    padding = np.append(row_buckets, 0)[np.searchsorted(row_buckets, counts)] - counts
-    padding = np.where(counts > 0, np.maximum(padding, 0), 0)
-    starts = _before(counts + padding)
+    if len(rows) != len(counts) or (rows < counts).any():
+        raise ValueError(f"nano-batches of {rows.tolist()} rows do not hold the {counts.tolist()} dealt to them")
+    padding = rows - counts
+    starts = _before(rows)
     decode_splits, prefill_splits = _before(decode_counts), _before(prefill_counts)
     return BatchLayout(
         tuple(
@@ -67,6 +69,7 @@ def lay_out(split: SplitRows, decode: int, prefill: int, row_buckets: Int64) -> 
         np.arange(prefill) + np.repeat(starts[:-1] + decode_counts - prefill_splits[:-1], prefill_counts),
         decode_splits,
         prefill_splits,
+        dealt.program,
     )
 
 
@@ -138,6 +141,7 @@ def form_dense_batch(
         prefill_pages=prefill_pages,
         prefill_splits=np.searchsorted(firsts, layout.prefill_splits).astype(np.int32),
         sampling=sampling,
+        program=layout.program,
     )
 
 

@@ -18,10 +18,10 @@ from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import CaptureError, Executor, KVLayout, Weights
+from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.pipeline.split import split_rows
 from nanoflow.pipeline.validate import validate
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.store import find_plan
@@ -87,7 +87,7 @@ def build_engine(
     Raises:
         OutOfMemoryError: the weights, or one request's pages, do not fit.
     """
-    plan = choose_plan(model, engine, pipeline or PipelineSection())
+    plans = choose_plans(model, engine, pipeline or PipelineSection())
     page_size = PAGE_SIZES[model.device.type] if engine.page_size == "auto" else int(engine.page_size)
     if model.device.type == "cuda":
         # Before minutes of loading: whether what the weights will leave holds the job's longest request.
@@ -97,16 +97,15 @@ def build_engine(
     loaded = load_weights(model.graph, model.checkpoint, model.dtype, model.device, weights)
     pages = _kv_pages(model, engine, page_size, job, more)
     pages_per_sequence = -(-model.max_model_len // page_size)
-    executor = _executor(
-        model, engine, compile_program(plan, model.graph), loaded, KVLayout(pages, page_size, pages_per_sequence)
-    )
+    programs = [compile_program(plan, model.graph) for plan in plans]
+    executor = _executor(model, engine, programs, loaded, KVLayout(pages, page_size, pages_per_sequence))
     scheduler = Scheduler(
         kv=KVCache(pages, page_size, engine.max_running, pages_per_sequence),
-        split=lambda decode_rows, prefill_rows: split_rows(plan, decode_rows, prefill_rows),
-        max_batch_tokens=plan.capacity,
+        cut=executor.cut,
+        max_batch_tokens=executor.cut.capacity,
         max_running=engine.max_running,
         max_model_len=model.max_model_len,
-        row_buckets=executor.row_buckets,
+        row_buckets=executor.cut.row_buckets,
         eos_token_ids=model.checkpoint.eos_token_ids,
     )
     scheduler.longest_first = engine.order == "longest-first"
@@ -119,12 +118,18 @@ def build_engine(
     )
 
 
-def choose_plan(model: Model, engine: EngineSection, pipeline: PipelineSection) -> Plan:
-    """The plan that `pipeline.plan` asks for: sequential, the stored one (or sequential if none fits), or a file's.
+def choose_plans(model: Model, engine: EngineSection, pipeline: PipelineSection) -> list[Plan]:
+    """The plan that `pipeline.plan` asks for, and the sequential one for the batches that it is not meant for.
 
-    Raises PlanError.
+    That is the sequential plan alone, the stored one (or sequential if none fits), or a file's. Raises PlanError.
     """
     sequential = Plan.sequential(model.graph, engine.max_batch_tokens)
+    plan = _asked_for(model, engine, pipeline, sequential)
+    covers_all = plan.least_rows <= 1 and plan.capacity >= engine.max_batch_tokens
+    return [plan] if covers_all else [plan, sequential]
+
+
+def _asked_for(model: Model, engine: EngineSection, pipeline: PipelineSection, sequential: Plan) -> Plan:
     if pipeline.plan == "sequential":
         return sequential
     if pipeline.plan == "auto":
@@ -146,22 +151,29 @@ def choose_plan(model: Model, engine: EngineSection, pipeline: PipelineSection) 
     return plan
 
 
-def _executor(model: Model, engine: EngineSection, program: Program, weights: Weights, kv: KVLayout) -> Executor:
-    """What runs the program on the model's device.
+def _executor(
+    model: Model, engine: EngineSection, programs: Sequence[Program], weights: Weights, kv: KVLayout
+) -> Executor:
+    """What runs the programs on the model's device.
 
-    Raises OutOfMemoryError if there is too little left for the buffers or the CUDA graphs.
+    Raises:
+        OutOfMemoryError: there is too little left for the buffers or the CUDA graphs.
+        PlanError: the device cannot be split as a plan says.
     """
     sizes: dict[str, Any] = {"slots": engine.max_running, "dtype": model.dtype, "device": model.device}
-    if model.device.type != "cuda" or len(program.lanes) > 1:
-        return ReferenceExecutor(program, weights, kv, **sizes)
+    if model.device.type != "cuda":
+        return ReferenceExecutor(programs, weights, kv, **sizes)
     try:
-        return CudaExecutor(program, weights, kv, graphs=engine.cuda_graphs, **sizes)
+        return CudaExecutor(programs, weights, kv, graphs=engine.cuda_graphs, **sizes)
+    except PartitionError as error:
+        raise PlanError(f"partitions: {error}; change the plan's sizes, or use `plan: sequential`") from None
     except (CaptureError, torch.OutOfMemoryError) as error:
         what = str(error) if isinstance(error, CaptureError) else "memory ran out for the buffers of an iteration"
         raise OutOfMemoryError(
             f"engine.kv_memory: {what}: with the weights, {format_bytes(kv.pages * _page_bytes(model, kv.page_size))} "
-            f"of KV cache and buffers for {program.plan.capacity} rows, {format_bytes(free_bytes(model.device))} are "
-            "left. Lower kv_memory (a fraction such as 0.85), engine.max_batch_tokens or engine.max_running"
+            f"of KV cache and buffers for {max(p.plan.capacity for p in programs)} rows, "
+            f"{format_bytes(free_bytes(model.device))} are left. Lower kv_memory (a fraction such as 0.85), "
+            "engine.max_batch_tokens or engine.max_running"
             + ("; cuda_graphs: false runs without graphs" if isinstance(error, CaptureError) else "")
         ) from None
 

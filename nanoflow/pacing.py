@@ -104,7 +104,7 @@ class Pacer:
             admissions: admissions so far.
             decode: decode rows of the iteration.
             partial: slot whose prompt is partly done.
-            row_buckets: row counts to the next of which a nano-batch is padded, ascending.
+            row_buckets: row counts to the next of which a batch is padded, ascending.
         """
         if self._renewal == 0:
             self._renewal = _RENEWAL

@@ -256,7 +256,7 @@ def make_report(
     """
     tokens_in = int(recorder.column("prompt_tokens").sum())
     tokens_out = int(recorder.column("output_tokens").sum())
-    stats, program = engine.stats, engine.executor.program
+    stats, program = engine.stats, engine.executor.programs[0]
     if energy is not None:
         ceilings = replace(ceilings, power_limit_watts=energy.power_limit_watts)
         energy = replace(energy, joules_per_token=_rate(energy.joules, tokens_in + tokens_out))

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.dense_batch import SplitRows, form_dense_batch, lay_out
+from nanoflow.dense_batch import CutBatch, form_dense_batch, lay_out
 from nanoflow.forecast import Forecast
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import DenseBatch, StepOutput
@@ -74,12 +74,12 @@ class Scheduler:
 
     Args:
         kv: the KV cache; its slots are this scheduler's.
-        split: shares out (decode rows, prefill rows) among nano-batches.
+        cut: deals (decode rows, prefill rows) to nano-batches, and pads them.
         max_batch_tokens: rows of a dense batch, padding not counted.
         max_running: sequences that hold a slot at a time; at most ``kv.max_running``.
         max_model_len: tokens of prompt and output that a sequence may have.
-        row_buckets: row counts, ascending, to the next of which a nano-batch's rows are padded; one with more rows than
-            the largest is not padded. Without buckets nothing is padded.
+        row_buckets: row counts, ascending, to the next of which `cut` pads a batch; prompts are paced so that batches
+            end on one.
         eos_token_ids: tokens that end a sequence, unless it ignores them.
     """
 
@@ -87,7 +87,7 @@ class Scheduler:
         self,
         *,
         kv: KVCache,
-        split: SplitRows,
+        cut: CutBatch,
         max_batch_tokens: int,
         max_running: int,
         max_model_len: int,
@@ -105,7 +105,7 @@ class Scheduler:
         if len(row_buckets) and (self.row_buckets[0] < 1 or (np.diff(self.row_buckets) <= 0).any()):
             raise ValueError(f"row_buckets must be ascending numbers from 1, not {list(row_buckets)}")
         self.kv = kv
-        self.split = split
+        self.cut = cut
         self.max_batch_tokens = max_batch_tokens
         # More running sequences than rows would only take turns.
         self.max_running = min(max_running, max_batch_tokens)
@@ -129,7 +129,7 @@ class Scheduler:
         kv = self.kv
         renewed = Scheduler(
             kv=KVCache(kv.pages, kv.page_size, kv.max_running, kv.max_pages_per_sequence),
-            split=self.split,
+            cut=self.cut,
             max_batch_tokens=self.max_batch_tokens,
             max_running=self.max_running,
             max_model_len=self.max_model_len,
@@ -235,7 +235,7 @@ class Scheduler:
         chunk_lengths = np.array([c.length for c in chunks], np.int32)
         pieces = [slots.tokens[c.slot][c.start : c.start + c.length] for c in chunks]
         chunk_tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-        layout = lay_out(self.split, len(decode), len(chunk_tokens), self.row_buckets)
+        layout = lay_out(self.cut, len(decode), len(chunk_tokens))
         completes = np.array([c.completes for c in chunks], np.bool_)
         last_rows = layout.prefill_rows[np.cumsum(chunk_lengths)[completes] - 1]
         sampled_rows = np.concatenate([layout.decode_rows, last_rows]).astype(np.int32)

@@ -120,7 +120,7 @@ class DecodeAttention(_Attention):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "paged": self.paged, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return {"cpu": "paged", "cuda": "triton"}.get(device.type, "reference")
 
 
@@ -175,7 +175,7 @@ class PrefillAttention(_Attention):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "gathered": self.gathered, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         if device.type == "cuda" and dtype.itemsize <= 4 and self.head_dim <= 256:
             return "triton"
         return "gathered" if device.type == "cpu" else "reference"

@@ -154,6 +154,8 @@ class DenseBatch:
     """[N + 1] as `decode_splits`."""
     sampling: SamplingBatch | None = None
     """None if no row of this batch is sampled (all of it is the middle of prompts)."""
+    program: int = 0
+    """Which of the executor's programs the rows are laid out for."""
 
     @property
     def rows(self) -> int:

@@ -45,7 +45,7 @@ class Add(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
 
 
@@ -84,5 +84,5 @@ class SiluMul(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)

@@ -117,12 +117,17 @@ class Linear(Operation):
         kernels: dict[str, Kernel] = {"reference": self.reference, "onednn": self.onednn}
         return kernels | {name: partial(self.gemm, kernel=name) for name in ("measured", *GEMM_KERNELS)}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, *, silu: bool = False) -> str:
+    def preferred_kernel(
+        self, device: torch.device, dtype: torch.dtype, sms: int | None = None, *, silu: bool = False
+    ) -> str:
         """On a GPU "measured" (the fastest for the rows at hand) if this shape was measured there, else "cublas".
 
-        `silu` asks for the product with SiLU behind it, which is measured apart."""
+        On a part of the SMs always "measured": cuBLAS launches for all of them. `silu` asks for the product with SiLU
+        behind it, which is measured apart."""
         if device.type != "cuda":
             return "onednn" if device.type == "cpu" else "reference"
+        if sms is not None:
+            return "measured"
         known = stored_choices(device).knows(sum(self.outputs), self.inputs, dtype, silu=silu)
         return "measured" if known else "cublas"
 
@@ -198,9 +203,9 @@ class LinearSilu(Operation):
         kernels: dict[str, Kernel] = {"reference": self.reference, "onednn": self.onednn}
         return kernels | {name: partial(self.gemm, kernel=name) for name in ("measured", *GEMM_KERNELS)}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         """As the linear's, measured with SiLU."""
-        return self.linear.preferred_kernel(device, dtype, silu=True)
+        return self.linear.preferred_kernel(device, dtype, sms, silu=True)
 
     def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         return self.linear.pack(name, weight)

@@ -66,7 +66,7 @@ class Norm(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
 
 
@@ -119,7 +119,7 @@ class AddNorm(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
 
 
@@ -172,5 +172,5 @@ class QKNorm(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)

@@ -6,9 +6,9 @@ written by hand.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ __all__ = [
     "Work",
     "triton_on_cuda",
 ]
+
+Kept = TypeVar("Kept")
 
 Resource = Literal["compute", "memory", "network"]
 
@@ -136,6 +138,13 @@ class NanoContext:
     """This operation's weights in this layer, by `Weight.name`."""
     kv: torch.Tensor
     """This layer's KV cache, [pages, 2, kv heads, page size, head size]."""
+    sms: int | None = None
+    """SMs that its lane has; None: the lane is not confined to a part of the device."""
+    lane: str = ""
+
+    def scratch(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """Memory that outlives the iteration, one for each lane: a lane's nano-ops run one after the other."""
+        return self.batch.arrays.kept(("lane", self.lane, self.sms, key), make)
 
     def rows(self, buffer: str) -> torch.Tensor:
         """The nano-batch's rows of a buffer, [rows, columns], padding included."""
@@ -192,9 +201,19 @@ class Operation(ABC):
         """The ways to run it, by name; `reference` is always one."""
         return {"reference": self.reference}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Name of the kernel to run on `device` for activations of `dtype`, when the plan names none."""
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
+        """Name of the kernel to run on `device` for activations of `dtype`, when the plan names none.
+
+        `sms` is for a lane that has so many of the device's SMs and no others.
+        """
         return "reference"
+
+    def prepare(self, context: NanoContext, kernel: str) -> None:  # noqa: B027 - most have nothing to prepare
+        """Make what `kernel` needs once an iteration and is the same in every layer: work lists, cosines.
+
+        It goes into the cache of `context.part`, and is made before all layers: lanes side by side must not depend on
+        which of them asks first. `context.layer` is 0 and stands for all layers.
+        """
 
     def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Turn a loaded weight into the layout that the device's kernels want; by default it stays as it is."""

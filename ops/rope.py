@@ -223,7 +223,7 @@ class Rope(_QKV):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
 
 
@@ -252,7 +252,7 @@ class Append(_QKV):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
 
 
@@ -306,5 +306,5 @@ class RopeAppend(_QKV):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "triton": self.triton}
 
-    def preferred_kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)

@@ -1,4 +1,4 @@
-"""The executor of plans with one lane: whole iterations as CUDA graphs, launched ahead and collected behind.
+"""The executor of a GPU: whole iterations as CUDA graphs, lanes side by side, launched ahead and collected behind.
 
 Contract: `launch` returns as soon as all of an iteration is queued on the executor's stream; nothing in it waits for
 the device, but for a pinned copy that is three iterations old. A replayed graph computes, bit by bit, what the same
@@ -6,38 +6,47 @@ kernels compute when they are launched one by one on a batch padded to the same 
 
 Pseudo-code::
 
-    capture:  for every bucket of rows, largest first: embedding and all layers, on arrays at fixed places
+    capture:  for every program and bucket of rows, largest first: embedding and all layers, on arrays at fixed places
+              (`nanoflow.pipeline.lanes` launches the steps on their lanes' streams)
               for every bucket of sampled rows: gather, final norm, head
               all graphs share one memory pool: they never run at the same time
     launch:   sample the iteration before, if it waited for its masks
-              make the metadata in pinned memory; copy it; replay the bucket's graph
-              (no bucket has these rows, or the metadata has no room: copy it array by array, launch step by step)
+              make the metadata in pinned memory; copy it; replay the graph of the batch's program and rows
+              (there is none, or the metadata has no room: copy it array by array, launch step by step)
               unless it waits for masks: replay the head, sample, start the tokens' way to the host
     collect:  the same for an iteration that waited; wait for its last event; its tokens
 """
 
 import gc
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nanoflow.ops.batch import RESERVED_PAGE, DenseBatch, NanoBatchRows, StepOutput
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.sampling import NOTHING_SAMPLED, Sampler, StepTensors
-from nanoflow.pipeline.bound_program import BoundProgram
-from nanoflow.pipeline.clock import Mark
+from nanoflow.pipeline.bound_programs import BoundPrograms
+from nanoflow.pipeline.clock import Mark, StepMarks
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
+from nanoflow.pipeline.lanes import Lanes
+from nanoflow.pipeline.partitions import Partition, unavailable
+from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.split import BatchCutter, nano_batch_rows
 from nanoflow.pipeline.static_arrays import StaticArrays
 
 __all__ = ["CudaExecutor", "buckets"]
+
+log = logging.getLogger(__name__)
 
 SAMPLED_ROWS = 1024
 """The most rows whose logits are held at a time."""
@@ -69,8 +78,18 @@ class _Function:
 @dataclass(frozen=True)
 class _Captured:
     graph: _Replayable
+    batch: DenseBatch
+    """What it was captured on."""
     room: Mapping[Hashable, tuple[int, ...]]
     """Shapes that its arrays have room for."""
+    marks: StepMarks | None
+
+    def serves(self, batch: DenseBatch) -> bool:
+        """Whether it launches all that a batch with as many rows needs."""
+        return all(
+            bool(captured.decode) >= bool(n.decode) and bool(captured.prefill) >= bool(n.prefill)
+            for n, captured in zip(batch.nano_batches, self.batch.nano_batches, strict=True)
+        )
 
 
 @dataclass(eq=False)
@@ -84,24 +103,30 @@ class _Iteration:
 
 
 class CudaExecutor:
-    """Runs a program whose plan has a single lane on all SMs.
+    """Runs programs on the lanes that their plans say.
+
+    Where a plan confines lanes to parts of the SMs and they cannot be set apart, that is said once, and lanes run on
+    plain streams.
 
     Args:
-        program: the compiled plan; its buffers are allocated once, here.
+        programs: compiled plans of one model, in the order of preference; their buffers are allocated once, here.
         weights: of all layers and of what stands before and after them, on `device`.
         kv: size of the paged KV cache, allocated here.
         slots: requests that may run at once.
         dtype: of activations and KV cache.
-        graphs: capture CUDA graphs (of plans with one nano-batch); without, every kernel is launched on its own. On a
-            CPU, for tests of everything else, the same launches are repeated in their place.
+        graphs: capture CUDA graphs; without, every kernel is launched on its own. On a CPU, for tests of everything
+            else, the same launches are repeated in their place.
+        marks: note when every step starts and ends, for `step_times`. It costs a microsecond or two a step.
+        around_step: called around the launch of every step, with its index, on its stream: for tests.
 
     Raises:
         CaptureError: memory ran out while graphs were captured.
+        PartitionError: the device cannot be split as a plan says.
     """
 
     def __init__(
         self,
-        program: Program,
+        programs: Sequence[Program],
         weights: Weights,
         kv: KVLayout,
         *,
@@ -109,19 +134,34 @@ class CudaExecutor:
         dtype: torch.dtype,
         device: torch.device,
         graphs: bool = True,
+        marks: bool = False,
+        around_step: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> None:
-        if len(program.lanes) > 1:
-            raise ValueError(f"this executor runs one lane, and the plan has {', '.join(program.lanes)}")
-        plan = program.plan
-        sampled_rows = min(SAMPLED_ROWS, slots, plan.capacity)
-        self.bound = BoundProgram(program, weights, kv, dtype=dtype, device=device, sampled_rows=sampled_rows)
-        self.sampler = Sampler(program.graph.vocab_size, slots, device)
-        self.row_buckets = buckets(plan.capacity) if len(plan.nano_batches) == 1 else ()
+        plans = [program.plan for program in programs]
+        capacity = max(plan.capacity for plan in plans)
+        sampled_rows = min(SAMPLED_ROWS, slots, capacity)
+        self._partitions = _partitions(programs, device)
+        self.bound = BoundPrograms(
+            programs,
+            weights,
+            kv,
+            dtype=dtype,
+            device=device,
+            sampled_rows=sampled_rows,
+            confined=bool(self._partitions),
+        )
+        self.lanes = Lanes(programs, self._partitions, device)
+        self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
+        self.cut = BatchCutter(plans, buckets(capacity))
         self.sampled_buckets = buckets(sampled_rows)
+        self._marked = marks
+        self._around_step = around_step
+        self._last_marks: StepMarks | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._static = StaticArrays(device)
         self._eager = DeviceArrays(device)
-        self._layers: dict[int, _Captured] = {}
+        self._layers: dict[tuple[int, tuple[int, ...]], _Captured] = {}
+        """By program and rows of its nano-batches."""
         self._heads: dict[int, _Replayable] = {}
         self._head_rows = torch.zeros(sampled_rows, dtype=torch.int64, device=device)
         self._in_flight: deque[_Iteration] = deque()
@@ -129,7 +169,7 @@ class CudaExecutor:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
         begun = time.perf_counter()
-        if graphs and self.row_buckets and plan.capacity > 1:
+        if graphs and capacity > 1:
             with self._on_device():
                 self._capture_all()
         self.capture_seconds = time.perf_counter() - begun
@@ -140,8 +180,14 @@ class CudaExecutor:
         gc.freeze()
 
     @property
-    def program(self) -> Program:
-        return self.bound.program
+    def programs(self) -> tuple[Program, ...]:
+        return self.bound.programs
+
+    def step_times(self) -> list[tuple[float, float]]:
+        """Start and end of every step; see `Executor.step_times`."""
+        if self._last_marks is None:
+            raise ValueError("there are no marks: make the executor with marks=True, and run an iteration")
+        return self._last_marks.times()
 
     def launch(self, batch: DenseBatch) -> None:
         """Queue an iteration; see `Executor.launch`."""
@@ -171,6 +217,11 @@ class CudaExecutor:
         if self._stream is not None:
             self._stream.synchronize()
         self._in_flight.clear()
+        self._layers.clear()
+        self._heads.clear()
+        for partition in self._partitions.values():
+            partition.close()
+        self._partitions = {}
         gc.unfreeze()
 
     @contextmanager
@@ -183,22 +234,33 @@ class CudaExecutor:
 
         The iteration begins when its metadata are ready: a device that waits for the host until then is idle.
         """
-        captured = self._layers.get(host.rows)
-        if captured is not None:
+        captured = self._layers.get((host.program, tuple(n.end - n.start for n in host.nano_batches)))
+        if captured is not None and captured.serves(host):
             batch = self._device_batch(host, self._static)
             if self._static.fill(batch, captured.room):
                 iteration = _Iteration(host, batch, Mark(self.bound.device))
                 self._static.send()
                 captured.graph.replay()
+                self._last_marks = captured.marks
                 return iteration
         iteration = _Iteration(host, self._device_batch(host, self._eager), Mark(self.bound.device))
-        self._queue_layers(iteration.batch)
+        self._last_marks = self._queue_layers(iteration.batch)
         return iteration
 
-    def _queue_layers(self, batch: DeviceBatch) -> None:
+    def _queue_layers(self, batch: DeviceBatch, marks: StepMarks | None = None) -> StepMarks | None:
+        """Queue embedding and every step on its lane; `marks` if given, new ones if there are to be any."""
+        if self._marked:
+            marks = marks or StepMarks(self.bound.device)
+            marks.begin()
         self.bound.begin(batch, self.sampler.last_tokens)
-        for index in range(len(self.program.steps)):
-            self.bound.step(batch, index)
+
+        def step(index: int) -> None:
+            around = nullcontext() if self._around_step is None else self._around_step(index)
+            with around, nullcontext() if marks is None else marks.step(index):
+                self.bound.step(batch, index)
+
+        self.lanes.launch(batch.host.program, step)
+        return marks
 
     def _sample(self, iteration: _Iteration) -> None:
         """Queue head and sampling, wait for masks on the way if there are any, and start the tokens' way to the
@@ -232,25 +294,29 @@ class CudaExecutor:
     def _capture_all(self) -> None:
         """Capture the graphs of all buckets."""
         pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
-        what = "the largest batch"
+        what = "the largest batches"
+        plans = self.cut.plans
         try:
-            largest = _capture_batch(self.row_buckets[-1])
-            batch = self._device_batch(largest, self._static)
-            self._queue_layers(batch)
-            self._note_sampled(batch)
+            for number, plan in enumerate(plans):
+                batch = self._device_batch(_capture_batch(plan, number, plan.capacity), self._static)
+                self._queue_layers(batch)
+                self._note_sampled(batch)
             self._static.lay_out()
-            for rows in reversed(self.row_buckets):
+            sizes = [(rows, number) for number in range(len(plans)) for rows in self.cut.buckets(number)]
+            for rows, number in sorted(sizes, reverse=True):
                 what = f"{rows} rows"
-                host = _capture_batch(rows)
+                host = _capture_batch(plans[number], number, rows)
+                marks = StepMarks(self.bound.device) if self._marked else None
                 self._static.take_room()
 
-                def layers(host: DenseBatch = host) -> None:
+                def layers(host: DenseBatch = host, marks: StepMarks | None = marks) -> None:
                     batch = self._device_batch(host, self._static)
-                    self._queue_layers(batch)
+                    self._queue_layers(batch, marks)
                     self._note_sampled(batch)
 
                 graph = self._capture(layers, pool)
-                self._layers[rows] = _Captured(graph, self._static.take_room())
+                key = number, tuple(n.end - n.start for n in host.nano_batches)
+                self._layers[key] = _Captured(graph, host, self._static.take_room(), marks)
             for rows in reversed(self.sampled_buckets):
                 what = f"the head of {rows} rows"
 
@@ -282,22 +348,54 @@ class CudaExecutor:
         return graph
 
 
-def _capture_batch(rows: int) -> DenseBatch:
-    """A batch of `rows` (2 or more) that makes every operation run: a decode row, a prompt of one token, padding."""
-    one, page = np.ones(1, np.int32), np.full((1, 1), RESERVED_PAGE, np.int32)
+def _partitions(programs: Sequence[Program], device: torch.device) -> dict[tuple[int, ...], Partition]:
+    """The partitions that the programs' lanes have, by the SMs of their parts; none if SMs cannot be set apart."""
+    plans = [program.plan for program in programs]
+    wanted = {plan.place(index, lane)[0] for plan in plans for index, s in enumerate(plan.period) for lane in s.lanes}
+    wanted.discard(())
+    if not wanted or device.type != "cuda":
+        return {}
+    reason = unavailable(device)
+    if reason:
+        log.warning("lanes share all SMs, on streams with priorities: SMs cannot be set apart (%s)", reason)
+        return {}
+    return {parts: Partition(parts, device) for parts in sorted(wanted)}
+
+
+def _capture_batch(plan: Plan, program: int, rows: int) -> DenseBatch:
+    """A batch of `rows` rows that makes every operation run on every nano-batch: a decode row, a prompt of one token,
+    padding. A nano-batch whose share of decode rows, or of prefill rows, is nothing gets none."""
+    parts = []
+    for nano_batch, count in zip(plan.nano_batches, nano_batch_rows(plan, rows), strict=True):
+        decode = min(count, int(nano_batch.decode > 0))
+        prefill = min(count - decode, int(nano_batch.prefill > 0))
+        parts.append((decode, prefill, count - decode - prefill))
+    starts = np.cumsum([0, *(sum(part) for part in parts)])
+    nano_batches = tuple(NanoBatchRows(int(start), *part) for start, part in zip(starts[:-1], parts, strict=True))
+    decode_rows = np.array([n.start for n in nano_batches if n.decode], np.int32)
+    prefill_rows = np.array([n.start + n.decode for n in nano_batches if n.prefill], np.int32)
+    total = int(starts[-1])
+
+    def splits(counts: list[int]) -> NDArray[np.int32]:
+        return np.cumsum([0, *counts]).astype(np.int32)
+
+    def pages(count: int) -> NDArray[np.int32]:
+        return np.full((count, 1), RESERVED_PAGE, np.int32)
+
     return DenseBatch(
-        nano_batches=(NanoBatchRows(0, decode=1, prefill=1, padding=rows - 2),),
-        token_ids=np.zeros(rows, np.int32),
-        positions=np.zeros(rows, np.int32),
-        slots=np.zeros(rows, np.int32),
-        kv_index=np.zeros(rows, np.int64),
-        decode_rows=np.zeros(1, np.int32),
-        decode_context=one,
-        decode_pages=page,
-        decode_splits=np.array([0, 1], np.int32),
-        prefill_rows=one,
-        prefill_lengths=one,
-        prefill_context=one,
-        prefill_pages=page,
-        prefill_splits=np.array([0, 1], np.int32),
+        nano_batches=nano_batches,
+        token_ids=np.zeros(total, np.int32),
+        positions=np.zeros(total, np.int32),
+        slots=np.zeros(total, np.int32),
+        kv_index=np.zeros(total, np.int64),
+        decode_rows=decode_rows,
+        decode_context=np.ones(len(decode_rows), np.int32),
+        decode_pages=pages(len(decode_rows)),
+        decode_splits=splits([n.decode for n in nano_batches]),
+        prefill_rows=prefill_rows,
+        prefill_lengths=np.ones(len(prefill_rows), np.int32),
+        prefill_context=np.ones(len(prefill_rows), np.int32),
+        prefill_pages=pages(len(prefill_rows)),
+        prefill_splits=splits([n.prefill for n in nano_batches]),
+        program=program,
     )

@@ -8,6 +8,7 @@ import torch
 
 from nanoflow.ops.batch import DenseBatch, StepOutput
 from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.split import BatchCutter
 
 __all__ = ["CaptureError", "Executor", "KVLayout", "Weights"]
 
@@ -45,13 +46,20 @@ class Executor(Protocol):
     """Runs one iteration at a time, in the order launched, with at most two launched and not collected."""
 
     @property
-    def program(self) -> Program:
-        """The compiled plan that it runs."""
+    def programs(self) -> tuple[Program, ...]:
+        """The compiled plans that it runs, in the order of preference."""
         ...
 
     @property
-    def row_buckets(self) -> tuple[int, ...]:
-        """Numbers of rows, ascending, that a nano-batch is best padded to; empty: any number is as good."""
+    def cut(self) -> BatchCutter:
+        """What cuts the dense batches: which program each takes, and how many rows its nano-batches are padded to."""
+        ...
+
+    def step_times(self) -> list[tuple[float, float]]:
+        """Of an executor made with `marks`: start and end of every step of the iteration last collected.
+
+        In seconds from its begin, in the order of its program's steps. Nothing may have been launched since.
+        """
         ...
 
     def launch(self, batch: DenseBatch) -> None:

@@ -163,6 +163,8 @@ class Plan:
     """The device that it was tuned for; empty means any."""
     sms: int | None = None
     """SMs of that device; None if no partition is confined."""
+    least_rows: int = 0
+    """Rows of the smallest dense batch that it is meant for; smaller ones run the sequential plan."""
 
     def __post_init__(self) -> None:
         partitions = FrozenMapping({name: tuple(sms) for name, sms in self.partitions.items()})
@@ -196,9 +198,17 @@ class Plan:
 
     def lane_sms(self, stage: int, lane: str) -> int | None:
         """SMs of `lane` in stage `stage` of the period; None if the lane is not confined."""
+        parts, part = self.place(stage, lane)
+        return parts[part] if parts else None
+
+    def place(self, stage: int, lane: str) -> tuple[tuple[int, ...], int]:
+        """Where `lane` runs in stage `stage`: the SMs of all parts of its partition, and which part is the lane's.
+
+        There are no parts if nothing is confined, because the partition is `WHOLE` without SMs, or has all SMs in one.
+        """
         current = self.period[stage]
-        parts = self.partitions.get(current.partition)
-        return None if parts is None else parts[list(current.lanes).index(lane)]
+        parts = self.partitions.get(current.partition, ())
+        return () if parts == (self.sms,) else parts, list(current.lanes).index(lane)
 
     # The text form and the validator stand on the data above, so they are imported where they are used.
 

@@ -18,7 +18,7 @@ from nanoflow.pipeline.strict_yaml import StrictDumper, YamlError, load_yaml
 
 __all__ = ["format_plan", "parse_plan"]
 
-_KEYS = ("model", "gpu", "sms", "capacity", "nano_batches", "partitions", "period", "kernels", "measured")
+_KEYS = ("model", "gpu", "sms", "capacity", "least_rows", "nano_batches", "partitions", "period", "kernels", "measured")
 _SHARE = re.compile(r"\s*-?\d{1,999}([./]\d{1,999})?\s*")
 _NANO_BATCH_KEYS = ("decode", "prefill", "rows")
 
@@ -57,6 +57,7 @@ def parse_plan(text: str) -> Plan:
         model=_string(top.get("model", ""), "model"),
         gpu=_string(top.get("gpu", ""), "gpu"),
         sms=None if top.get("sms") is None else _integer(top["sms"], "sms"),
+        least_rows=_integer(top.get("least_rows", 0), "least_rows"),
     )
 
 
@@ -69,6 +70,8 @@ def format_plan(plan: Plan) -> str:
     if plan.sms is not None:
         data["sms"] = plan.sms
     data["capacity"] = plan.capacity
+    if plan.least_rows:
+        data["least_rows"] = plan.least_rows
     data["nano_batches"] = {
         nano_batch.name: _Inline(
             decode=_share_text(nano_batch.decode), prefill=_share_text(nano_batch.prefill), rows=nano_batch.rows

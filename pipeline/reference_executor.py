@@ -19,8 +19,9 @@ caller forms the next batch and handles the last one's tokens.
 import random
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -29,9 +30,11 @@ from nanoflow.ops.batch import DenseBatch, SamplingBatch, StepOutput
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.sampling import NOTHING_SAMPLED, Sampler, StepTensors
-from nanoflow.pipeline.bound_program import BoundProgram
+from nanoflow.pipeline.bound_programs import BoundPrograms
+from nanoflow.pipeline.clock import StepMarks
 from nanoflow.pipeline.executor import KVLayout, Weights
 from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.split import BatchCutter
 
 __all__ = ["ReferenceExecutor"]
 
@@ -40,20 +43,21 @@ SAMPLED_ROWS = 256
 
 
 class ReferenceExecutor:
-    """Runs a program with each op's reference maths or the kernel that the plan names.
+    """Runs programs with each op's reference maths or the kernel that the plan names.
 
     Args:
-        program: the compiled plan; its buffers are allocated once, here.
+        programs: compiled plans of one model, in the order of preference; their buffers are allocated once, here.
         weights: of all layers and of what stands before and after them, on `device`.
         kv: size of the paged KV cache, allocated here, zeroed (on a CPU the pages cost memory only once written).
         slots: requests that may run at once; the device keeps one last token for each.
         dtype: of activations and KV cache.
         seed: of the order drawn at each iteration. A plan with a single lane has only one order.
+        marks: note when every step starts and ends, for `step_times`.
     """
 
     def __init__(
         self,
-        program: Program,
+        programs: Sequence[Program],
         weights: Weights,
         kv: KVLayout,
         *,
@@ -61,21 +65,26 @@ class ReferenceExecutor:
         dtype: torch.dtype,
         device: torch.device,
         seed: int = 0,
+        marks: bool = False,
     ) -> None:
-        self.bound = BoundProgram(program, weights, kv, dtype=dtype, device=device, sampled_rows=SAMPLED_ROWS)
-        self.sampler = Sampler(program.graph.vocab_size, slots, device)
+        self.bound = BoundPrograms(programs, weights, kv, dtype=dtype, device=device, sampled_rows=SAMPLED_ROWS)
+        self.cut = BatchCutter([program.plan for program in programs])
+        self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
+        self._marks: StepMarks | None = StepMarks(device) if marks else None
         self._arrays = DeviceArrays(device)
         self._random = random.Random(seed)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference-executor")
         self._in_flight: deque[Future[StepOutput]] = deque()
 
     @property
-    def program(self) -> Program:
-        return self.bound.program
+    def programs(self) -> tuple[Program, ...]:
+        return self.bound.programs
 
-    @property
-    def row_buckets(self) -> tuple[int, ...]:
-        return ()
+    def step_times(self) -> list[tuple[float, float]]:
+        """Start and end of every step; see `Executor.step_times`."""
+        if self._marks is None:
+            raise ValueError("the executor was made without marks; make it with marks=True")
+        return self._marks.times()
 
     def launch(self, batch: DenseBatch) -> None:
         """Queue an iteration; see `Executor.launch`."""
@@ -93,11 +102,15 @@ class ReferenceExecutor:
     @torch.inference_mode()
     def _run(self, host: DenseBatch) -> StepOutput:
         started = time.perf_counter()
-        bound = self.bound
+        bound, marks = self.bound, self._marks
+        program = bound.programs[host.program]
+        if marks is not None:
+            marks.begin()
         batch = DeviceBatch(host, bound.device, bound.kv_layout.page_size, self._arrays)
         bound.begin(batch, self.sampler.last_tokens)
-        for index in self._draw_order() if len(self.program.lanes) > 1 else range(len(self.program.steps)):
-            bound.step(batch, index)
+        for index in self._draw_order(program) if len(program.lanes) > 1 else range(len(program.steps)):
+            with nullcontext() if marks is None else marks.step(index):
+                bound.step(batch, index)
         tokens = NOTHING_SAMPLED if host.sampling is None else self._sample(batch, host.sampling)
         output = tokens.to_host()
         return replace(output, seconds=time.perf_counter() - started)
@@ -109,9 +122,8 @@ class ReferenceExecutor:
             sampling, lambda entries: self.bound.head(batch, rows_S[entries]), SAMPLED_ROWS, batch.sampled_slots_S
         )
 
-    def _draw_order(self) -> Iterator[int]:
+    def _draw_order(self, program: Program) -> Iterator[int]:
         """Indices of all steps: a random order among those that lanes and predecessors allow."""
-        program = self.program
         queues = {lane: deque(steps) for lane, steps in program.lanes.items() if steps}
         done = bytearray(len(program.steps))
         while queues:

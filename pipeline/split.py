@@ -1,28 +1,113 @@
-"""How many decode and prefill rows each nano-batch of a plan gets."""
+"""How a dense batch is cut: which of a run's plans it takes, and the rows of every nano-batch.
+
+Where an executor has graphs for some numbers of rows, a batch is padded up to the next of them. The rows of its
+nano-batches then follow from that number alone: a graph serves every mix of decode and prefill rows that fits.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
 
 from nanoflow.pipeline.plan import Plan
 
-__all__ = ["split_rows"]
+__all__ = ["BatchCutter", "Cut", "nano_batch_rows", "split_rows"]
+
+UNITS = (128, 64, 32, 16, 8)
+"""Multiples that the rows of padded nano-batches are kept to, the largest that leaves each of them one."""
 
 
-def split_rows(plan: Plan, decode_rows: int, prefill_rows: int) -> tuple[list[int], list[int]]:
+@dataclass(frozen=True)
+class Cut:
+    """How the rows of a dense batch are dealt to nano-batches, each list in their order."""
+
+    decode: Sequence[int]
+    prefill: Sequence[int]
+    rows: Sequence[int]
+    """Padding included."""
+    program: int = 0
+    """The plan, counted as the executor does."""
+
+
+class BatchCutter:
+    """Cuts the dense batches of a run.
+
+    Args:
+        plans: in the order of preference; a batch takes the first that is meant for its rows.
+        row_buckets: numbers of rows, ascending, to the next of which a batch is padded; without any, nothing is padded.
+    """
+
+    def __init__(self, plans: Sequence[Plan], row_buckets: Sequence[int] = ()) -> None:
+        self.plans = tuple(plans)
+        self.row_buckets = tuple(row_buckets)
+        self.capacity = max(plan.capacity for plan in plans)
+        """Most rows of a dense batch, padding not counted."""
+
+    def __call__(self, decode_rows: int, prefill_rows: int) -> Cut:
+        """Raises ValueError if no plan takes so many rows."""
+        total = decode_rows + prefill_rows
+        number = next((n for n, p in enumerate(self.plans) if p.least_rows <= total <= p.capacity), None)
+        if number is None:
+            raise ValueError(f"{decode_rows} decode and {prefill_rows} prefill rows fit none of the run's plans")
+        plan = self.plans[number]
+        bucket = next((rows for rows in self.buckets(number) if rows >= total), None) if total else None
+        if bucket is None:
+            decode, prefill = split_rows(plan, decode_rows, prefill_rows)
+            return Cut(decode, prefill, [d + p for d, p in zip(decode, prefill, strict=True)], number)
+        rows = nano_batch_rows(plan, bucket)
+        decode, prefill = split_rows(plan, decode_rows, prefill_rows, rows)
+        return Cut(decode, prefill, rows, number)
+
+    def buckets(self, number: int) -> tuple[int, ...]:
+        """Numbers of rows that batches of plan `number` are padded to: those of `row_buckets`, and its capacity."""
+        plan = self.plans[number]
+        if not self.row_buckets:
+            return ()
+        return (*(rows for rows in self.row_buckets if plan.least_rows <= rows < plan.capacity), plan.capacity)
+
+
+def nano_batch_rows(plan: Plan, rows: int) -> list[int]:
+    """Rows of each nano-batch in a batch that is padded to `rows`, at most the plan's capacity.
+
+    At the capacity they are what the plan says. Below it they are in the same proportions, in multiples of 128 if each
+    nano-batch gets one, else of 64 and so on; what is left over goes to the last.
+    """
+    capacities = [nano_batch.rows for nano_batch in plan.nano_batches]
+    if rows == plan.capacity:
+        return capacities
+    if len(capacities) == 1:
+        return [rows]
+    for unit in UNITS:
+        units = _largest_remainder(rows // unit, capacities)
+        if min(units) > 0:
+            break
+    else:
+        unit, units = 1, _largest_remainder(rows, capacities)
+    result = [count * unit for count in units]
+    result[-1] += rows - sum(result)
+    return result
+
+
+def split_rows(
+    plan: Plan, decode_rows: int, prefill_rows: int, rows: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
     """Decode rows and prefill rows of every nano-batch, in the plan's order.
 
     Rows are shared out by the plan's shares (largest remainder; the earlier nano-batch wins a tie). What a nano-batch
     has no room for spills to those that have, again by their shares. Decode rows are placed first.
+
+    Args:
+        rows: room of each nano-batch; by default its capacity.
+
     Raises ValueError if the rows are negative or more than `plan.capacity`.
     """
     if decode_rows < 0 or prefill_rows < 0 or decode_rows + prefill_rows > plan.capacity:
         raise ValueError(
             f"{decode_rows} decode and {prefill_rows} prefill rows do not fit the plan's capacity, {plan.capacity} rows"
         )
-    room = [nano_batch.rows for nano_batch in plan.nano_batches]
+    room = [nano_batch.rows for nano_batch in plan.nano_batches] if rows is None else list(rows)
     decode = _share_out(decode_rows, [nano_batch.decode for nano_batch in plan.nano_batches], room)
-    room = [rows - taken for rows, taken in zip(room, decode, strict=True)]
+    room = [most - taken for most, taken in zip(room, decode, strict=True)]
     return decode, _share_out(prefill_rows, [nano_batch.prefill for nano_batch in plan.nano_batches], room)
 
 

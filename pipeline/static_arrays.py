@@ -12,7 +12,7 @@ before its last copy to the device is over.
 """
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -47,7 +47,6 @@ class StaticArrays(DeviceArrays):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._regions: dict[Hashable, _Region] = {}
-        self._bytes = 0
         self._buffer: torch.Tensor | None = None
         self._ring: list[torch.Tensor] = []
         self._staged: list[dict[Hashable, NDArray[Any]]] = []
@@ -61,8 +60,10 @@ class StaticArrays(DeviceArrays):
         self._room[name] = most
         if self._buffer is None:
             array = make(part)
-            self._regions[name] = _Region(part.number, make, most, array.dtype, self._bytes)
-            self._bytes += -(-prod(most) * array.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            known = self._regions.get(name)
+            # Programs that cut their batches differently ask for the same array in different sizes.
+            shape = most if known is None else tuple(map(max, known.shape, most))
+            self._regions[name] = _Region(part.number, make, shape, array.dtype, 0)
             room = np.zeros(most, array.dtype)
             room[tuple(slice(size) for size in array.shape)] = array
             return to_device(room, self.device)
@@ -75,8 +76,12 @@ class StaticArrays(DeviceArrays):
     def lay_out(self) -> None:
         """Allocate the regions of all arrays that were asked for. Raises torch.OutOfMemoryError."""
         on_gpu = self.device.type == "cuda"
-        self._buffer = torch.zeros(self._bytes, dtype=torch.uint8, device=self.device)
-        self._ring = [torch.zeros(self._bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(RING)]
+        total = 0
+        for name, region in self._regions.items():
+            self._regions[name] = replace(region, offset=total)
+            total += -(-prod(region.shape) * region.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self._buffer = torch.zeros(total, dtype=torch.uint8, device=self.device)
+        self._ring = [torch.zeros(total, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(RING)]
         self._staged = [
             {name: self._view(staged, region).numpy() for name, region in self._regions.items()}
             for staged in self._ring

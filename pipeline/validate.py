@@ -44,6 +44,8 @@ def _check_identity(plan: Plan, model: str | None, gpu: str | None, sms: int | N
 def _check_nano_batches(plan: Plan) -> None:
     if plan.capacity < 1:
         raise PlanError(f"capacity: {plan.capacity} rows hold no batch; it must be at least 1")
+    if not 0 <= plan.least_rows <= plan.capacity:
+        raise PlanError(f"least_rows: {plan.least_rows} is not between 0 and the capacity of {plan.capacity} rows")
     if not plan.nano_batches:
         raise PlanError("nano_batches: a plan needs at least one")
     names = [nano_batch.name for nano_batch in plan.nano_batches]

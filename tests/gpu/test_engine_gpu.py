@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from nanoflow import LLM, RequestOutput, SamplingParams
 from nanoflow.config import load_config
 from nanoflow.errors import ConfigError, OutOfMemoryError
 from nanoflow.ops.batch import RESERVED_PAGE
+from nanoflow.pipeline.split import BatchCutter
 from tests.gpu.checkpoints import save_model
 from tests.unit.test_engine import FOUR, PAGE_BYTES, TWO, assert_same, run_all
 from tests.unit.tiny_model import VOCAB
@@ -83,7 +83,7 @@ def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput])
     """Batches are padded to a multiple of 8 rows, and buffers and the reserved page start as NaN."""
     with make_llm(folder, "cuda") as llm:
         executor: Any = llm.engine.executor
-        llm.engine.scheduler.row_buckets = np.arange(8, 513, 8)
+        llm.engine.scheduler.cut = BatchCutter(executor.cut.plans, range(8, 513, 8))
         for buffer in executor.bound.buffers.values():
             if buffer.is_floating_point():
                 buffer.fill_(torch.nan)

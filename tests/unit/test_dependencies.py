@@ -16,7 +16,7 @@ from nanoflow.ops.operation import KV, SCRATCH
 from nanoflow.pipeline.checker import check_program
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
 from nanoflow.pipeline.program import Program, compile_program
-from nanoflow.pipeline.split import split_rows
+from nanoflow.pipeline.split import BatchCutter
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.sequence import Sequence
@@ -207,7 +207,7 @@ def test_scheduled_batches_race_nowhere(plan, page_size):
     """The batches of a whole small job, as the scheduler forms them with the plan's own split of rows."""
     scheduler = Scheduler(
         kv=KVCache(40, page_size, 4, 16),
-        split=lambda decode_rows, prefill_rows: split_rows(plan, decode_rows, prefill_rows),
+        cut=BatchCutter([plan]),
         max_batch_tokens=plan.capacity,
         max_running=4,
         max_model_len=32,

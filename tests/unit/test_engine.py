@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from nanoflow.errors import InputError, UserError
 from nanoflow.ops.batch import RESERVED_PAGE
 from nanoflow.ops.operation import NanoContext
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from nanoflow.pipeline.split import BatchCutter
 from nanoflow.report import idle_share
 from tests.unit.tiny_model import VOCAB, save_tiny_llama
 
@@ -159,11 +159,11 @@ def test_unseeded_runs_repeat_and_completions_differ(folder: Path) -> None:
 
 
 def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput]) -> None:
-    """Every nano-batch is padded to a multiple of 8 rows, and all that padding rows hold or write is NaN."""
+    """Every batch is padded to a multiple of 8 rows, and all that padding rows hold or write is NaN."""
     with make_llm(folder) as llm:
         executor = llm.engine.executor
         assert isinstance(executor, ReferenceExecutor)
-        llm.engine.scheduler.row_buckets = np.arange(8, 513, 8)
+        llm.engine.scheduler.cut = BatchCutter(executor.cut.plans, range(8, 513, 8))
         for buffer in executor.bound.buffers.values():
             buffer.fill_(torch.nan)
         for kv in executor.bound.kv:
@@ -237,7 +237,7 @@ def test_a_failing_kernel_ends_the_run(folder: Path) -> None:
         def broken(context: NanoContext) -> None:
             raise RuntimeError("the kernel failed")
 
-        executor.bound._kernels["o"] = broken
+        executor.bound._kernels[0, "o", None] = broken
         with pytest.raises(RuntimeError, match="the kernel failed"):
             llm.generate([[5, 6]])
 

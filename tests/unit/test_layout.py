@@ -218,7 +218,7 @@ def test_every_package_that_is_imported_is_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[\[<>=]", requirement)[0].lower().replace("-", "_") for requirement in project["dependencies"]}
     known = names - {"pyyaml"} | {"yaml", "nanoflow"} | set(sys.stdlib_module_names)
-    optional = {"huggingface_hub", "triton"}  # triton comes with torch where there can be a GPU
+    optional = {"huggingface_hub", "matplotlib", "triton"}  # triton comes with torch where there can be a GPU
     for folder in (*PARTS, "nanoflow"):
         for path in sources(folder):
             unknown = {name.split(".")[0] for name in imported(path)} - known - optional

@@ -9,6 +9,7 @@ from nanoflow.forecast import Forecast, Lengths, StopRate
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import StepOutput
 from nanoflow.pacing import Pacer, sustainable_rate
+from nanoflow.pipeline.split import Cut
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.sequence import Sequence
@@ -149,7 +150,7 @@ def run_with_stops(count: int, mean: int, pages: int) -> tuple[Scheduler, list[f
     kv = KVCache(pages, 16, 512, 64)
     scheduler = Scheduler(
         kv=kv,
-        split=lambda d, p: ([d], [p]),
+        cut=lambda d, p: Cut([d], [p], [d + p]),
         max_batch_tokens=512,
         max_running=512,
         max_model_len=512,
@@ -221,7 +222,9 @@ def test_a_prompt_that_was_begun_is_not_starved(buckets):
 
 def test_a_queue_that_grows_is_taken_for_endless():
     kv = KVCache(1001, 16, 64, 64)
-    scheduler = Scheduler(kv=kv, split=lambda d, p: ([d], [p]), max_batch_tokens=512, max_running=64, max_model_len=512)
+    scheduler = Scheduler(
+        kv=kv, cut=lambda d, p: Cut([d], [p], [d + p]), max_batch_tokens=512, max_running=64, max_model_len=512
+    )
     scheduler.expects_more = True
     for index in range(24):
         scheduler.add(Sequence(index, np.zeros(256, np.int32), SamplingParams(max_tokens=256, ignore_eos=True), seed=0))

@@ -1,27 +1,36 @@
 """The scheduler against a fake executor that sees only the batches: same tokens as each sequence run alone."""
 
+from collections.abc import Sequence as Many
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import TOKEN_ON_DEVICE, StepOutput
+from nanoflow.pipeline.split import Cut
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.sequence import Sequence
 from tests.unit.fake_executor import EOS, VOCAB, FakeExecutor, reference, run
 
 
-def split_evenly(nano_batches: int):
-    """Uneven enough to cut prompts: the first nano-batches take the remainders of decode, the last those of prefill."""
+def cut_evenly(nano_batches: int, row_buckets: Many[int]):
+    """Each nano-batch is padded to a bucket of its own, more than an executor asks for."""
 
-    def split(decode: int, prefill: int) -> tuple[list[int], list[int]]:
+    def cut(decode: int, prefill: int) -> Cut:
         def share(rows: int) -> list[int]:
             return [rows // nano_batches + (i < rows % nano_batches) for i in range(nano_batches)]
 
-        return share(decode), share(prefill)[::-1]
+        decode_rows, prefill_rows = share(decode), share(prefill)[::-1]
+        rows = [padded(d + p, row_buckets) for d, p in zip(decode_rows, prefill_rows, strict=True)]
+        return Cut(decode_rows, prefill_rows, rows)
 
-    return split
+    return cut
+
+
+def padded(rows: int, row_buckets: Many[int]) -> int:
+    return next((bucket for bucket in row_buckets if bucket >= rows > 0), rows)
 
 
 def make(
@@ -36,7 +45,7 @@ def make(
     kv = KVCache(pages, page_size, max_running, -(-max_model_len // page_size))
     scheduler = Scheduler(
         kv=kv,
-        split=split_evenly(nano_batches),
+        cut=cut_evenly(nano_batches, row_buckets),
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
         max_model_len=max_model_len,
@@ -110,13 +119,8 @@ def test_any_workload_gives_the_tokens_of_each_sequence_alone(workload):
     for batch in executor.batches:
         for part in batch.nano_batches:
             rows = part.decode + part.prefill
-            next_bucket = [bucket for bucket in workload["row_buckets"] if bucket >= rows > 0][:1]
-            assert part.end - part.start == (next_bucket[0] if next_bucket else rows)
+            assert part.end - part.start == padded(rows, workload["row_buckets"])
         assert len(batch.nano_batches) == workload["nano_batches"]
-
-
-def split_whole(decode: int, prefill: int) -> tuple[list[int], list[int]]:
-    return [decode], [prefill]
 
 
 def sampled_positions(executor: FakeExecutor) -> list[tuple[int, int]]:
@@ -374,9 +378,21 @@ def test_what_fits_to_the_last_page_runs():
 
 def test_a_split_that_loses_rows_is_refused():
     kv = KVCache(9, 4, 2, 4)
-    scheduler = Scheduler(kv=kv, split=lambda d, p: ([d], [p - 1]), max_batch_tokens=8, max_running=2, max_model_len=16)
+    scheduler = Scheduler(
+        kv=kv, cut=lambda d, p: Cut([d], [p - 1], [d + p]), max_batch_tokens=8, max_running=2, max_model_len=16
+    )
     scheduler.add(sequence(0, max_tokens=2))
     with pytest.raises(ValueError, match="must sum to its rows"):
+        scheduler.form()
+
+
+def test_a_cut_that_has_too_little_room_is_refused():
+    kv = KVCache(9, 4, 2, 4)
+    scheduler = Scheduler(
+        kv=kv, cut=lambda d, p: Cut([d], [p], [d + p - 1]), max_batch_tokens=8, max_running=2, max_model_len=16
+    )
+    scheduler.add(sequence(0, max_tokens=2))
+    with pytest.raises(ValueError, match=r"nano-batches of \[4\] rows do not hold the \[5\]"):
         scheduler.form()
 
 

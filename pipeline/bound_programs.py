@@ -1,0 +1,160 @@
+"""Programs bound to a device: their weights, buffers, KV cache and kernels, and how each of their pieces is run.
+
+An iteration is `begin`, then every step of the program that its batch is laid out for, then `head` over the rows to
+sample. Which step comes when, on which stream, and whether it is launched or replayed is the executor's matter.
+
+All programs are of one model and share weights, KV cache and buffers: they run one after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+import numpy as np
+import torch
+
+from nanoflow.ops.batch import TOKEN_ON_DEVICE
+from nanoflow.ops.device_batch import BatchPart, DeviceBatch
+from nanoflow.ops.graph import RESIDUAL
+from nanoflow.ops.operation import Kernel, NanoContext, Operation
+from nanoflow.pipeline.buffers import assign_buffers
+from nanoflow.pipeline.executor import KVLayout, OpWeights, Weights
+from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.program import Program, Step
+
+__all__ = ["BoundPrograms"]
+
+
+_Key = tuple[int, str, int | None]
+"""Program, operation, and SMs of the lane."""
+
+
+@dataclass(frozen=True)
+class _RowsOnly:
+    """The part of an operation that only looks at rows: the sampled ones, gathered."""
+
+    rows: slice
+
+
+class BoundPrograms:
+    """`programs` on `device`. Buffers and KV cache are allocated here, once, zeroed.
+
+    Args:
+        weights: of all layers and of what stands before and after them, on `device`.
+        kv: size of the paged KV cache (on a CPU the pages cost memory only once written).
+        dtype: of activations and KV cache.
+        sampled_rows: the most rows that `head` takes at a time.
+        confined: whether lanes have the SMs that their plan gives them, and no others; kernels are launched for those.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        weights: Weights,
+        kv: KVLayout,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        sampled_rows: int,
+        confined: bool = False,
+    ) -> None:
+        graph = programs[0].graph
+        self.graph = graph
+        self.programs = tuple(programs)
+        self.weights = weights
+        self.device = device
+        self.kv_layout = kv
+        self.sampled_rows = sampled_rows
+        self._confined = confined
+        specs = [assign_buffers(graph, program.plan, sampled_rows) for program in programs]
+        self.buffers = {
+            name: torch.zeros(
+                max(spec[name].rows for spec in specs), specs[0][name].columns, dtype=dtype, device=device
+            )
+            for name in specs[0]
+        }
+        page = (2, graph.kv_heads, kv.page_size, graph.head_dim)
+        self.kv = [_zeros((kv.pages, *page), dtype, device) for _ in range(graph.layers)]
+        outer = (*graph.prologue, *graph.epilogue)
+        self._outer_kernels = {op.name: op.kernels[_kernel(op, programs[0].plan, device, dtype, None)] for op in outer}
+        self._kernels: dict[_Key, Kernel] = {}
+        self._names: dict[_Key, str] = {}
+        self._prepared: list[list[Step]] = []
+        for number, program in enumerate(programs):
+            first: dict[tuple[str, int | None], Step] = {}
+            for step in program.steps:
+                first.setdefault((step.nano_op.op, step.nano_op.nano_batch), step)
+            self._prepared.append(list(first.values()))
+            for step in first.values():
+                op, sms = graph.operation(step.nano_op.op), self.sms(number, step)
+                name = _kernel(op, program.plan, device, dtype, sms)
+                self._names[number, op.name, sms], self._kernels[number, op.name, sms] = name, op.kernels[name]
+
+    def sms(self, program: int, step: Step) -> int | None:
+        """SMs that a step of a program has; None if its lane is not confined."""
+        return self.programs[program].plan.lane_sms(step.stage, step.lane) if self._confined else None
+
+    def begin(self, batch: DeviceBatch, last_tokens: torch.Tensor) -> None:
+        """Take the tokens that only the device knows from `last_tokens` [slots], embed all rows, and make what the
+        layers share."""
+        on_device = batch.token_ids_T == TOKEN_ON_DEVICE
+        batch.token_ids_T = torch.where(on_device, last_tokens[batch.slots_T], batch.token_ids_T)
+        number = batch.host.program
+        for op in self.graph.prologue:
+            self._outer_kernels[op.name](self._outer_context(batch, batch.whole, op))
+        for step in self._prepared[number]:
+            op, context = self._context(batch, step)
+            if context.part.has_rows(op.row_class):
+                op.prepare(context, self._names[number, op.name, context.sms])
+
+    def step(self, batch: DeviceBatch, index: int) -> None:
+        """Run one step of the batch's program, if its nano-batch has rows for it."""
+        number = batch.host.program
+        op, context = self._context(batch, self.programs[number].steps[index])
+        if context.part.has_rows(op.row_class):
+            self._kernels[number, op.name, context.sms](context)
+
+    def head(self, batch: DeviceBatch, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] of the dense batch's rows `rows` [S]: gathered, final norm, head. The next call overwrites
+        them."""
+        sampled, logits = self.buffers["sampled"], self.buffers["logits"]
+        count = len(rows)
+        torch.index_select(self.buffers[RESIDUAL], 0, rows, out=sampled[:count])
+        part = cast(BatchPart, _RowsOnly(slice(0, count)))
+        for op in self.graph.epilogue:
+            self._outer_kernels[op.name](self._outer_context(batch, part, op))
+        return logits[:count]
+
+    def _outer_context(self, batch: DeviceBatch, part: BatchPart, op: Operation) -> NanoContext:
+        return NanoContext(batch, part, 0, self.buffers, self.weights.outer.get(op.name, {}), self.kv[0])
+
+    def _context(self, batch: DeviceBatch, step: Step) -> tuple[Operation, NanoContext]:
+        nano_op = step.nano_op
+        weights: OpWeights = self.weights.layers[nano_op.layer]
+        context = NanoContext(
+            batch,
+            batch.part(nano_op.nano_batch),
+            nano_op.layer,
+            self.buffers,
+            weights.get(nano_op.op, {}),
+            self.kv[nano_op.layer],
+            self.sms(batch.host.program, step),
+            step.lane,
+        )
+        return self.graph.operation(nano_op.op), context
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros of `shape`. On a CPU only what is written takes memory: calloc's pages are the system's own zeros."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _kernel(op: Operation, plan: Plan, device: torch.device, dtype: torch.dtype, sms: int | None) -> str:
+    """The kernel that the plan names for `op`, or the one that the device prefers."""
+    name = plan.kernels.get(op.name) or op.preferred_kernel(device, dtype, sms)
+    if name not in op.kernels:
+        raise PlanError(f"kernels.{op.name}: {name!r} is unknown; {op.name} has {', '.join(op.kernels)}")
+    return name

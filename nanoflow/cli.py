@@ -9,9 +9,7 @@ import os
 import shlex
 import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,13 +19,13 @@ from rich.console import Console
 
 import nanoflow
 from nanoflow.config import RunConfig, dump_config, load_config
-from nanoflow.errors import ConfigError, UserError
-from nanoflow.interrupt import Interrupted
+from nanoflow.errors import ConfigError
+from nanoflow.mistakes import EXIT_FAILED, DebugOption, mistakes_as_messages, short
+from nanoflow.plan_cli import app as plan_app
 
 __all__ = ["app", "main"]
 
 EXIT_ERROR_RECORDS = 1
-EXIT_FAILED = 2
 EXITS_AT_ONCE = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 app = typer.Typer(
@@ -36,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(plan_app, name="plan")
 
 
 class ReportFormat(StrEnum):
@@ -53,7 +52,6 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key, as in --set engine.max_running=64. May be repeated."
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -96,7 +94,7 @@ def run(
     """Run the job that CONFIG describes, or go on with it where it was stopped."""
     endpoint = {"metrics.port": metrics_port, "metrics.host": metrics_host}
     flags = [f"{key}={json.dumps(value)}" for key, value in endpoint.items() if value is not None]
-    with _mistakes_as_messages(debug):
+    with mistakes_as_messages(debug):
         if restart and (continue_anyway or retry_errors):
             other = "--continue-anyway" if continue_anyway else "--retry-errors"
             raise ConfigError(f"--restart begins anew and {other} goes on with what is there; give one of them")
@@ -106,13 +104,13 @@ def run(
         outcome = run_job(
             loaded, restart=restart, continue_anyway=continue_anyway, retry_errors=retry_errors, quiet=quiet
         )
-    output = _short(Path(loaded.output.path))
+    output = short(Path(loaded.output.path))
     if not quiet:
         if outcome.report is not None:
             outcome.report.print(Console())
             if outcome.earlier:
                 typer.echo(f"{outcome.earlier:,} more requests had their record before")
-            typer.echo(f"results {output}, report {_short(loaded.output.report_path)}")
+            typer.echo(f"results {output}, report {short(loaded.output.report_path)}")
         else:
             typer.echo(f"nothing left to do: all {outcome.records:,} requests have their record in {output}")
     if outcome.errors:
@@ -152,7 +150,7 @@ def bench(
     debug: DebugOption = False,
 ) -> None:
     """Measure the job that CONFIG describes: a warm-up, then repetitions; no completion is written."""
-    with _mistakes_as_messages(debug):
+    with mistakes_as_messages(debug):
         loaded = load_config(config, overrides or ())
         from nanoflow.bench import bench as measure, parse_warm_up  # loads torch
 
@@ -166,7 +164,7 @@ def bench(
         )
     if outcome.report is not None and not quiet:
         outcome.report.print(Console())
-        typer.echo(f"saved {_short(outcome.path.absolute())}")
+        typer.echo(f"saved {short(outcome.path.absolute())}")
     if outcome.signal is not None:
         if outcome.report is None:
             typer.echo("stopped before a repetition had come to its end; nothing was saved", err=True)
@@ -179,7 +177,7 @@ def bench(
 @app.command()
 def validate(config: ConfigArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
     """Check CONFIG and print it with all defaults and overrides filled in; nothing is run."""
-    with _mistakes_as_messages(debug):
+    with mistakes_as_messages(debug):
         typer.echo(dump_config(load_config(config, overrides or ())), nl=False)
 
 
@@ -197,12 +195,12 @@ def report(
     debug: DebugOption = False,
 ) -> None:
     """Show finished runs, one or several side by side: as a web page beside the first one, as Markdown or as JSON."""
-    with _mistakes_as_messages(debug):
+    with mistakes_as_messages(debug):
         from nanoflow.reports.write import write_report  # loads torch
 
         written = write_report(runs, out, form)
     if written is not None:
-        typer.echo(f"report {_short(written.absolute())}")
+        typer.echo(f"report {short(written.absolute())}")
 
 
 @app.command()
@@ -217,7 +215,7 @@ def doctor(
     debug: DebugOption = False,
 ) -> None:
     """Say what this machine can do for a run and what is missing; ends with 2 if something that runs need is."""
-    with _mistakes_as_messages(debug):
+    with mistakes_as_messages(debug):
         from nanoflow import doctor as looks  # loads torch
 
         checks = looks.examine()
@@ -242,40 +240,3 @@ def main() -> None:
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(int(end.code))
-
-
-@contextmanager
-def _mistakes_as_messages(debug: bool) -> Iterator[None]:
-    """End in one message and status 2 on what the user can mend; anything else is a bug and shows where it is."""
-    try:
-        yield
-    except (KeyboardInterrupt, Interrupted) as interrupt:
-        number = interrupt.signal if isinstance(interrupt, Interrupted) else signal.SIGINT
-        typer.echo("stopped before any request ran; the output is as it was", err=True)
-        raise typer.Exit(128 + number) from None
-    except Exception as error:
-        mistake = _is_mistake(error)
-        if debug or not mistake:
-            traceback.print_exc()
-        if mistake:
-            typer.echo(f"error: {error}", err=True)
-        else:
-            typer.echo("error: this is a bug in NanoFlow; the lines above say where it is", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
-
-
-def _is_mistake(error: Exception) -> bool:
-    """Whether the error's message is meant for the user. The parts below the engine have error classes of their own."""
-    if isinstance(error, UserError):
-        return True
-    below = (("nanoflow.pipeline.plan", "PlanError"), ("nanoflow.models.config", "UnsupportedModel"))
-    for module, name in below:
-        # A module that is not loaded has raised nothing.
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and isinstance(error, kind):
-            return True
-    return False
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
-__all__ = ["FILLS", "Block", "Cell", "Name", "plain", "render_grid", "render_order"]
+__all__ = ["FILLS", "Block", "Cell", "Line", "Name", "plain", "render_grid", "render_order"]
 
 Piece = tuple[str, str]
 Line = list[Piece]
@@ -267,8 +267,9 @@ class _Row:
 
 def _ruler(block: Block, axis: _Axis, first: int, last: int) -> str:
     """Microseconds at as many of the moments between two columns as have room; the last one has."""
+    digits = next((count for count, least in ((0, 50e-6), (1, 5e-6)) if block.length >= least), 2)
     marks = [
-        (column - first, f"{(moment + block.begin) * 1e6:,.0f}")
+        (column - first, f"{(moment + block.begin) * 1e6:,.{digits}f}")
         for moment, column in zip(axis.moments, axis.columns, strict=True)
         if first <= column <= last
     ]

@@ -145,27 +145,25 @@ class Timeline:
         """One repetition of the plan's period in steady state: from the moment at which its first nano-op starts to the
         moment at which that of the next repetition does. `layer`: which one; by default the middle of those that are
         whole."""
-        if not self.spans:
-            return self
+        if not self.seconds:
+            return replace(self, spans=())
         last = max(span.layer for span in self.spans)
         furthest = max(span.layer - span.repetition for span in self.spans)
         layer = max(0, last - furthest) // 2 if layer is None else layer
-        own = [span for span in self.spans if span.repetition == layer]
+        own = [span for span in self.spans if span.repetition == layer and span.end > span.start]
         if not own:
             raise ValueError(f"no repetition {layer} of the period is on the timeline; the last is {last}")
-        stage = min(span.stage for span in own)
-        lane = next(lane for lane in self.lanes if any(span.stage == stage and span.lane == lane for span in own))
+        stages = sorted({span.stage for span in own})
+        # Between stages all lanes meet, so the first stage begins for all of them at once. In a period of one stage
+        # each lane goes on as it can, and one of them must tell where to cut.
+        lanes = self.lanes if len(stages) > 1 else [next(lane for lane in self.lanes if _of(own, stages[0], lane))]
 
         def begin(repetition: int) -> float | None:
-            starts = [
-                span.start
-                for span in self.spans
-                if (span.repetition, span.stage, span.lane) == (repetition, stage, lane)
-            ]
-            return min(starts, default=None)
+            spans = [span for span in self.spans if span.repetition == repetition and span.end > span.start]
+            return min((span.start for lane in lanes for span in _of(spans, stages[0], lane)), default=None)
 
         start, end = begin(layer), begin(layer + 1)
-        assert start is not None
+        assert start is not None  # of `own`
         return self.cut(start, max(span.end for span in own) if end is None else end, layer)
 
 
@@ -364,6 +362,10 @@ def _spans(program: Program, costs: Sequence[Cost], times: Sequence[tuple[float,
             )
         )
     return tuple(spans)
+
+
+def _of(spans: Sequence[Span], stage: int, lane: str) -> list[Span]:
+    return [span for span in spans if span.stage == stage and span.lane == lane]
 
 
 def _measured_segments(spans: Sequence[Span], device_sms: int) -> tuple[Segment, ...]:

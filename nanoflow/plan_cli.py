@@ -1,0 +1,89 @@
+"""``nanoflow plan``: looking at a plan file before and after it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nanoflow.errors import InputError
+from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Look at a plan file: show, check, plot or trace it.")
+
+PlanArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A plan file.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="A folder, a .gguf file or a shipped shape; by default the plan's."),
+]
+LayersOption = Annotated[
+    int | None, typer.Option("--layers", metavar="N", help="Only so many layers; by default all of the model.")
+]
+DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="N", help="Decode rows of the batch.")]
+ContextOption = Annotated[int | None, typer.Option("--context", metavar="N", help="Tokens that each attends to.")]
+PromptsOption = Annotated[
+    str | None, typer.Option("--prompts", metavar="A,B,...", help="Tokens of each prompt in the batch.")
+]
+
+
+@app.command()
+def show(
+    file: PlanArgument,
+    model: ModelOption = None,
+    layers: LayersOption = None,
+    decode: DecodeOption = None,
+    context: ContextOption = None,
+    prompts: PromptsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Print the plan, and one period of it in steady state as a grid: lanes as rows, time to the right, estimated."""
+    with mistakes_as_messages(debug):
+        from nanoflow.plans.case import MixOptions, open_case  # loads torch
+        from nanoflow.plans.show import show as print_plan
+
+        mix = MixOptions(decode, context, _numbers(prompts))
+        print_plan(open_case(file, model, mix, layers=layers), Console())
+
+
+@app.command()
+def plot(
+    file: PlanArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="x.png or x.svg; by default both, named after the plan."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="What `plan trace` measured, instead of an estimate.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Beside it, the same in sequence.")] = False,
+    model: ModelOption = None,
+    layers: LayersOption = None,
+    decode: DecodeOption = None,
+    context: ContextOption = None,
+    prompts: PromptsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Draw one period: lanes over time, and below it SMs in use, TFLOP/s and GB/s."""
+    with mistakes_as_messages(debug):
+        from nanoflow.plans.case import MixOptions, open_case  # loads torch
+        from nanoflow.plans.plot import plot_plan
+
+        mix = MixOptions(decode, context, _numbers(prompts))
+        if trace is not None and (layers is not None or mix != MixOptions()):
+            raise InputError("--trace has its own mix and layers: leave --layers, --decode, --context, --prompts out")
+        case = open_case(file, model, mix, layers=layers)
+        for path in plot_plan(case, out, trace=trace, compare=compare):
+            typer.echo(f"saved {short(path.absolute())}")
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    """Whole numbers, separated by commas."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not part.isdecimal():
+            raise InputError(f"--prompts {text}: {part!r} is no whole number; write tokens such as 512,512,168")
+    return tuple(map(int, parts))

@@ -1,0 +1,1 @@
+"""What `nanoflow plan` shows of a plan file: grids, checks, pictures and traces."""

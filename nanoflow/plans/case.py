@@ -1,0 +1,224 @@
+"""A plan file with all that is needed to show it: the model's graph, a mix of requests, and the device's ceilings."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from nanoflow.checkpoints import open_checkpoint
+from nanoflow.checkpoints.hub import is_hub_id
+from nanoflow.errors import CheckpointError, InputError
+from nanoflow.models.config import ModelConfig
+from nanoflow.models.registry import build_graph
+from nanoflow.ops.graph import Graph
+from nanoflow.ops.operation import Work
+from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.program import Program, compile_program
+from nanoflow.pipeline.split import split_rows
+from nanoflow.pipeline.validate import validate
+from nanoflow.search.cost_model import Ceilings
+from nanoflow.search.timeline import Timeline, estimate_timeline
+
+__all__ = ["Device", "Mix", "MixOptions", "PlanCase", "known_device", "mix_works", "open_case"]
+
+DECODE, CONTEXT, PROMPT = 600, 768, 512
+"""The mix where neither the plan nor the user says one: decode rows, their context, and the longest prompt."""
+ITEMSIZE = 2
+"""Bytes of an element: bfloat16."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device for estimates. Ceilings as `benchmarks/kernels` recorded them."""
+
+    name: str
+    sms: int
+    ceilings: Ceilings
+
+
+H100 = Device("NVIDIA H100 80GB HBM3", 132, Ceilings(flops=717e12, bytes_per_second=3081e9, power_limit_watts=700.0))
+DEVICES = {H100.name: H100}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a dense batch holds: decode rows, the tokens that each attends to, and the tokens of each prompt."""
+
+    decode: int
+    context: int
+    prompts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.decode + sum(self.prompts)
+
+    def __str__(self) -> str:
+        parts = [f"{self.decode:,} decode rows of context {self.context:,}"] if self.decode else []
+        if self.prompts:
+            parts.append(f"prompts of {', '.join(f'{tokens:,}' for tokens in self.prompts)} tokens")
+        return " and ".join(parts) or "nothing"
+
+
+@dataclass(frozen=True, eq=False)
+class PlanCase:
+    """One plan on one model, mix and device."""
+
+    file: str
+    plan: Plan
+    model: str
+    graph: Graph
+    mix: Mix
+    device: Device
+
+    @cached_property
+    def program(self) -> Program:
+        return compile_program(self.plan, self.graph)
+
+    @cached_property
+    def works(self) -> tuple[Work, ...]:
+        """Of each nano-batch."""
+        return mix_works(self.plan, self.mix)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """All layers of an iteration, estimated."""
+        return estimate_timeline(self.program, self.works, self.device.ceilings, ITEMSIZE, self.device.sms)
+
+    def with_layers(self, layers: int) -> "PlanCase":
+        """The same with so many layers."""
+        return replace(self, graph=replace(self.graph, layers=layers))
+
+    def sequential(self) -> "PlanCase":
+        """The same with the plan that runs all in sequence."""
+        return replace(self, plan=Plan.sequential(self.graph, self.plan.capacity))
+
+    @property
+    def ceilings_text(self) -> str:
+        """The ceilings that estimates stand on, and whose they are."""
+        device, ceilings = self.device, self.device.ceilings
+        own = self.plan.gpu in ("", device.name)
+        return (
+            f"{device.name}: {ceilings.flops / 1e12:,.0f} TFLOP/s, {ceilings.bytes_per_second / 1e9:,.0f} GB/s, "
+            f"{device.sms} SMs{'' if own else f' (none are known of {self.plan.gpu})'}"
+        )
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    """What the user says of the mix; None: what the plan's `measured` says (`decode`, `context`, `prefill`), or what is
+    usual."""
+
+    decode: int | None = None
+    context: int | None = None
+    prompts: tuple[int, ...] | None = None
+
+
+def open_case(
+    file: str | Path, model: str | None = None, mix: MixOptions | None = None, *, layers: int | None = None
+) -> PlanCase:
+    """Read the plan of `file`, and validate it against the model.
+
+    Args:
+        model: a folder, a GGUF file or the name of a shipped shape; by default the shipped one that the plan names.
+        layers: only so many of the model's; by default all.
+
+    Raises:
+        UserError, PlanError: one message that names what is wrong, and the mend.
+    """
+    plan = Plan.load(file)
+    name, graph = open_graph(model, plan, str(file))
+    if layers is not None:
+        if not 1 <= layers <= graph.layers:
+            raise InputError(f"--layers {layers}: {name} has {graph.layers}; give a number from 1 to {graph.layers}")
+        graph = replace(graph, layers=layers)  # its windows, if any, are those of the first layers
+    try:
+        validate(plan, graph)
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from None
+    return PlanCase(str(file), plan, name, graph, choose_mix(plan, mix or MixOptions()), known_device(plan))
+
+
+def open_graph(model: str | None, plan: Plan, file: str) -> tuple[str, Graph]:
+    """Name and graph of the model; no weights are read."""
+    shapes = shipped_shapes()
+    known = f"a folder, a .gguf file or one of {', '.join(shapes)}"
+    if model is None:
+        if not plan.model:
+            raise InputError(f"{file}: model: the plan names none; give one with --model: {known}")
+        if plan.model not in shapes:
+            raise InputError(f"{file}: model: no shape of {plan.model!r} comes with NanoFlow; give --model: {known}")
+        model = plan.model
+    path = Path(model).expanduser()
+    if not path.exists():
+        if model in shapes:
+            path = shapes[model]
+        elif not (model.startswith("package:") or is_hub_id(model)):
+            raise InputError(f"--model {model}: there is no such folder or file; give {known}")
+        else:
+            path = Path(model)
+    try:
+        checkpoint = open_checkpoint(str(path) if path.exists() else model, need_weights=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"--model {model}: {error}") from None
+    return checkpoint.name, build_graph(ModelConfig.from_dict(checkpoint.config))
+
+
+def shipped_shapes() -> dict[str, Path]:
+    """Folders of the model shapes that come with the package, by name."""
+    folder = Path(__file__).parents[1] / "configs" / "models"
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
+
+
+def known_device(plan: Plan) -> Device:
+    """The device that the plan was tuned for, if its ceilings are known, else an H100; the plan's SMs win."""
+    device = DEVICES.get(plan.gpu, H100)
+    return device if plan.sms is None else replace(device, sms=plan.sms)
+
+
+def choose_mix(plan: Plan, options: MixOptions) -> Mix:
+    """The mix that was asked for. Raises InputError if it holds nothing, or does not fit the plan."""
+
+    def said(key: str, usual: int) -> int:
+        value = plan.measured.get(key)
+        return round(value) if isinstance(value, int | float) and value >= 0 else usual
+
+    capacity, decode, context, prompts = plan.capacity, options.decode, options.context, options.prompts
+    if decode is None:
+        usual = said("decode", min(DECODE, (capacity + 1) // 2))
+        decode = max(0, min(usual, capacity - sum(prompts or ())))
+    if context is None:
+        context = said("context", CONTEXT)
+    if prompts is None:
+        left = max(0, capacity - decode)
+        tokens = min(left, said("prefill", left))
+        prompts = (PROMPT,) * (tokens // PROMPT) + ((tokens % PROMPT,) if tokens % PROMPT else ())
+    mix = Mix(decode, context, prompts)
+    for key, value, least in (("decode", decode, 0), ("context", context, 1), *(("prompts", p, 1) for p in prompts)):
+        if value < least:
+            raise InputError(f"--{key} {value}: must be {least} or more")
+    if not mix.rows:
+        raise InputError("--decode 0 without --prompts is an empty batch; give some of either")
+    if mix.rows > capacity:
+        raise InputError(
+            f"--decode, --prompts: {decode:,} decode rows and {sum(prompts):,} prompt tokens are {mix.rows:,} rows, "
+            f"more than the plan's capacity of {capacity:,}; give fewer"
+        )
+    return mix
+
+
+def mix_works(plan: Plan, mix: Mix) -> tuple[Work, ...]:
+    """What `mix` asks of each nano-batch: prompts lie behind one another, and are cut where a nano-batch is full."""
+    decode, prefill = split_rows(plan, mix.decode, sum(mix.prompts))
+    works = []
+    left = [(tokens, 0) for tokens in reversed(mix.prompts)]  # tokens to come, tokens before them
+    for rows, room in zip(decode, prefill, strict=True):
+        work = Work(decode_rows=rows, decode_context=rows * mix.context)
+        while room:
+            tokens, before = left.pop()
+            taken = min(tokens, room)
+            if taken < tokens:
+                left.append((tokens - taken, before + taken))
+            pairs = taken * before + taken * (taken + 1) // 2
+            work += Work(prefill_rows=taken, prefill_context=before + taken, prefill_pairs=pairs)
+            room -= taken
+        works.append(work)
+    return tuple(works)

@@ -1,0 +1,200 @@
+"""``nanoflow plan``: what each command shows and saves, and how it ends on a mistake."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from nanoflow.cli import app
+from nanoflow.pipeline.plan import Plan
+from nanoflow.plans.case import Mix, mix_works, open_case
+from nanoflow.plans.chrome_trace import TraceInfo, write_trace
+
+SHAPES = Path(__file__).parents[2] / "configs" / "models"
+PLANS = Path(__file__).parents[1] / "models" / "plans"
+EXAMPLE = """\
+model: llama-3-8b
+gpu: NVIDIA H100 80GB HBM3
+sms: 132
+capacity: 1280
+nano_batches:
+  a: {decode: 0.5, prefill: 0.5, rows: 640}
+  b: {decode: 0.5, prefill: 0.5, rows: 640}
+partitions:
+  split: [92, 40]
+period:
+- split:
+    compute: [o.a, gate_up.a, down.a, qkv.a@1, o.b, gate_up.b, down.b, qkv.b@1]
+    memory: [decode_attention.b, decode_attention.a@1]
+measured: {decode: 600, context: 700, prefill: 500}
+"""
+SHOWN = """\
+tuned.yaml for llama-3-8b on NVIDIA H100 80GB HBM3: at most 1,280 rows
+
+nano-batch  decode  prompts  rows  here
+a           1/2     1/2      640   300 decode + 250 prompt rows
+b           1/2     1/2      640   300 decode + 250 prompt rows
+
+stages     split: compute 92, memory 40 of 132 SMs
+measured   decode: 600, context: 700, prefill: 500
+
+split, layer 1
+  compute 92 SMs |o.a|an.a|gate_up.a|down.a|add.a|il.a@1|qkv.a@1|ra.a@1|pa.a@1|o.b|an.b|gate_up.b|down.b|add.b|il.b@1|
+                 <- da.a                                                      <- da.b
+  memory 40 SMs  …da.b~~~~~~~~~~~~~~|                                  |da.a@1~~~~~~~~~~~~~~~~~~~|
+                                                                       <- ra.a@1
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuned.yaml").write_text(EXAMPLE)
+    return "tuned.yaml"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def mistake(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("error: ") and "Traceback" not in result.output
+    return result.output
+
+
+def test_show_prints_the_plan_and_a_period(plan: str) -> None:
+    result = run("show", plan, "--layers", "4")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(SHOWN), f"\n{result.output}"
+    assert max(map(len, result.output.splitlines())) <= 120
+    assert "llama-3-8b, 4 layers: " in result.output and "in sequence: " in result.output
+    assert "600 decode rows of context 700 and prompts of 500 tokens" in result.output
+    assert "NVIDIA H100 80GB HBM3: 717 TFLOP/s, 3,081 GB/s, 132 SMs" in result.output
+    assert "\x1b" not in result.output
+
+
+@pytest.mark.parametrize("name", ["skewed.yaml", "three.yaml"])
+def test_show_takes_any_model_and_mix(name: str) -> None:
+    result = run(
+        "show", str(PLANS / name), "--model", "tiny-llama", "--decode", "7", "--context", "9", "--prompts", "5,6"
+    )
+    assert result.exit_code == 0, result.output
+    assert "mix: 7 decode rows of context 9 and prompts of 5, 6 tokens" in result.output
+    again = run("show", str(PLANS / name), "--model", str(SHAPES / "tiny-llama"), "--decode", "0", "--prompts", "5")
+    assert again.exit_code == 0 and "decode_attention" not in again.output, "it has no rows to work on"
+
+
+def test_stages_have_grids_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "staged.yaml"
+    period = "- split: {compute: [qkv.a, o.a], memory: [qkv.b, o.b]}\n- whole: {compute: [gate_up], memory: [down]}\n"
+    path.write_text(EXAMPLE[: EXAMPLE.index("period:")] + f"period:\n{period}")
+    result = run("show", str(path), "--layers", "5")
+    assert result.exit_code == 0, result.output
+    assert "split: compute 92, memory 40 of 132 SMs" in result.output
+    assert "whole: compute, memory share the whole device" in result.output
+    titles = [line for line in result.output.splitlines() if line.endswith(", layer 1")]
+    assert titles == ["split, layer 1", "whole, layer 1"]
+    compute = [line for line in result.output.splitlines() if line.startswith("  compute")]
+    assert "qkv.a" in compute[0] and "gate_up" in compute[1] and "gate_up" not in compute[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["show", "gone.yaml"], "gone.yaml: cannot read the plan: No such file or directory"),
+        (
+            ["show", "tuned.yaml", "--model", "nowhere"],
+            "--model nowhere: there is no such folder or file; give a folder",
+        ),
+        (["show", "tuned.yaml", "--layers", "33"], "--layers 33: llama-3-8b has 32; give a number from 1 to 32"),
+        (["show", "tuned.yaml", "--decode", "900"], "900 decode rows and 380 prompt tokens are 1,280 rows"),
+        (["show", "tuned.yaml", "--decode", "9", "--prompts", "2000"], "2,009 rows, more than the plan's capacity of"),
+        (["show", "tuned.yaml", "--prompts", "5,x"], "--prompts 5,x: 'x' is no whole number"),
+        (["show", "tuned.yaml", "--context", "0"], "--context 0: must be 1 or more"),
+        (["show", "tuned.yaml", "--decode", "0", "--prompts", ""], "is an empty batch"),
+        (["plot", "tuned.yaml", "--out", "x.pdf"], "--out x.pdf: pictures are .png or .svg"),
+        (["plot", "tuned.yaml", "--trace", "t.json", "--layers", "2"], "--trace has its own mix and layers"),
+        (["plot", "tuned.yaml", "--trace", "t.json"], "t.json: cannot be read: No such file"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(plan: str, arguments: list[str], expected: str) -> None:
+    if "900" in arguments:  # fills what is left with prompts, which is no mistake
+        assert run(*arguments, "--prompts", "380").exit_code == 0
+        arguments, expected = [*arguments, "--prompts", "381"], "900 decode rows and 381 prompt tokens are 1,281 rows"
+    assert expected in mistake(*arguments)
+
+
+def test_a_plan_must_name_its_model_or_be_given_one(plan: str, tmp_path: Path) -> None:
+    path = tmp_path / "unnamed.yaml"
+    path.write_text(EXAMPLE.replace("model: llama-3-8b\n", ""))
+    text = mistake("show", str(path))
+    assert "unnamed.yaml: model: the plan names none; give one with --model" in text and "llama-3-8b" in text
+    path.write_text(EXAMPLE.replace("model: llama-3-8b\n", "model: my-own\n"))
+    assert "no shape of 'my-own' comes with NanoFlow; give --model" in mistake("show", str(path))
+
+
+def test_a_plan_that_cannot_run_is_shown_with_the_fault_marked(tmp_path: Path) -> None:
+    path = tmp_path / "late.yaml"
+    path.write_text(EXAMPLE.replace("qkv.a@1, ", "qkv.a, "))
+    text = mistake("show", str(path))
+    assert "late.yaml: the period deadlocks" in text
+    assert "    compute |" in text and ">>qkv.a<<" in text
+
+
+def test_the_mix_of_each_nano_batch(plan: str) -> None:
+    case = open_case(plan, layers=2)
+    a, b = mix_works(case.plan, Mix(600, 700, (300, 380)))
+    assert (a.decode_rows, a.decode_context, a.prefill_rows) == (300, 210_000, 340)
+    # The second prompt is cut after 40 tokens: what is left attends to them too.
+    assert a.prefill_context == 300 + 40 and b.prefill_context == 380
+    assert a.prefill_pairs == 300 * 301 // 2 + 40 * 41 // 2
+    assert a.prefill_pairs + b.prefill_pairs == 300 * 301 // 2 + 380 * 381 // 2
+
+
+def test_plot_saves_both_pictures_and_the_same_ones_again(plan: str, tmp_path: Path) -> None:
+    result = run("plot", plan, "--layers", "3")
+    assert result.exit_code == 0, result.output
+    assert result.output == "saved tuned.png\nsaved tuned.svg\n"
+    assert (tmp_path / "tuned.png").read_bytes().startswith(b"\x89PNG")
+    first = (tmp_path / "tuned.svg").read_bytes()
+    assert run("plot", plan, "--layers", "3", "--out", "again/x.svg").exit_code == 0
+    assert (tmp_path / "again" / "x.svg").read_bytes() == first
+    assert run("plot", plan, "--layers", "3", "--out", "both.svg", "--compare").exit_code == 0
+    both = (tmp_path / "both.svg").read_bytes()
+    assert both != first and b"<dc:date>" not in both
+
+
+def test_plot_takes_a_trace_of_the_same_plan_only(plan: str, tmp_path: Path) -> None:
+    case = open_case(plan, layers=3)
+
+    def trace(**changes: object) -> str:
+        about = {
+            "plan": Plan.load(plan).dumps(),
+            "model": "llama-3-8b",
+            "layers": 3,
+            "device": case.device.name,
+            "device_sms": 132,
+            "itemsize": 2,
+            "mix": str(case.mix),
+            "works": list(case.works),
+            "seconds": 0.05,
+            "iterations": 9,
+        }
+        write_trace(case.timeline, TraceInfo(**(about | changes)), tmp_path / "t.json")  # type: ignore[arg-type]
+        return "t.json"
+
+    result = run("plot", plan, "--trace", trace(), "--out", "x.svg")
+    assert result.exit_code == 0, result.output
+    assert "--compare: a trace has no sequential" in mistake("plot", plan, "--trace", trace(), "--compare")
+    other = Plan.load(plan).dumps().replace("[92, 40]", "[84, 48]")
+    assert "it is the trace of another plan" in mistake("plot", plan, "--trace", trace(plan=other))
+    assert "give --model my-own" in mistake("plot", plan, "--trace", trace(model="my-own"))
+    assert "but the plan has" in mistake("plot", plan, "--trace", trace(layers=1))
+
+
+def test_pictures_say_what_they_need(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert 'pip install "nanoflow[plots]"' in mistake("plot", plan, "--layers", "2")

@@ -14,13 +14,14 @@ time taken. The optimal throughput of the paper, ``FLOPS / (2 * P)`` tokens a se
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from nanoflow.ops.batch import DenseBatch
 from nanoflow.ops.operation import Cost, Work
 
-__all__ = ["Bounds", "Ceilings", "bounds", "optimal_tokens_per_second", "work_of"]
+__all__ = ["Bounds", "Ceilings", "bounds", "optimal_tokens_per_second", "work_of", "works_of"]
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,30 @@ class Bounds:
 
 def work_of(batch: DenseBatch) -> Work:
     """What one dense batch asks of the operations; padding asks nothing."""
-    lengths = batch.prefill_lengths.astype(np.int64)
-    context = batch.prefill_context.astype(np.int64)
+    sampled = len(batch.sampling) if batch.sampling is not None else 0
+    return _work(batch, slice(None), slice(None), sampled)
+
+
+def works_of(batch: DenseBatch) -> tuple[Work, ...]:
+    """What each nano-batch of `batch` asks of the operations in the layers."""
+    return tuple(
+        _work(batch, slice(*decode), slice(*prefill))
+        for decode, prefill in zip(pairwise(batch.decode_splits), pairwise(batch.prefill_splits), strict=True)
+    )
+
+
+def _work(batch: DenseBatch, decode: slice, prefill: slice, sampled_rows: int = 0) -> Work:
+    """Of some decode segments and some prefill segments."""
+    lengths = batch.prefill_lengths[prefill].astype(np.int64)
+    context = batch.prefill_context[prefill].astype(np.int64)
     pairs = lengths * (context - lengths) + lengths * (lengths + 1) // 2
     return Work(
-        decode_rows=len(batch.decode_rows),
+        decode_rows=len(batch.decode_rows[decode]),
         prefill_rows=int(lengths.sum()),
-        decode_context=int(batch.decode_context.sum(dtype=np.int64)),
+        decode_context=int(batch.decode_context[decode].sum(dtype=np.int64)),
         prefill_context=int(context.sum()),
         prefill_pairs=int(pairs.sum()),
-        sampled_rows=len(batch.sampling) if batch.sampling is not None else 0,
+        sampled_rows=sampled_rows,
     )
 
 

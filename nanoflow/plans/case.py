@@ -65,6 +65,7 @@ class PlanCase:
     file: str
     plan: Plan
     model: str
+    model_path: str
     graph: Graph
     mix: Mix
     device: Device
@@ -125,7 +126,7 @@ def open_case(
         UserError, PlanError: one message that names what is wrong, and the mend.
     """
     plan = Plan.load(file)
-    name, graph = open_graph(model, plan, str(file))
+    name, path, graph = open_graph(model, plan, str(file))
     if layers is not None:
         if not 1 <= layers <= graph.layers:
             raise InputError(f"--layers {layers}: {name} has {graph.layers}; give a number from 1 to {graph.layers}")
@@ -134,11 +135,11 @@ def open_case(
         validate(plan, graph)
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from None
-    return PlanCase(str(file), plan, name, graph, choose_mix(plan, mix or MixOptions()), known_device(plan))
+    return PlanCase(str(file), plan, name, path, graph, choose_mix(plan, mix or MixOptions()), known_device(plan))
 
 
-def open_graph(model: str | None, plan: Plan, file: str) -> tuple[str, Graph]:
-    """Name and graph of the model; no weights are read."""
+def open_graph(model: str | None, plan: Plan, file: str) -> tuple[str, str, Graph]:
+    """Name, path and graph of the model; no weights are read."""
     shapes = shipped_shapes()
     known = f"a folder, a .gguf file or one of {', '.join(shapes)}"
     if model is None:
@@ -147,19 +148,17 @@ def open_graph(model: str | None, plan: Plan, file: str) -> tuple[str, Graph]:
         if plan.model not in shapes:
             raise InputError(f"{file}: model: no shape of {plan.model!r} comes with NanoFlow; give --model: {known}")
         model = plan.model
-    path = Path(model).expanduser()
-    if not path.exists():
+    path = model
+    if not Path(model).expanduser().exists():
         if model in shapes:
-            path = shapes[model]
+            path = str(shapes[model])
         elif not (model.startswith("package:") or is_hub_id(model)):
             raise InputError(f"--model {model}: there is no such folder or file; give {known}")
-        else:
-            path = Path(model)
     try:
-        checkpoint = open_checkpoint(str(path) if path.exists() else model, need_weights=False)
+        checkpoint = open_checkpoint(path, need_weights=False)
     except CheckpointError as error:
         raise CheckpointError(f"--model {model}: {error}") from None
-    return checkpoint.name, build_graph(ModelConfig.from_dict(checkpoint.config))
+    return checkpoint.name, path, build_graph(ModelConfig.from_dict(checkpoint.config))
 
 
 def shipped_shapes() -> dict[str, Path]:

@@ -132,8 +132,8 @@ def draw(panels: Sequence[Panel], pyplot: Any) -> "Figure":
             )
             rows[row].append(axes)
         _draw_lanes(rows[0][column], panel, end, lanes)
-        timeline = panel.timeline
-        _draw_rate(rows[1][column], timeline, "sms", 1.0, "SMs in use", timeline.device_sms)
+        timeline, sms = panel.timeline, panel.timeline.device_sms
+        _draw_rate(rows[1][column], timeline, "sms", 1.0, "SMs in use" if sms > 1 else "in use", sms)
         _draw_rate(rows[2][column], timeline, "flops_per_second", 1e12, "TFLOP/s", panel.flops)
         _draw_rate(rows[3][column], timeline, "bytes_per_second", 1e9, "GB/s", panel.bytes_per_second)
         for row in range(3):

@@ -13,9 +13,9 @@ from nanoflow.ops.operation import Work
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, Stage
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.program import Program, compile_program
-from nanoflow.search.cost_model import Ceilings
+from nanoflow.search.cost_model import Ceilings, work_of, works_of
 from nanoflow.search.timeline import Timeline, bandwidth_on, estimate_timeline, measured_timeline, shared_works
-from tests.unit.plan_strategies import plans
+from tests.unit.plan_strategies import batches, plans
 
 CEILINGS = Ceilings(flops=1e9, bytes_per_second=1e9)
 WORK = Work(decode_rows=16, prefill_rows=16, decode_context=800, prefill_context=40, prefill_pairs=300, sampled_rows=17)
@@ -178,6 +178,18 @@ def test_times_and_works_must_belong_to_the_program() -> None:
 @pytest.mark.parametrize(("sms", "measured"), [(16, 1170e9), (24, 1730e9), (32, 2240e9), (40, 2620e9), (132, 3000e9)])
 def test_bandwidth_of_a_part_meets_what_was_measured(sms: int, measured: float) -> None:
     assert bandwidth_on(sms, 132, 3000e9) == pytest.approx(measured, rel=0.015)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_the_works_of_nano_batches_add_up_to_the_batch(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 4))
+    batch = data.draw(batches(count))
+    works = works_of(batch)
+    assert len(works) == count and sum(works, Work()) == work_of(batch)
+    assert [(work.decode_rows, work.prefill_rows) for work in works] == [
+        (part.decode, part.prefill) for part in batch.nano_batches
+    ]
 
 
 def test_mean_work_of_several_iterations() -> None:

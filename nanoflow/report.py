@@ -29,7 +29,8 @@ from nanoflow.pipeline.plan_text import format_plan
 from nanoflow.power import Energy
 from nanoflow.recording import LogHistogram, Recorder
 from nanoflow.search.cost_model import Bounds, Ceilings, bounds
-from nanoflow.search.timeline import Timeline, estimate_timeline, shared_works
+from nanoflow.search.timeline import Timeline
+from nanoflow.search.timeline_estimate import estimate_timeline, shared_works
 
 __all__ = ["SCHEMA_VERSION", "Goodput", "Percentiles", "RunReport", "idle_share", "make_report", "versions"]
 

@@ -16,7 +16,8 @@ from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.split import split_rows
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.cost_model import Ceilings
-from nanoflow.search.timeline import Timeline, estimate_timeline
+from nanoflow.search.timeline import Timeline
+from nanoflow.search.timeline_estimate import estimate_timeline
 
 __all__ = ["Device", "Mix", "MixOptions", "PlanCase", "known_device", "mix_works", "open_case"]
 

@@ -14,7 +14,8 @@ from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, Stage
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.search.cost_model import Ceilings, work_of, works_of
-from nanoflow.search.timeline import Timeline, bandwidth_on, estimate_timeline, measured_timeline, shared_works
+from nanoflow.search.timeline import Timeline, measured_timeline
+from nanoflow.search.timeline_estimate import bandwidth_on, estimate_timeline, shared_works
 from tests.unit.plan_strategies import batches, plans
 
 CEILINGS = Ceilings(flops=1e9, bytes_per_second=1e9)

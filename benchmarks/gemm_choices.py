@@ -29,9 +29,9 @@ from benchmarks.kernels.common import time_interleaved
 from benchmarks.kernels.gemm import Case, compile_all
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
-from nanoflow.ops.gemm import device_sms
 from nanoflow.ops.gemm_choice import Choice, Choices, choice_file, choice_folders, choose, machine_of
 from nanoflow.ops.linear import Linear, LinearSilu
+from nanoflow.ops.operation import device_sms
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "configs" / "models" / "llama-3-8b"

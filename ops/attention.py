@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nanoflow.ops.attention_cpu import paged_decode, segment_prefill
+from nanoflow.ops.attention_cpu import decode_blocks, paged_decode, segment_mask, segment_prefill
 from nanoflow.ops.operation import KV, Access, Cost, Kernel, NanoContext, Operation, RowClass, Work
 
 __all__ = ["DecodeAttention", "PrefillAttention"]
@@ -123,6 +123,16 @@ class DecodeAttention(_Attention):
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return {"cpu": "paged", "cuda": "triton"}.get(device.type, "reference")
 
+    def prepare(self, context: NanoContext, kernel: str) -> None:
+        """The lists of what is read, one for every window that layers have."""
+        if kernel == "triton":
+            from nanoflow.ops.decode_attention_triton import prepare_decode
+
+            prepare_decode(context, self.heads, self.windows)
+        elif kernel == "paged":
+            for window in dict.fromkeys(self.windows):
+                decode_blocks(context, self.heads, window)
+
 
 class PrefillAttention(_Attention):
     """Pieces of prompts, each over the context before it and causally over itself."""
@@ -179,3 +189,14 @@ class PrefillAttention(_Attention):
         if device.type == "cuda" and dtype.itemsize <= 4 and self.head_dim <= 256:
             return "triton"
         return "gathered" if device.type == "cpu" else "reference"
+
+    def prepare(self, context: NanoContext, kernel: str) -> None:
+        """The list of blocks of queries or the masks, for every window that layers have."""
+        if kernel == "triton":
+            from nanoflow.ops.prefill_attention_triton import prepare_prefill
+
+            prepare_prefill(context, self.heads, self.windows)
+        elif kernel == "gathered":
+            for window in dict.fromkeys(self.windows):
+                for segment in range(context.part.prefill.start, context.part.prefill.stop):
+                    segment_mask(context, segment, window)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from nanoflow.ops.operation import NanoContext
 
-__all__ = ["paged_decode", "segment_prefill"]
+__all__ = ["decode_blocks", "paged_decode", "segment_mask", "segment_prefill"]
 
 BLOCK_TOKENS = 512
 """Longest block."""
@@ -75,7 +75,12 @@ def _padded_group(group: int) -> int:
     return group if group == 1 else group + group % 2
 
 
-def _decode_blocks(context: NanoContext, heads: int, window: int | None) -> _DecodeBlocks:
+def decode_blocks(context: NanoContext, heads: int, window: int | None) -> _DecodeBlocks:
+    """How `paged_decode` takes the nano-batch's decode rows in layers of this window; made once an iteration."""
+    return context.part.cached(("paged_decode", heads, window), lambda: _cut(context, heads, window))
+
+
+def _cut(context: NanoContext, heads: int, window: int | None) -> _DecodeBlocks:
     host, segments = context.batch.host, context.part.decode
     page_size = context.batch.page_size
     kv_heads, head_dim = context.kv.shape[2], context.kv.shape[4]
@@ -129,7 +134,7 @@ def paged_decode(
     if context.part.decode.start == context.part.decode.stop:
         return
     heads, head_dim = queries.shape[1:]
-    work = context.part.cached(("paged_decode", heads, window), lambda: _decode_blocks(context, heads, window))
+    work = decode_blocks(context, heads, window)
     group = heads // kv_heads
     padded = _padded_group(group)
     q_SKGD = torch.unflatten(queries.index_select(0, work.rows_S), 1, (kv_heads, group))
@@ -180,28 +185,37 @@ def segment_prefill(
     for segment in range(part.prefill.start, part.prefill.stop):
         start, rows = int(host.prefill_rows[segment]), int(host.prefill_lengths[segment])
         length = int(host.prefill_context[segment])
-        # The first key that any of the rows sees, down to a page's start.
-        oldest = 0 if window is None else max(0, length - rows + 1 - window) // page_size * page_size
+        oldest = _oldest(length, rows, window, page_size)
         pages = torch.from_numpy(host.prefill_pages[segment][oldest // page_size : -(-length // page_size)])
         kv = context.kv.index_select(0, pages.to(torch.int64))
         k_KLD, v_KLD = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : length - oldest]
         group = queries.shape[1] // kv_heads
         q_KGTD = torch.unflatten(queries[start : start + rows], 1, (kv_heads, group)).permute(1, 2, 0, 3)
-        causal = rows == length and (window is None or window >= length)
-        mask_TL = None if causal else _mask(context, segment, rows, length, oldest, window)
+        mask_TL = segment_mask(context, segment, window)
         out_KGTD = functional.scaled_dot_product_attention(
             q_KGTD,
             k_KLD.unsqueeze(1).expand(-1, group, -1, -1),
             v_KLD.unsqueeze(1).expand(-1, group, -1, -1),
             attn_mask=mask_TL,
-            is_causal=causal,
+            is_causal=mask_TL is None,
             scale=scale,
         )
         output[start : start + rows] = out_KGTD.permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _mask(context: NanoContext, segment: int, rows: int, length: int, oldest: int, window: int | None) -> torch.Tensor:
-    """[T, L] for the keys ``oldest .. length - 1``: 0 where a row sees a key, -inf where not."""
+def _oldest(length: int, rows: int, window: int | None, page_size: int) -> int:
+    """The first key that any of the last `rows` of `length` tokens sees, down to a page's start."""
+    return 0 if window is None else max(0, length - rows + 1 - window) // page_size * page_size
+
+
+def segment_mask(context: NanoContext, segment: int, window: int | None) -> torch.Tensor | None:
+    """[T, L] for the keys that a segment's rows see any of: 0 where a row sees a key, -inf where not. None if each row
+    sees all that came before it. Made once an iteration."""
+    host = context.batch.host
+    rows, length = int(host.prefill_lengths[segment]), int(host.prefill_context[segment])
+    oldest = _oldest(length, rows, window, context.batch.page_size)
+    if rows == length and (window is None or window >= length):
+        return None
 
     def make() -> torch.Tensor:
         query_T1 = torch.arange(length - rows, length).unsqueeze(-1)

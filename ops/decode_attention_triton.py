@@ -16,6 +16,7 @@ Legend: H query heads, K key/value heads, G query heads a key/value head (padded
 DP), B tokens a block (padded to BP), P programs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from nanoflow.ops.decode_list_triton import COLUMNS, decode_segments, list_blocks, pages_in_a_row
 from nanoflow.ops.decode_work import FIELDS, HEADER
 from nanoflow.ops.device_batch import BatchPart
-from nanoflow.ops.operation import NanoContext
+from nanoflow.ops.operation import NanoContext, device_sms
 
 __all__ = [
     "MAX_HEAD_DIM",
@@ -37,6 +38,7 @@ __all__ = [
     "decode_attention",
     "decode_config",
     "paged_decode_triton",
+    "prepare_decode",
 ]
 
 MAX_HEAD_DIM = 256
@@ -77,9 +79,14 @@ def block_tokens_for(page_size: int, largest: int) -> int:
 
 
 def decode_config(
-    page_size: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int], group: int = 1
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    group: int = 1,
+    sms: int | None = None,
 ) -> DecodeConfig:
-    """The configuration for a layer's shape on a GPU of this compute capability."""
+    """The configuration for a layer's shape on a GPU of this compute capability, or on `sms` SMs of it."""
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"decode attention: head size {head_dim} is not supported; the largest is {MAX_HEAD_DIM}")
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
@@ -311,27 +318,42 @@ def paged_decode_triton(
     window: int | None,
     *,
     config: DecodeConfig | None = None,
-    sms: int | None = None,
 ) -> None:
-    """Attention of the nano-batch's decode rows on `sms` SMs (default: all); the work list is made on the device
-    once an iteration, the workspace once."""
-    part = context.part
-    if part.decode.start == part.decode.stop:
+    """Attention of the nano-batch's decode rows on the SMs of its lane."""
+    if context.part.decode.start == context.part.decode.stop:
         return
-    heads, head_dim = q_THD.shape[1:]
-    pages, _, kv_heads, page_size, _ = context.kv.shape
+    chosen, workspace = _launch_of(context, q_THD.shape[1], config)
+    work = _work_list(context, chosen.block_tokens, window)
+    decode_attention(q_THD, context.kv, out_THD, work, workspace, scale=scale, config=chosen)
+
+
+def prepare_decode(
+    context: NanoContext, heads: int, windows: Sequence[int | None], *, config: DecodeConfig | None = None
+) -> None:
+    """Make the lists that `paged_decode_triton` reads in layers of these windows, and the lane's workspace."""
+    chosen, _ = _launch_of(context, heads, config)
+    for window in dict.fromkeys(windows):
+        _work_list(context, chosen.block_tokens, window)
+
+
+def _launch_of(context: NanoContext, heads: int, config: DecodeConfig | None) -> tuple[DecodeConfig, DecodeWorkspace]:
+    """The lane's configuration and workspace, made once."""
+    _, _, kv_heads, page_size, head_dim = context.kv.shape
     device = context.kv.device
-    group = heads // kv_heads
 
-    def choose() -> tuple[DecodeConfig, DecodeWorkspace]:
-        properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-        capability = (properties.major, properties.minor) if properties else (8, 0)
-        chosen = config or decode_config(page_size, head_dim, context.kv.dtype, capability, group)
-        count = sms or (properties.multi_processor_count if properties else 2)
-        return chosen, DecodeWorkspace(count * chosen.programs_per_sm, group, head_dim, device)
+    def make() -> tuple[DecodeConfig, DecodeWorkspace]:
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+        sms, group = context.sms or device_sms(device), heads // kv_heads
+        chosen = config or decode_config(page_size, head_dim, context.kv.dtype, capability, group, context.sms)
+        return chosen, DecodeWorkspace(sms * chosen.programs_per_sm, group, head_dim, device)
 
-    chosen, workspace = part.kept(("decode_triton", heads, config, sms), choose)
-    block_tokens = chosen.block_tokens
+    return context.scratch(("decode_attention", heads, config), make)
+
+
+def _work_list(context: NanoContext, block_tokens: int, window: int | None) -> torch.Tensor:
+    """The nano-batch's work list; made on the device, once an iteration, in memory that stays."""
+    part, device = context.part, context.kv.device
+    pages, page_size = context.kv.shape[0], context.kv.shape[3]
     # Every page belongs to one request, so the list never has more blocks than the pool.
     capacity = pages * (page_size // block_tokens)
 
@@ -351,7 +373,7 @@ def paged_decode_triton(
 
     key = ("decode_work", block_tokens, window)
 
-    def make_work() -> torch.Tensor:
+    def make() -> torch.Tensor:
         work = part.kept(key, lambda: torch.zeros(HEADER + FIELDS * capacity, dtype=torch.int32, device=device))
         rows = part.rows.stop - part.rows.start
         listed = part.from_host(("decode_segments", block_tokens, window), segments, (1 + rows, COLUMNS))
@@ -359,5 +381,4 @@ def paged_decode_triton(
         list_blocks(listed, in_a_row, work, page_size=page_size, block_tokens=block_tokens, window=window)
         return work
 
-    work = part.cached(key, make_work)
-    decode_attention(q_THD, context.kv, out_THD, work, workspace, scale=scale, config=chosen)
+    return part.cached(key, make)

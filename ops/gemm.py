@@ -7,6 +7,7 @@ Shape legend: M rows, N output columns, K input columns.
 """
 
 import importlib
+from collections.abc import Callable, Hashable
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from nanoflow.ops.gemm_choice import stored_choices
 from nanoflow.ops.gemm_config import GemmConfig, Workspace, default_config
-from nanoflow.ops.operation import triton_on_cuda
+from nanoflow.ops.operation import device_sms, triton_on_cuda
 
 __all__ = ["GEMM_KERNELS", "GemmKernel", "matmul", "unavailable"]
 
@@ -24,8 +25,8 @@ GemmKernel = Literal["measured", "cublas", "triton", "deep_gemm"]
 
 GEMM_KERNELS: tuple[GemmKernel, ...] = ("cublas", "triton", "deep_gemm")
 
-_workspaces: dict[tuple[int | None, int], list[Workspace]] = {}
-"""By device and stream. A smaller one that was outgrown stays: a captured graph may still write to it."""
+Scratch = Callable[[Hashable, Callable[[], Workspace]], Workspace]
+"""What `NanoContext.scratch` and `DeviceArrays.kept` are."""
 
 
 def matmul(
@@ -38,19 +39,19 @@ def matmul(
     sms: int | None = None,
     kernel: GemmKernel = "measured",
     config: GemmConfig | None = None,
-    workspace: Workspace | None = None,
+    scratch: Scratch | None = None,
     intermediate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``out = x @ w.T + bias`` for x [M, K], w [N, K], bias [N], out [M, N], all of one dtype, sums in float32.
 
     Args:
         silu: w is ``[gate | up]`` and ``out = silu(x @ gate.T) * (x @ up.T)``, [M, N // 2], rounded once at the end.
-        sms: SMs to use; all if None. cuBLAS takes what it likes.
-        kernel: "measured" is the one that was measured to be the fastest for this shape and SM budget, or cuBLAS.
+        sms: SMs to use, for a stream that has so many; all if None. cuBLAS takes what it likes.
+        kernel: "measured" is the one that was measured to be the fastest for this shape and SM budget (see
+            `Choices.find`). Where none was, it is cuBLAS on all SMs, and our own kernel on a part of them.
         config: of the Triton kernels; by default the measured one or a guess.
-        workspace: of Triton's split configs, one for each stream that runs GEMMs. By default one is kept for the
-            current stream. In the capture of a CUDA graph, pass one, or run once on the capturing stream before: one
-            that is made in a capture is cleared by every launch.
+        scratch: keeps the memory of Triton's split configs, by key; launches that may overlap need one each. Without,
+            it is made for every call.
         intermediate: [M, N], where kernels that cannot activate put the product on its way to `out` (with `silu`; the
             Triton kernels can). Allocated if None.
 
@@ -60,14 +61,12 @@ def matmul(
     if not out.numel():
         return out
     if kernel == "measured":
-        kernel, config = _chosen(x, w, sms, silu, config)
-        if unavailable(kernel, x, w, out):  # measured with an extra that is not installed here
-            kernel, config = "triton" if sms and _has_triton() else "cublas", None
+        kernel, config = _chosen(x, w, out, sms, silu, config)
     problem = unavailable(kernel, x, w, out)
     if problem:
         raise ValueError(f"GEMM kernel {kernel!r}: {problem}")
     if kernel == "triton":
-        _triton(x, w, out, bias, silu, sms, config, workspace)
+        _triton(x, w, out, bias, silu, sms, config, scratch)
     elif silu:
         if intermediate is None:
             intermediate = x.new_empty(x.shape[0], w.shape[0])
@@ -75,7 +74,7 @@ def matmul(
     elif kernel == "deep_gemm":
         module = _deep_gemm()
         assert module is not None
-        module.set_num_sms(sms or device_sms(x.device))
+        module.set_num_sms(sms or device_sms(x.device))  # of this launch: a captured one keeps its grid
         module.bf16_gemm_nt(x, w, out)
         if bias is not None:
             out.add_(bias)
@@ -109,25 +108,19 @@ def unavailable(kernel: str, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor
     return f"unknown; there are {', '.join(GEMM_KERNELS)}"
 
 
-@cache
-def device_sms(device: torch.device) -> int:
-    """SMs of a GPU; of a CPU, where the kernels run in Triton's interpreter, a few."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _chosen(
-    x: torch.Tensor, w: torch.Tensor, sms: int | None, silu: bool, config: GemmConfig | None
+    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, sms: int | None, silu: bool, config: GemmConfig | None
 ) -> tuple[GemmKernel, GemmConfig | None]:
+    """The kernel to run for "measured". On a part of the SMs that is cuBLAS only where our own cannot run."""
     if config is not None:
         return "triton", config
-    if x.device.type != "cuda":
-        return "cublas", None
     columns, inputs = w.shape
     budget = sms or device_sms(x.device)
     found = stored_choices(x.device).find(x.shape[0], columns, inputs, budget, x.dtype, silu=silu)
-    return (found.kernel, found.config) if found else ("cublas", None)
+    if found and not unavailable(found.kernel, x, w, out):  # it may be an extra that is not installed here
+        return found.kernel, found.config
+    own = sms is not None and x.device.type == "cuda" and not unavailable("triton", x, w, out)
+    return "triton" if own else "cublas", None
 
 
 def _triton(
@@ -138,7 +131,7 @@ def _triton(
     silu: bool,
     sms: int | None,
     config: GemmConfig | None,
-    workspace: Workspace | None,
+    scratch: Scratch | None,
 ) -> None:
     from nanoflow.ops.gemm_triton import launch
 
@@ -151,8 +144,14 @@ def _triton(
         config = found.config if found else None
     if config is None:
         config = default_config(rows, columns, inputs, budget, x.dtype, tma=tma, silu=silu)
-    if workspace is None and config.split:
-        workspace = _stream_workspace(config, budget, x.device, silu)
+    workspace = None
+    if config.split:
+
+        def make() -> Workspace:
+            return Workspace(config, budget, x.device, silu=silu)
+
+        key = ("split_k", config.tile_bytes(silu), budget * config.ctas_per_sm)
+        workspace = scratch(key, make) if scratch else make()
     launch(x, w, out, bias, config, sms=budget, silu=silu, tma=tma, workspace=workspace)
 
 
@@ -165,20 +164,6 @@ def _silu_mul(both: torch.Tensor, out: torch.Tensor) -> None:
     else:
         columns = out.shape[1]
         torch.mul(functional.silu(both[:, :columns]), both[:, columns:], out=out)
-
-
-def _stream_workspace(config: GemmConfig, sms: int, device: torch.device, silu: bool) -> Workspace:
-    """The current stream's own workspace."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    kept = _workspaces.setdefault((device.index, stream), [])
-    for workspace in kept:
-        if workspace.holds(config, sms, silu=silu):
-            return workspace
-    workspace = Workspace(config, sms, device, silu=silu)
-    # What a capture allocates belongs to its graph's pool and must not serve others.
-    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        kept.append(workspace)
-    return workspace
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

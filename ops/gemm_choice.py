@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,6 +42,14 @@ class Choice:
     milliseconds: float
     cublas_milliseconds: float
 
+    def holds(self, rows: int, columns: int, measured_sms: int, sms: int, *, silu: bool = False) -> bool:
+        """Whether it is still right on `sms` SMs, a part of the device, having been measured on others."""
+        if self.config is None:
+            return self.kernel == "deep_gemm"  # it cuts its tiles for the SMs that it is given
+        tiles = prod(self.config.tiles(rows, columns, silu))
+        rounds = [-(-tiles // (budget * self.config.ctas_per_sm)) for budget in (measured_sms, sms)]
+        return rounds[0] == rounds[1]
+
 
 @dataclass
 class Choices:
@@ -59,12 +68,26 @@ class Choices:
         self, rows: int, columns: int, inputs: int, sms: int, dtype: torch.dtype, *, silu: bool = False
     ) -> Choice | None:
         """The choice of the next larger number of rows that was measured, if that is less than twice `rows`; of the
-        largest one for more rows than that; None if the shape was not measured."""
-        measured = self.by_key.get((columns, inputs, sms, _name(dtype), silu))
-        if not measured:
-            return None
-        at_least = min((count for count in measured if count >= rows), default=max(measured))
-        return measured[at_least] if at_least < 2 * rows else None
+        largest one for more rows than that; None if the shape was not measured.
+
+        On a part of the SMs of which nothing was measured, the choice of the nearest budget that is still right there:
+        not cuBLAS, which launches for all SMs, and of our own kernel only where a CTA gets as many tiles at most.
+        """
+        whole = self.machine.get("sms")
+        budgets = (
+            [sms]
+            if sms == whole
+            else sorted({key[2] for key in self.by_key}, key=lambda budget: (abs(budget - sms), budget))
+        )
+        for budget in budgets:
+            measured = self.by_key.get((columns, inputs, budget, _name(dtype), silu), {})
+            at_least = min((count for count in measured if count >= rows), default=max(measured, default=0))
+            if at_least not in measured or at_least >= 2 * rows:
+                continue
+            choice = measured[at_least]
+            if budget == sms or choice.holds(rows, columns, budget, sms, silu=silu):
+                return choice
+        return None
 
     def knows(self, columns: int, inputs: int, dtype: torch.dtype, *, silu: bool = False) -> bool:
         """Whether anything was measured for a weight."""

@@ -125,18 +125,14 @@ class GemmConfig:
 class Workspace:
     """Partial sums of split configs, and how many of each tile have come.
 
-    One for each stream that runs GEMMs, since launches must not overlap; of a size that holds any split of `config` on
-    up to `sms` SMs.
+    One for each lane that runs GEMMs, since launches that share one must not overlap; of a size that holds any split of
+    `config` on up to `sms` SMs.
     """
 
     def __init__(self, config: GemmConfig, sms: int, device: torch.device, *, silu: bool = False) -> None:
         slots = sms * config.ctas_per_sm if config.split else 1
         self.partials = torch.empty(slots * config.tile_bytes(silu) // 4, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(slots, dtype=torch.int32, device=device)
-
-    def holds(self, config: GemmConfig, sms: int, *, silu: bool = False) -> bool:
-        slots = sms * config.ctas_per_sm
-        return self.partials.numel() * 4 >= slots * config.tile_bytes(silu) and self.arrived.numel() >= slots
 
 
 TILES = (

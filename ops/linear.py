@@ -109,7 +109,9 @@ class Linear(Operation):
             context.weights["weight"],
             context.rows(self.target),
             bias=context.weights.get("bias"),
+            sms=context.sms,
             kernel=kernel,
+            scratch=context.scratch,
         )
 
     @property
@@ -194,7 +196,9 @@ class LinearSilu(Operation):
             context.rows(self.silu_mul.target),
             bias=context.weights.get("bias"),
             silu=True,
+            sms=context.sms,
             kernel=kernel,
+            scratch=context.scratch,
             intermediate=context.rows(self.linear.target),
         )
 

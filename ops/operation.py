@@ -8,6 +8,7 @@ written by hand.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "RowClass",
     "Weight",
     "Work",
+    "device_sms",
     "triton_on_cuda",
 ]
 
@@ -159,6 +161,14 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def triton_on_cuda(device: torch.device, dtype: torch.dtype) -> str:
     """``triton`` where the Triton kernels run, else ``reference``: the choice of most operations."""
     return "triton" if device.type == "cuda" and dtype in TRITON_DTYPES else "reference"
+
+
+@cache
+def device_sms(device: torch.device) -> int:
+    """SMs of a GPU; of a CPU, where Triton's kernels run in its interpreter, a few."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Operation(ABC):

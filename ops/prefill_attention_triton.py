@@ -19,6 +19,7 @@ page table, I items, M rows of a block of queries, N keys of a block.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from nanoflow.ops.device_batch import BatchPart
 from nanoflow.ops.operation import NanoContext
 from nanoflow.ops.prefill_work import FIELDS, PrefillTile, item_bound, most_segments, pack_heads, prefill_work
 
-__all__ = ["default_tile", "prefill_attention", "run_prefill_attention"]
+__all__ = ["default_tile", "prefill_attention", "prepare_prefill", "run_prefill_attention"]
 
 HIDDEN = tl.constexpr(-1.0e30)
 """Score of a key that a row does not see. Finite: a row that sees nothing of a block forgets it at the next one."""
@@ -248,10 +249,27 @@ def run_prefill_attention(
     tile: PrefillTile | None = None,
 ) -> None:
     """Attention of a nano-batch's prefill segments; its work list and the page tables are made once an iteration."""
+    tile = tile or _tile_for(context.kv)
+    pages, work = _tables(context, q_THD.shape[1], window, tile)
+    prefill_attention(q_THD, context.kv, pages, work, out_THD, tile=tile, scale=scale, window=window)
+
+
+def prepare_prefill(context: NanoContext, heads: int, windows: Sequence[int | None]) -> None:
+    """Make the tables that `run_prefill_attention` reads in layers of these windows."""
+    for window in dict.fromkeys(windows):
+        _tables(context, heads, window, _tile_for(context.kv))
+
+
+def _tile_for(kv: torch.Tensor) -> PrefillTile:
+    return default_tile(kv.shape[4], kv.element_size(), kv.shape[3], _capability(kv))
+
+
+def _tables(
+    context: NanoContext, heads: int, window: int | None, tile: PrefillTile
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The page tables of all segments, and the nano-batch's work list."""
     part, kv = context.part, context.kv
-    heads, head_dim = q_THD.shape[1:]
-    kv_heads = kv.shape[2]
-    tile = tile or default_tile(head_dim, kv.element_size(), kv.shape[3], _capability(kv))
+    kv_heads, head_dim = kv.shape[2], kv.shape[4]
 
     def items(part: BatchPart) -> NDArray[np.int32]:
         host, segments = part.batch.host, part.prefill
@@ -265,5 +283,4 @@ def run_prefill_attention(
     most_pages = (most_segments(whole.rows.stop), context.batch.pages_per_sequence)
     pages = whole.from_host("prefill_pages", lambda part: part.batch.host.prefill_pages, most_pages)
     bound = item_bound(rows, most_segments(rows), tile, heads, kv_heads)
-    work = part.from_host(("prefill_work", tile, heads, window), items, (1 + bound, FIELDS))
-    prefill_attention(q_THD, kv, pages, work, out_THD, tile=tile, scale=scale, window=window)
+    return pages, part.from_host(("prefill_work", tile, heads, window), items, (1 + bound, FIELDS))

@@ -153,6 +153,13 @@ class _QKV(Operation):
         first_value = self.heads + self.kv_heads
         return heads_TND[:, : self.heads], heads_TND[:, self.heads : first_value], heads_TND[:, first_value:]
 
+    def prepare_places(self, context: NanoContext, kernel: str) -> None:
+        """What a kernel that writes to the KV cache asks for."""
+        if kernel == "reference":
+            self.places(context)
+        else:
+            context.batch.kv_index_T  # noqa: B018 - copied when it is first asked for
+
     @property
     def sizes(self) -> tuple[int, int, int]:
         return self.heads, self.kv_heads, self.head_dim
@@ -166,14 +173,18 @@ class _QKV(Operation):
 
         return context.part.cached(("rope", rope), make)
 
-    def write_cache(self, context: NanoContext, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
-        """Writes keys and values [T, K, D] where the batch's `kv_index` says, padding rows into the reserved page."""
+    def places(self, context: NanoContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and token in the page of each row's key and value, [T] both; padding rows' are in the reserved page."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
             index_T = context.batch.kv_index_T[context.part.rows]
             return index_T // context.batch.page_size, index_T % context.batch.page_size
 
-        page_T, offset_T = context.part.cached("kv_write", make)
+        return context.part.cached("kv_write", make)
+
+    def write_cache(self, context: NanoContext, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
+        """Writes keys and values [T, K, D] where the batch's `kv_index` says."""
+        page_T, offset_T = self.places(context)
         context.kv[page_T, 0, :, offset_T] = k_TKD
         context.kv[page_T, 1, :, offset_T] = v_TKD
 
@@ -226,6 +237,9 @@ class Rope(_QKV):
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
 
+    def prepare(self, context: NanoContext, kernel: str) -> None:
+        self.cosines(context, self.rope)
+
 
 class Append(_QKV):
     """Writes the rows' keys and values to the KV cache."""
@@ -254,6 +268,9 @@ class Append(_QKV):
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
+
+    def prepare(self, context: NanoContext, kernel: str) -> None:
+        self.prepare_places(context, kernel)
 
 
 class RopeAppend(_QKV):
@@ -308,3 +325,7 @@ class RopeAppend(_QKV):
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return triton_on_cuda(device, dtype)
+
+    def prepare(self, context: NanoContext, kernel: str) -> None:
+        self.cosines(context, self.rope)
+        self.prepare_places(context, kernel)

@@ -17,9 +17,11 @@ import torch
 from torch.nn import functional
 
 from benchmarks.kernels.common import check_row, poisoned, randn, relative_error, time_interleaved, time_row
-from nanoflow.ops.gemm import GemmKernel, device_sms, matmul, unavailable
+from nanoflow.ops.device_arrays import DeviceArrays
+from nanoflow.ops.gemm import GemmKernel, matmul, unavailable
 from nanoflow.ops.gemm_choice import Choice, choose
-from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, Workspace, candidates
+from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, candidates
+from nanoflow.ops.operation import device_sms
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """Output and input columns."""
@@ -109,7 +111,7 @@ class Case:
         options: dict[str, Any] = {"silu": self.silu, "sms": self.sms, "kernel": kernel, "config": config}
         if config:
             # Its own: one that is made while a graph is captured would be cleared by every call.
-            options["workspace"] = Workspace(config, self.sms, x.device, silu=self.silu)
+            options["scratch"] = DeviceArrays(x.device).kept
         if self.silu and kernel != "triton":
             options["intermediate"] = poisoned(self.rows, self.columns, device=x.device)
         run = partial(matmul, x, out=out, **options)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.gemm import matmul, unavailable
 from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, Workspace
 from nanoflow.ops.operation import NanoContext
@@ -118,7 +119,7 @@ def test_a_split_config_gives_the_same_bits_each_time(sms: int) -> None:
     outs = [torch.full((640, 4096), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     for _ in range(200):
         for out in outs:
-            matmul(x, w, out, kernel="triton", config=SPLIT, sms=sms, workspace=workspace)
+            matmul(x, w, out, kernel="triton", config=SPLIT, sms=sms, scratch=lambda *_: workspace)
         assert torch.equal(*outs)
     assert not workspace.arrived.any()
 
@@ -129,13 +130,13 @@ def test_two_streams_at_once_and_graph_replays() -> None:
     expected = x @ w.T
     streams = [torch.cuda.Stream() for _ in range(2)]
     outs = [torch.empty_like(expected) for _ in streams]
-    workspaces = [Workspace(SPLIT, 64, x.device) for _ in streams]
+    kept = [DeviceArrays(x.device).kept for _ in streams]
 
     def both() -> None:
-        for stream, out, workspace in zip(streams, outs, workspaces, strict=True):
+        for stream, out, scratch in zip(streams, outs, kept, strict=True):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                matmul(x, w, out, kernel="triton", config=SPLIT, sms=64, workspace=workspace)
+                matmul(x, w, out, kernel="triton", config=SPLIT, sms=64, scratch=scratch)
             torch.cuda.current_stream().wait_stream(stream)
 
     both()

@@ -134,6 +134,26 @@ def test_a_choice_is_found_by_the_next_larger_number_of_rows() -> None:
     assert choices.knows(4096, 4096, bf16) and not choices.knows(4096, 14336, bf16)
 
 
+def test_a_part_without_a_choice_takes_the_nearest_that_is_still_right() -> None:
+    choices, bf16 = Choices(H100), torch.bfloat16
+    shape = (6144, 4096)
+    deep, library = Choice("deep_gemm", None, 1.0, 1.0), Choice("cublas", None, 1.0, 1.0)
+    own = Choice("triton", GemmConfig(128, 256), 1.0, 1.0)  # of 640 rows: 5 x 24 tiles
+    choices.add(640, *shape, 132, bf16, library)
+    choices.add(640, *shape, 100, bf16, own)
+    assert choices.find(640, *shape, 92, bf16) == own  # two rounds on either
+    assert choices.find(640, *shape, 60, bf16) == own
+    assert choices.find(640, *shape, 56, bf16) is None  # three
+    assert choices.find(640, *shape, 120, bf16) is None  # one, and cuBLAS is not confined
+    assert choices.find(640, *shape, 132, bf16) == library
+    choices.add(640, *shape, 84, bf16, deep)
+    assert choices.find(640, *shape, 96, bf16) == own and choices.find(640, *shape, 88, bf16) == deep
+    assert choices.find(640, *shape, 24, bf16) == deep
+    choices.add(1280, *shape, 116, bf16, deep)
+    assert choices.find(1280, *shape, 116, bf16) == deep
+    assert choices.find(640, *shape, 116, bf16) == own  # nothing was measured there for so few rows
+
+
 @pytest.mark.parametrize("name", ["gpu", "sms", "torch", "cuda", "triton"])
 def test_choices_of_another_machine_are_refused(tmp_path: Path, name: str) -> None:
     make_choices().save(tmp_path / "a.json")

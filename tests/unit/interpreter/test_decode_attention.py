@@ -45,8 +45,8 @@ def run_and_check(case: Case, window: int | None, config: DecodeConfig, sms: int
     buffers = case.buffers(host.rows)
     for _ in range(2 if window else 1):  # the second launch finds the workspace as the first left it
         buffers["attention"].fill_(-77)
-        context = NanoContext(batch, batch.part(1), 1, buffers, {}, case.kv)
-        paged_decode_triton(context, op.queries(context), op.output(context), op.scale, window, config=config, sms=sms)
+        context = NanoContext(batch, batch.part(1), 1, buffers, {}, case.kv, sms=sms)
+        paged_decode_triton(context, op.queries(context), op.output(context), op.scale, window, config=config)
         written = torch.zeros(host.rows, dtype=torch.bool)
         for offset, request in enumerate(halves[1]):
             row = host.nano_batches[1].start + offset

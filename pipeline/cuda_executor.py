@@ -116,6 +116,7 @@ class CudaExecutor:
         dtype: of activations and KV cache.
         graphs: capture CUDA graphs; without, every kernel is launched on its own. On a CPU, for tests of everything
             else, the same launches are repeated in their place.
+        row_buckets: numbers of rows to capture graphs for; by default `buckets` of the largest plan's capacity.
         marks: note when every step starts and ends, for `step_times`. It costs a microsecond or two a step.
         around_step: called around the launch of every step, with its index, on its stream: for tests.
 
@@ -134,6 +135,7 @@ class CudaExecutor:
         dtype: torch.dtype,
         device: torch.device,
         graphs: bool = True,
+        row_buckets: Sequence[int] | None = None,
         marks: bool = False,
         around_step: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> None:
@@ -152,7 +154,7 @@ class CudaExecutor:
         )
         self.lanes = Lanes(programs, self._partitions, device)
         self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
-        self.cut = BatchCutter(plans, buckets(capacity))
+        self.cut = BatchCutter(plans, buckets(capacity) if row_buckets is None else row_buckets)
         self.sampled_buckets = buckets(sampled_rows)
         self._marked = marks
         self._around_step = around_step

@@ -49,6 +49,11 @@ class BatchCutter:
         number = next((n for n, p in enumerate(self.plans) if p.least_rows <= total <= p.capacity), None)
         if number is None:
             raise ValueError(f"{decode_rows} decode and {prefill_rows} prefill rows fit none of the run's plans")
+        return self.of(number, decode_rows, prefill_rows)
+
+    def of(self, number: int, decode_rows: int, prefill_rows: int) -> Cut:
+        """The cut by plan `number`. Raises ValueError if it has no room for so many rows."""
+        total = decode_rows + prefill_rows
         plan = self.plans[number]
         bucket = next((rows for rows in self.buckets(number) if rows >= total), None) if total else None
         if bucket is None:

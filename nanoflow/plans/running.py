@@ -1,23 +1,63 @@
 """Plans on this machine: an executor with random weights, and one mix of requests laid out for each of its programs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
+from nanoflow.config_schema import DEVICE, EngineSection, ModelSection
 from nanoflow.dense_batch import form_dense_batch, lay_out
+from nanoflow.devices import device_sms
+from nanoflow.errors import InputError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
-from nanoflow.loading import Model
+from nanoflow.loading import PAGE_SIZES, Model, device_name, open_model
 from nanoflow.ops.batch import DenseBatch, SamplingBatch
-from nanoflow.pipeline.cuda_executor import CudaExecutor
-from nanoflow.pipeline.executor import KVLayout
-from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
+from nanoflow.pipeline.executor import CaptureError, KVLayout
+from nanoflow.pipeline.partitions import PartitionError
+from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.pipeline.split import BatchCutter, Cut
-from nanoflow.plans.case import Mix
+from nanoflow.pipeline.split import BatchCutter
+from nanoflow.pipeline.validate import validate
+from nanoflow.plans.case import Mix, PlanCase
 from nanoflow.weights import load_weights
 
-__all__ = ["make_executor", "mix_batch", "mix_pages"]
+__all__ = ["make_executor", "mix_batch", "mix_pages", "open_here"]
+
+
+def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
+    """The model of `case` on `device` of this machine, tokens of a page there, and the rows that its mix is padded to.
+
+    Raises UserError.
+    """
+    if not DEVICE.fullmatch(device):
+        raise InputError(f"--device {device}: it must be auto, cpu, cuda or cuda:N")
+    capacity, mix = case.plan.capacity, case.mix
+    section = EngineSection(device=device, max_batch_tokens=capacity)
+    model = open_model(ModelSection(path=case.model_path, weights="random"), section)
+    longest = max([mix.context * 4 // 3 + 1, *mix.prompts])
+    if longest > model.max_model_len:
+        raise InputError(
+            f"--context, --prompts: {longest:,} tokens of one request are more than the {model.max_model_len:,} of "
+            f"{case.model}; give fewer (contexts are spread up to four thirds of --context)"
+        )
+    on_gpu = model.device.type == "cuda"
+    try:
+        validate(
+            case.plan,
+            case.graph,
+            gpu=device_name(model.device) if on_gpu else None,
+            sms=device_sms(model.device) if on_gpu else None,
+        )
+    except PlanError as error:
+        raise PlanError(f"{case.file}: {error}") from None
+    rows = next(rows for rows in buckets(capacity) if rows >= mix.rows)
+    return replace(model, graph=case.graph), PAGE_SIZES[model.device.type], rows
 
 
 def mix_pages(mix: Mix, page_size: int) -> int:
@@ -25,11 +65,11 @@ def mix_pages(mix: Mix, page_size: int) -> int:
     return 1 + int((-(-_lengths(mix) // page_size)).sum())
 
 
-def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, program: int = 0) -> DenseBatch:
+def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, vocab_size: int, program: int = 0) -> DenseBatch:
     """`mix` as a dense batch for plan `program` of `cut`, padded as that pads it.
 
-    Contexts are spread evenly from two thirds to four thirds of the mix's, in random order; prompts are whole. Every
-    request is sampled greedily. The KV cache's pages are dealt out at random. All of it is the same at every call.
+    Contexts are spread evenly from two thirds to four thirds of the mix's, in random order. Prompts are whole, of
+    random tokens. Every request is sampled greedily. KV pages are dealt out at random. It is the same at every call.
     """
     lengths = _lengths(mix)
     count, prompts = len(lengths), np.array(mix.prompts, np.int32)
@@ -41,7 +81,7 @@ def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, program: int = 0) -> D
         kv.page_table[request, :pages] = order[taken : taken + pages]
         taken += pages
     rows = mix.decode, int(prompts.sum())
-    layout = lay_out(_only(cut, program), *rows)
+    layout = lay_out(partial(cut.of, program), *rows)
     sampled = np.concatenate([layout.decode_rows, layout.prefill_rows[np.cumsum(prompts) - 1]]).astype(np.int32)
     slots = np.arange(count, dtype=np.int32)
     return form_dense_batch(
@@ -52,45 +92,55 @@ def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, program: int = 0) -> D
         slots[mix.decode :],
         np.zeros(len(prompts), np.int32),
         prompts,
-        np.random.default_rng(1).integers(0, 1000, rows[1]).astype(np.int32),
+        np.random.default_rng(1).integers(0, vocab_size, rows[1]).astype(np.int32),
         _greedy(sampled, slots),
     )
 
 
 def make_executor(
-    model: Model, plans: Sequence[Plan], mix: Mix, page_size: int, *, marks: bool = False
+    model: Model,
+    plans: Sequence[Plan],
+    mix: Mix,
+    page_size: int,
+    *,
+    row_buckets: Sequence[int] | None = None,
+    marks: bool = False,
 ) -> CudaExecutor | ReferenceExecutor:
-    """An executor of `plans` on the model's device, with random weights and a random KV cache of what `mix` takes."""
+    """An executor of `plans` on the model's device, with random weights and a random KV cache of what `mix` takes.
+
+    On a GPU it has graphs of `row_buckets` rows, and of each plan's capacity. Raises OutOfMemoryError or PlanError.
+    """
     programs = [compile_program(plan, model.graph) for plan in plans]
     kv = KVLayout(mix_pages(mix, page_size), page_size, -(-model.max_model_len // page_size))
     weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
-    kind = CudaExecutor if model.device.type == "cuda" else ReferenceExecutor
     count = mix.decode + len(mix.prompts)
-    executor = kind(programs, weights, kv, slots=count, dtype=model.dtype, device=model.device, marks=marks)
+    sizes: dict[str, Any] = {"slots": count, "dtype": model.dtype, "device": model.device, "marks": marks}
+    executor: CudaExecutor | ReferenceExecutor
+    try:
+        if model.device.type == "cuda":
+            executor = CudaExecutor(programs, weights, kv, row_buckets=row_buckets, **sizes)
+        else:
+            executor = ReferenceExecutor(programs, weights, kv, **sizes)
+    except (torch.OutOfMemoryError, CaptureError):
+        raise OutOfMemoryError(
+            f"--layers, --decode, --prompts: a model of {model.graph.layers} layers and the KV cache of {mix} do not "
+            "fit this device; give less of any of them"
+        ) from None
+    except PartitionError as error:
+        raise PlanError(f"partitions: {error}; change the plan's sizes") from None
     for cache in executor.bound.kv:
         cache.normal_()
     return executor
 
 
-def _lengths(mix: Mix) -> np.ndarray:
+def _lengths(mix: Mix) -> NDArray[np.int32]:
     """Tokens of each request at the end of the iteration: those that decode, then the prompts."""
     spread = np.linspace(mix.context * 2 / 3, mix.context * 4 / 3, mix.decode).round().astype(np.int32)
     decode = np.random.default_rng(2).permutation(np.maximum(spread, 1))
     return np.concatenate([decode, np.array(mix.prompts, np.int32)])
 
 
-def _only(cut: BatchCutter, program: int) -> BatchCutter:
-    """`cut` that takes one of its plans, whatever the rows."""
-    chosen = BatchCutter([cut.plans[program]], cut.row_buckets)
-
-    def counted(decode: int, prefill: int) -> Cut:
-        found = chosen(decode, prefill)
-        return Cut(found.decode, found.prefill, found.rows, program)
-
-    return counted  # type: ignore[return-value]
-
-
-def _greedy(rows: np.ndarray, slots: np.ndarray) -> SamplingBatch:
+def _greedy(rows: NDArray[np.int32], slots: NDArray[np.int32]) -> SamplingBatch:
     count = len(rows)
     off, nothing = np.zeros(count, np.float32), np.zeros(0, np.int32)
     return SamplingBatch(

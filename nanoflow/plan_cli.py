@@ -48,6 +48,21 @@ def show(
 
 
 @app.command()
+def check(
+    file: PlanArgument, model: ModelOption = None, layers: LayersOption = None, debug: DebugOption = False
+) -> None:
+    """Check the plan against the model, and against this machine's GPU if there is one; nothing is run."""
+    with mistakes_as_messages(debug):
+        from nanoflow.plans.case import open_case  # loads torch
+        from nanoflow.plans.check import check as check_plan
+
+        findings = check_plan(open_case(file, model, layers=layers))
+    for finding in findings:
+        typer.echo(f"{finding.name:<10} {finding.text}")
+    typer.echo(f"{file} can run")
+
+
+@app.command()
 def plot(
     file: PlanArgument,
     out: Annotated[
@@ -76,6 +91,35 @@ def plot(
         case = open_case(file, model, mix, layers=layers)
         for path in plot_plan(case, out, trace=trace, compare=compare):
             typer.echo(f"saved {short(path.absolute())}")
+
+
+@app.command()
+def trace(
+    file: PlanArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="By default the plan's name, with .trace.json.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", metavar="N", min=1, help="How many are timed.")
+    ] = None,
+    model: ModelOption = None,
+    layers: LayersOption = None,
+    decode: DecodeOption = None,
+    context: ContextOption = None,
+    prompts: PromptsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run the plan here with random weights, and write what was measured as a trace for Perfetto or Chrome."""
+    with mistakes_as_messages(debug):
+        from nanoflow.plans.case import MixOptions, open_case  # loads torch
+        from nanoflow.plans.trace import trace_plan
+
+        target = out or Path(f"{file.stem}.trace.json")
+        case = open_case(file, model, MixOptions(decode, context, _numbers(prompts)), layers=layers)
+        info = trace_plan(case, target, device=device, iterations=iterations)
+    typer.echo(f"{info.mix} on {info.device}: {info.seconds * 1e3:,.2f} ms, the median of {info.iterations} iterations")
+    typer.echo(f"saved {short(target.absolute())}; open it with ui.perfetto.dev, or draw it with plan plot --trace")
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

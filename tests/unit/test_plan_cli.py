@@ -1,15 +1,20 @@
 """``nanoflow plan``: what each command shows and saves, and how it ends on a mistake."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from nanoflow.cli import app
+from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.program import Program, compile_program
+from nanoflow.plans import case as case_module, check as check_module
 from nanoflow.plans.case import Mix, mix_works, open_case
-from nanoflow.plans.chrome_trace import TraceInfo, write_trace
+from nanoflow.plans.check import derived_waits, random_mixes
+from nanoflow.plans.chrome_trace import TraceInfo, read_trace, write_trace
 
 SHAPES = Path(__file__).parents[2] / "configs" / "models"
 PLANS = Path(__file__).parents[1] / "models" / "plans"
@@ -74,6 +79,14 @@ def test_show_prints_the_plan_and_a_period(plan: str) -> None:
     assert "600 decode rows of context 700 and prompts of 500 tokens" in result.output
     assert "NVIDIA H100 80GB HBM3: 717 TFLOP/s, 3,081 GB/s, 132 SMs" in result.output
     assert "\x1b" not in result.output
+
+
+def test_the_documentation_shows_what_its_plan_gives(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    path = tmp_path / "tuned.yaml"
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    grid = next(block for block in page.split("```") if block.startswith("\nsplit, layer "))
+    assert grid in run("show", str(path)).output
 
 
 @pytest.mark.parametrize("name", ["skewed.yaml", "three.yaml"])
@@ -142,6 +155,82 @@ def test_a_plan_that_cannot_run_is_shown_with_the_fault_marked(tmp_path: Path) -
     text = mistake("show", str(path))
     assert "late.yaml: the period deadlocks" in text
     assert "    compute |" in text and ">>qkv.a<<" in text
+
+
+def test_check_says_what_was_checked(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("check", plan)
+    assert result.exit_code == 0, result.output
+    found = dict(line.split(None, 1) for line in result.output.splitlines())
+    assert found["SMs"] == "split: compute 92, memory 40 of 132 SMs"
+    assert "5 named in the period, 5 follow" in found["coverage"]
+    assert found["deadlock"] == "none: 640 nano-ops in 2 lanes have an order"
+    program = open_case(plan).program
+    kept = sum(len(step.waits) for step in program.steps)
+    derived = derived_waits(program)
+    assert (
+        derived > kept > 31 and f"{derived} derived between lanes, {kept} kept; {derived - kept} rem" in found["waits"]
+    )
+    assert "none on 8 random mixes of 1 to 1,280 rows" in found["races"]
+    assert result.output.endswith("tuned.yaml can run\n")
+
+
+def test_check_compares_the_plan_with_this_machine(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "gpu_problem", lambda index: None)
+    monkeypatch.setattr(check_module, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(check_module, "device_sms", lambda device: 132)
+    assert "NVIDIA H100 80GB HBM3 with 132 SMs, as the plan says" in run("check", plan).output
+    monkeypatch.setattr(check_module, "device_sms", lambda device: 114)
+    assert "tuned.yaml: sms: the plan was tuned for 132 SMs, but this device has 114" in mistake("check", plan)
+    monkeypatch.setattr(check_module, "device_name", lambda device: "another")
+    assert "gpu: the plan was tuned for 'NVIDIA H100 80GB HBM3', but this run's is 'another'" in mistake("check", plan)
+    assert "model: the plan was tuned for 'llama-3-8b'" in mistake("check", plan, "--model", "llama-2-7b")
+
+
+def test_check_marks_a_race_in_the_grid(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(plan: Plan, graph: Graph) -> Program:
+        """Compiles, and leaves out what o waits for."""
+        program = compile_program(plan, graph)
+        steps = [replace(step, waits=()) if step.nano_op.op == "o" else step for step in program.steps]
+        return replace(program, steps=tuple(steps))
+
+    monkeypatch.setattr(case_module, "compile_program", forgetful)
+    text = mistake("check", plan)
+    assert "tuned.yaml: period: a race on 1,280 decode rows of context 10: " in text
+    # What waited for decode attention through o does so no longer either.
+    assert "decode_attention.a layer 0 is not ordered with qkv.a layer 1, and both touch qkv (and" in text
+    assert ">>qkv.a@1<<" in text and ">>da.a@1<<" in text and text.count(">>") == 3, "one of them as it began before"
+
+
+def test_random_mixes_are_those_that_the_plan_takes(plan: str) -> None:
+    read = replace(Plan.load(plan), least_rows=700)
+    mixes = random_mixes(read, 40)
+    assert len(mixes) == 40 and mixes == random_mixes(read, 40) and mixes != random_mixes(read, 40, seed=1)
+    assert {mix.rows for mix in mixes} <= set(range(700, 1281)) and len({mix.rows for mix in mixes}) > 20
+    assert all(tokens > 0 for mix in mixes for tokens in mix.prompts)
+    assert any(not mix.decode for mix in mixes) and any(mix.decode and len(mix.prompts) > 1 for mix in mixes)
+
+
+def test_trace_runs_the_plan_here_and_plot_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, options = str(PLANS / "skewed.yaml"), ["--model", "tiny-llama"]
+    mix = ["--decode", "9", "--context", "30", "--prompts", "7,8"]
+    result = run("trace", file, *options, *mix, "--layers", "3", "--device", "cpu", "--iterations", "3")
+    assert result.exit_code == 0, result.output
+    assert "9 decode rows of context 30 and prompts of 7, 8 tokens on cpu: " in result.output
+    assert "saved skewed.trace.json; open it with ui.perfetto.dev" in result.output
+    trace = read_trace(tmp_path / "skewed.trace.json")
+    case = open_case(file, "tiny-llama", layers=3)
+    timeline = trace.timeline(case.program)
+    assert (trace.info.layers, trace.info.iterations, trace.info.device) == (3, 3, "cpu")
+    assert sum(work.decode_rows for work in trace.info.works) == 9
+    assert sum(work.prefill_rows for work in trace.info.works) == 15
+    assert 0 < timeline.seconds <= trace.info.seconds
+    for span, before in zip(timeline.spans, case.program.predecessors, strict=True):
+        assert span.end > span.start >= max((timeline.spans[index].end for index in before), default=0.0) - 1e-9
+    drawn = run("plot", file, *options, "--trace", "skewed.trace.json", "--out", "measured.svg")
+    assert drawn.exit_code == 0, drawn.output
+    assert "more than the 4,096 of tiny-llama" in mistake("trace", file, *options, "--context", "9000")
+    assert "--device gpu: it must be auto" in mistake("trace", file, *options, "--device", "gpu")
 
 
 def test_the_mix_of_each_nano_batch(plan: str) -> None:

@@ -1,4 +1,4 @@
-"""``nanoflow plan``: looking at a plan file before and after it runs."""
+"""``nanoflow plan``: looking at a plan file before and after it runs, and measuring it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look at a plan file: show, check, plot or trace it.")
+app = typer.Typer(no_args_is_help=True, help="Look at a plan file, and measure it.")
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A plan file.")]
 ModelOption = Annotated[
@@ -120,6 +120,50 @@ def trace(
         info = trace_plan(case, target, device=device, iterations=iterations)
     typer.echo(f"{info.mix} on {info.device}: {info.seconds * 1e3:,.2f} ms, the median of {info.iterations} iterations")
     typer.echo(f"saved {short(target.absolute())}; open it with ui.perfetto.dev, or draw it with plan plot --trace")
+
+
+@app.command()
+def ablate(
+    file: PlanArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to save all that was measured, as JSON.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.01, help="Of a block: one plan, again and again.")
+    ] = 5.0,
+    pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Blocks of each plan, in turn.")] = 8,
+    model: ModelOption = None,
+    layers: LayersOption = None,
+    decode: DecodeOption = None,
+    context: ContextOption = None,
+    prompts: PromptsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure here what the plan is worth: sequential, its nano-batches without overlap, and with it."""
+    with mistakes_as_messages(debug):
+        from nanoflow.plans.ablation import ablate as measure, print_ablation, save_ablation  # loads torch
+        from nanoflow.plans.case import MixOptions, open_case
+        from nanoflow.report import versions
+
+        case = open_case(file, model, MixOptions(decode, context, _numbers(prompts)), layers=layers)
+        if out is not None:
+            save_ablation({}, out)  # before minutes of measuring: whether it can be written
+
+        def progress(name: str, milliseconds: float, watts: float | None) -> None:
+            typer.echo(f"{name:<12} {milliseconds:9.3f} ms{'' if watts is None else f', {watts:.0f} W'}", err=True)
+
+        found = measure(
+            case,
+            device=device,
+            seconds=seconds,
+            pairs=pairs,
+            progress=lambda name, block: progress(name, block.seconds * 1e3, block.watts),
+        )
+        print_ablation(found, Console())
+        if out is not None:
+            save_ablation({"versions": versions(), **found.to_dict()}, out)
+            typer.echo(f"saved {short(out.absolute())}")
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

@@ -145,10 +145,10 @@ def print_ablation(found: Ablation, console: Console) -> None:
     console.print(table)
 
 
-def save_ablation(found: Ablation, path: Path, extra: dict[str, Any]) -> None:
-    """All of it as JSON, with `extra` about machine and versions. Raises OutputError."""
+def save_ablation(found: dict[str, Any], path: Path) -> None:
+    """Write `found` as JSON. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**extra, **found.to_dict()}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"--out {path}: cannot be written: {error.strerror}; give another place") from None

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from nanoflow.cli import app
 from nanoflow.errors import InputError, OutputError
 from nanoflow.ops.batch import StepOutput
 from nanoflow.pipeline.plan import Plan
@@ -138,13 +140,20 @@ def test_an_ablation_on_a_cpu(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_ablation(found, console)
     assert "nano-batches" in console.export_text()
-    save_ablation(found, tmp_path / "new" / "a.json", {"date": "today"})
+    save_ablation({"date": "today", **found.to_dict()}, tmp_path / "new" / "a.json")
     saved = json.loads((tmp_path / "new" / "a.json").read_text())
     assert saved["date"] == "today" and saved["mix"] == {"decode": 20, "context": 30, "prompts": [13, 20]}
     assert saved["plans"]["overlapped"]["ratio"]["median"] > 0
     assert Plan.loads(saved["plan"]) == case.plan
+    options = ["--model", str(folder), "--decode", "9", "--context", "12", "--prompts", "5,4", "--device", "cpu"]
+    options += ["--seconds", "0.02", "--pairs", "1", "--out", str(tmp_path / "b.json")]
+    result = CliRunner().invoke(app, ["plan", "ablate", case.file, *options])
+    assert result.exit_code == 0, result.output
+    assert "9 decode rows of context 12" in result.output and "overlapped" in result.output
+    saved = json.loads((tmp_path / "b.json").read_text())
+    assert saved["mix"]["prompts"] == [5, 4] and "torch" in saved["versions"]
     with pytest.raises(OutputError, match=r"--out .*cannot be written"):
-        save_ablation(found, folder, {})
+        save_ablation({}, folder)
     with pytest.raises(InputError, match="--device gpu"):
         ablate(case, device="gpu")
     assert torch.is_inference_mode_enabled() is False

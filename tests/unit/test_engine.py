@@ -10,7 +10,7 @@ import torch
 
 from nanoflow import LLM, RequestOutput, SamplingParams
 from nanoflow.errors import InputError, UserError
-from nanoflow.ops.batch import RESERVED_PAGE
+from nanoflow.ops.batch import RESERVED_PAGE, DenseBatch
 from nanoflow.ops.operation import NanoContext
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import BatchCutter
@@ -156,6 +156,26 @@ def test_unseeded_runs_repeat_and_completions_differ(folder: Path) -> None:
     assert_same(again, first)
     texts = {tuple(completion.token_ids) for output in first for completion in output.outputs}
     assert len(texts) == 6
+
+
+def test_batches_that_a_plan_is_not_meant_for_run_in_sequence(
+    folder: Path, expected: list[RequestOutput], tmp_path: Path
+) -> None:
+    """Smaller ones than `least_rows`, and larger ones than its capacity."""
+    (tmp_path / "plan.yaml").write_text("least_rows: 12\n" + TWO.lstrip())
+    with make_llm(folder, plan=tmp_path / "plan.yaml", max_batch_tokens=64) as llm:
+        executor, seen = llm.engine.executor, []
+        launch = executor.launch
+
+        def watched(batch: DenseBatch) -> None:
+            seen.append((batch.program, batch.rows))
+            launch(batch)
+
+        executor.launch = watched  # type: ignore[method-assign]
+        assert_same(run_all(llm), expected)
+        assert {program for program, _ in seen} == {0, 1}
+        assert all((program == 0) == (12 <= rows <= 32) for program, rows in seen)
+        assert max(rows for _, rows in seen) == 64
 
 
 def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput]) -> None:

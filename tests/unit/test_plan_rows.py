@@ -1,5 +1,6 @@
 """Rows and buffers of a plan's nano-batches."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanoflow.pipeline.buffers import BufferSpec, assign_buffers, assign_scratch
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, Stage
-from nanoflow.pipeline.split import split_rows
+from nanoflow.pipeline.split import BatchCutter, nano_batch_rows, split_rows
 from tests.unit.plan_graphs import FakeOperation, llama_graph, read
 from tests.unit.plan_strategies import plans
 
@@ -47,6 +48,62 @@ def test_a_full_plan_is_filled_to_the_last_row():
 def test_rows_beyond_the_capacity_are_refused(decode, prefill):
     with pytest.raises(ValueError, match="do not fit the plan's capacity, 8 rows"):
         split_rows(plan_with(("1", "1", 16), capacity=8), decode, prefill)
+
+
+@pytest.mark.parametrize(
+    ("capacities", "rows", "expected"),
+    [
+        ((640, 640), 1280, [640, 640]),
+        ((640, 640), 1152, [640, 512]),
+        ((640, 640), 1024, [512, 512]),
+        ((640, 640), 256, [128, 128]),
+        ((640, 640), 128, [64, 64]),
+        ((640, 640), 8, [4, 4]),
+        ((896, 384), 1024, [768, 256]),
+        ((896, 384), 128, [64, 64]),
+        ((1000, 200, 80), 1280, [1000, 200, 80]),
+        ((1000, 200, 80), 1152, [896, 128, 128]),
+        ((600, 500), 1000, [512, 488]),
+        ((1280,), 777, [777]),
+    ],
+)
+def test_rows_of_padded_nano_batches(capacities: tuple[int, ...], rows: int, expected: list[int]):
+    parts = tuple(
+        NanoBatch(name, Fraction(0), Fraction(0), count) for name, count in zip("abc", capacities, strict=False)
+    )
+    assert nano_batch_rows(Plan(sum(capacities), parts, ()), rows) == expected
+
+
+def test_a_batch_takes_the_first_plan_that_is_meant_for_it():
+    lanes = replace(plan_with(("1/2", "1/4", 96), ("1/2", "3/4", 64), capacity=128), least_rows=64)
+    cut = BatchCutter([lanes, plan_with(("1", "1", 256))], [32, 64, 96, 128, 192])
+    assert cut.capacity == 256
+    assert cut.buckets(0) == (64, 96, 128) and cut.buckets(1) == (32, 64, 96, 128, 192, 256)
+    found = {rows: cut(rows - rows // 3, rows // 3) for rows in (1, 32, 33, 63, 64, 65, 97, 128, 129, 200, 256)}
+    assert {rows: (c.program, list(c.rows)) for rows, c in found.items()} == {
+        1: (1, [32]), 32: (1, [32]), 33: (1, [64]), 63: (1, [64]), 64: (0, [32, 32]), 65: (0, [64, 32]),
+        97: (0, [96, 64]), 128: (0, [96, 64]), 129: (1, [192]), 200: (1, [256]), 256: (1, [256]),
+    }  # fmt: skip
+    for rows, c in found.items():
+        assert sum(c.decode) == rows - rows // 3 and sum(c.prefill) == rows // 3
+        assert all(d + p <= room for d, p, room in zip(c.decode, c.prefill, c.rows, strict=True))
+    with pytest.raises(ValueError, match="fit none of the run's plans"):
+        cut(200, 57)
+    unpadded = BatchCutter([plan_with(("1/2", "1/2", 8), ("1/2", "1/2", 8))])
+    assert unpadded(5, 4).rows == [5, 4] and unpadded(0, 0).rows == [0, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans(llama_graph(1)), st.data())
+def test_padded_nano_batches_hold_their_rows(plan, data):
+    buckets = data.draw(st.sampled_from([(1, 2, 3, 4, 8, 16), (8, 16, 32, 64, 96, 128), (5, 50)]))
+    total = data.draw(st.integers(1, plan.capacity))
+    decode = data.draw(st.integers(0, total))
+    c = BatchCutter([plan], buckets)(decode, total - decode)
+    assert sum(c.decode) == decode and sum(c.prefill) == total - decode
+    assert all(d + p <= rows for d, p, rows in zip(c.decode, c.prefill, c.rows, strict=True))
+    bucket = next((rows for rows in buckets if total <= rows < plan.capacity), plan.capacity)
+    assert sum(c.rows) == (plan.rows if bucket == plan.capacity else bucket)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,251 @@
+"""Plans with lanes against the sequential one, at the mixes of the reference runs in steady state.
+
+    python -m benchmarks.lanes 512-512                        # on a GPU: all candidates, then the best ones longer
+    python -m benchmarks.lanes 512-512 --only skew --keep 2   # fewer of them
+    python -m benchmarks.lanes 512-512 --save configs/plans   # and keep the best as a plan file, if it wins
+
+All candidates, the sequential plan among them, run on one executor: Llama-3-8B's shape in bfloat16, random weights,
+a random KV cache. First a block of each in turn, short; then the `--keep` fastest against the sequential plan in blocks
+of five seconds, eight pairs. Results go to benchmarks/results/lanes.json under the run's name.
+
+The families of candidates (a and b are nano-batches, of half of all rows each but for `phase`):
+
+- skew: one stage. b is half a layer behind a, and the decode attention of one runs beside the products of the other.
+- half: QKV and a's decode attention on the whole device; b's decode attention beside a's products; b's products on the
+  whole device.
+- phase: a has the prompts' rows, b the decode rows. b's decode attention beside a's products, then b's products.
+- streams: skew without partitions, on two plain streams.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.kernels.__main__ import machine
+from nanoflow.devices import device_sms
+from nanoflow.loading import device_name
+from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, NanoBatch, Plan, Stage
+from nanoflow.plans.ablation import SEQUENTIAL
+from nanoflow.plans.case import Mix, PlanCase, known_device, open_graph
+from nanoflow.plans.running import make_executor, mix_batch, open_here
+from nanoflow.power import EnergyMeter
+from nanoflow.search.measure import Block, Comparison, compare, output_error
+
+RESULTS = Path(__file__).parent / "results" / "lanes.json"
+RUNS = {
+    "512-512": Mix(551, 768, (512, 89)),
+    "512-512 smaller": Mix(551, 768, (473,)),
+    "1024-512": Mix(341, 1280, (683,)),
+    "512-1024": Mix(421, 1024, (219,)),
+}
+"""Batches of the reference runs in steady state (`benchmarks/results/offline_throughput.json`), which end on a bucket:
+decode rows as they were on average, prompts to fill it. 512-512 takes 1,152 and 1,024 rows in turn."""
+SPLITS = (24, 32, 40, 48)
+"""SMs of the memory lane."""
+LARGEST_ERROR = 0.05
+"""See `nanoflow.search.measure.output_error`; bfloat16 rounds another way where a product is cut another way."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Two nano-batches."""
+
+    name: str
+    a: NanoBatch
+    b: NanoBatch
+
+
+def cuts(rows: int) -> list[Cut]:
+    """Halves of `rows` rows: in whole tiles of 128 rows, and even in multiples of 64 where that is another cut."""
+    half = Fraction(1, 2)
+    found = {}
+    for unit in (128, 64):
+        first = -(-rows // 2 // unit) * unit
+        if first < rows and rows - first not in found.values():
+            found[unit] = rows - first
+    return [
+        Cut(f"{rows - second}+{second}", NanoBatch("a", half, half, rows - second), NanoBatch("b", half, half, second))
+        for second in found.values()
+    ]
+
+
+def candidates(graph: Graph, mix: Mix, rows: int, sms: int, kernels: tuple[str, ...]) -> dict[str, Plan]:
+    """Plans by name; `kernels` are those of the products in confined lanes: "measured" or one kernel for all."""
+    products = ("qkv", "o", "gate_up", "down")
+    skew = {
+        "compute": "o.a gate_up.a down.a qkv.a@1 o.b gate_up.b down.b qkv.b@1",
+        "memory": "decode_attention.b decode_attention.a@1",
+    }
+    found: dict[str, Plan] = {}
+
+    def add(name: str, cut: Cut, stages: list[tuple[str, dict[str, str]]], memory: int | None, kernel: str) -> None:
+        period = tuple(Stage(partition, _lanes(lanes)) for partition, lanes in stages)
+        plan = Plan(
+            capacity=rows,
+            nano_batches=(cut.a, cut.b),
+            period=period,
+            partitions=FrozenMapping({} if memory is None else {"split": (sms - memory, memory)}),
+            kernels=FrozenMapping({} if kernel == "measured" else dict.fromkeys(products, kernel)),
+            sms=None if memory is None else sms,
+        )
+        found[name] = plan
+
+    for cut, memory, kernel in product(cuts(rows), SPLITS, kernels):
+        named = f"{cut.name} {sms - memory}/{memory} {kernel}"
+        add(f"skew {named}", cut, [("split", skew)], memory, kernel)
+        beside = {"compute": "o.a gate_up.a down.a", "memory": "decode_attention.b"}
+        half = [
+            (WHOLE, {"compute": "qkv decode_attention.a"}),
+            ("split", beside),
+            (WHOLE, {"compute": "o.b gate_up.b down.b"}),
+        ]
+        add(f"half {named}", cut, half, memory, kernel)
+    decode = -(-mix.decode // 64) * 64
+    if mix.decode and 0 < decode < rows:
+        # Prompts first: what comes after them may hold more of the same prompt, and would wait for their keys.
+        one, none = Fraction(1), Fraction(0)
+        phases = Cut(
+            f"{rows - decode}+{decode}", NanoBatch("a", none, one, rows - decode), NanoBatch("b", one, none, decode)
+        )
+        for memory, kernel in product((*SPLITS[1:], 64), kernels):
+            beside = {"compute": "o.a gate_up.a down.a qkv.a@1", "memory": "decode_attention.b"}
+            after = {"compute": "o.b gate_up.b down.b qkv.b@1 decode_attention.a@1"}
+            name = f"phase {phases.name} {sms - memory}/{memory} {kernel}"
+            add(name, phases, [("split", beside), (WHOLE, after)], memory, kernel)
+    for cut in cuts(rows):
+        add(f"streams {cut.name}", cut, [(WHOLE, skew)], None, "measured")
+    return found
+
+
+def _lanes(lanes: dict[str, str]) -> FrozenMapping[tuple[Entry, ...]]:
+    return FrozenMapping({name: tuple(map(Entry.parse, text.split())) for name, text in lanes.items()})
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All candidates of one run, then the best; what was measured."""
+    mix = RUNS[name] if args.decode is None else Mix(args.decode, args.context, tuple(args.prompts))
+    rows = args.rows or mix.rows
+    model_name, path, graph = open_graph(args.model, Plan(rows, (), ()), "benchmarks/lanes.py")
+    sequential = Plan.sequential(graph, rows)
+    case = PlanCase("benchmarks/lanes.py", sequential, model_name, path, graph, mix, known_device(sequential))
+    model, page_size, _ = open_here(case, args.device)
+    sms = device_sms(model.device) if model.device.type == "cuda" else case.device.sms
+    plans = {SEQUENTIAL: sequential}
+    for label, plan in candidates(graph, mix, rows, sms, tuple(args.kernels)).items():
+        if not args.only or any(word in label for word in args.only):
+            plans[label] = plan
+    print(f"{name}: {mix}, {rows} rows, {len(plans)} plans", flush=True)
+    executor = make_executor(model, list(plans.values()), mix, page_size, row_buckets=[rows])
+    try:
+        batches = {
+            label: mix_batch(mix, executor.cut, page_size, graph.vocab_size, number)
+            for number, label in enumerate(plans)
+        }
+        errors = {label: output_error(executor, batches[SEQUENTIAL], batch) for label, batch in batches.items()}
+        wrong = [label for label, error in errors.items() if not error < LARGEST_ERROR]
+        print(f"captured; {len(wrong)} wrong: {wrong}", flush=True)
+        right = {label: batch for label, batch in batches.items() if label not in wrong}
+        joules = EnergyMeter(model.device).joules
+        first = compare(executor, right, seconds=args.seconds, pairs=args.pairs, joules=joules)
+        table(first, mix)
+        best = sorted((label for label in right if label != SEQUENTIAL), key=first.seconds)[: args.keep]
+        last = None
+        if best and args.final_pairs:
+            finalists = {label: batches[label] for label in (SEQUENTIAL, *best)}
+            last = compare(
+                executor, finalists, seconds=args.final_seconds, pairs=args.final_pairs, joules=joules, progress=told
+            )
+            table(last, mix)
+    finally:
+        executor.close()
+    decided = last or first
+    winner = max(best, key=lambda label: median(decided.ratios(SEQUENTIAL, label))) if best else None
+    if winner and args.save is not None and median(decided.ratios(SEQUENTIAL, winner)) >= args.least_ratio:
+        save(plans[winner], decided, winner, mix, model_name, device_name(model.device), name, args.save)
+    return {
+        "mix": asdict(mix), "rows": rows, "errors": errors, "winner": winner,
+        "scan": blocks(first), "final": None if last is None else blocks(last),
+        "plan": plans[winner].dumps() if winner else None,
+    }  # fmt: skip
+
+
+def told(label: str, block: Block) -> None:
+    watts = "" if block.watts is None else f" {block.watts:.0f} W"
+    print(f"  {label:<40} {block.seconds * 1e3:8.3f} ms{watts}", flush=True)
+
+
+def table(found: Comparison, mix: Mix) -> None:
+    """The plans, fastest first."""
+    for label in sorted(found.blocks, key=found.seconds):
+        ratios, joules = found.ratios(SEQUENTIAL, label), found.joules(label)
+        energy = "" if joules is None else f" {found.watts(label):4.0f} W {joules / mix.rows * 1e3:6.2f} mJ/row"
+        print(
+            f"{label:<40} {found.seconds(label) * 1e3:8.3f} ms  {median(ratios):.4f} "
+            f"({min(ratios):.4f} to {max(ratios):.4f}){energy}",
+            flush=True,
+        )
+
+
+def blocks(found: Comparison) -> dict[str, Any]:
+    return {
+        label: {"ratio": median(found.ratios(SEQUENTIAL, label)), "blocks": [asdict(block) for block in each]}
+        for label, each in found.blocks.items()
+    }
+
+
+def save(plan: Plan, found: Comparison, label: str, mix: Mix, model: str, device: str, run: str, folder: Path) -> None:
+    """The plan as a file, with what was measured."""
+    measured = {
+        "decode": mix.decode,
+        "context": mix.context,
+        "prefill": sum(mix.prompts),
+        "iteration_ms": round(found.seconds(label) * 1e3, 3),
+        "sequential_ms": round(found.seconds(SEQUENTIAL) * 1e3, 3),
+        "ratio": round(median(found.ratios(SEQUENTIAL, label)), 4),
+    }
+    kept = replace(plan, model=model, gpu=device, least_rows=plan.capacity * 7 // 8, measured=FrozenMapping(measured))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{model}-{run.replace(' ', '-')}.yaml"
+    path.write_text(kept.dumps(), encoding="utf-8")
+    print(f"saved {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)}; default: all")
+    parser.add_argument("--model", default="llama-3-8b", help="a shipped shape or a folder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--decode", type=int, help="another mix: decode rows")
+    parser.add_argument("--context", type=int, default=768)
+    parser.add_argument("--prompts", type=int, nargs="*", default=[])
+    parser.add_argument("--rows", type=int, help="rows of the batch, padding included")
+    parser.add_argument("--kernels", nargs="*", default=["measured"], help="of products: measured, triton, deep_gemm")
+    parser.add_argument("--only", nargs="*", help="candidates whose name has one of these words")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a block of the first round")
+    parser.add_argument("--pairs", type=int, default=2, help="blocks of each candidate in the first round")
+    parser.add_argument("--keep", type=int, default=1, help="candidates that go on")
+    parser.add_argument("--final-seconds", type=float, default=5.0)
+    parser.add_argument("--final-pairs", type=int, default=8, help="0: no last comparison")
+    parser.add_argument("--save", type=Path, help="folder for the winner's plan file")
+    parser.add_argument("--least-ratio", type=float, default=1.01, help="what a plan must reach to be saved")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    names = args.runs or list(RUNS)
+    unknown = [name for name in names if name not in RUNS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no run; there are {', '.join(RUNS)}")
+    for name in names:
+        found = {**machine("cuda" if args.device == "auto" else args.device), **measure(name, args)}
+        known = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**known, name: found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

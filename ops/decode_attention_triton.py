@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 MAX_HEAD_DIM = 256
+FEW_SMS = 64
+"""With so many SMs or fewer, an SM must fetch some 70 bytes a nanosecond, three times its share of the whole device's
+rate, and what it has under way should fill its shared memory: a program has two buffers (stages less one), so three of
+64 tokens keep 192 KiB on the way, four of 32 tokens 128 KiB, with 1.4 times the instructions a byte."""
 LOG2_E = 1.4426950408889634
 _HEADER = tl.constexpr(HEADER)
 
@@ -98,6 +102,9 @@ def decode_config(
         block = block_tokens_for(page_size, min(128, max(16, (16 << 10) // row_bytes)))
     if dtype.itemsize > 2 or head_dim > 128 or group > 16:  # for being right; nobody runs these fast
         return DecodeConfig(block, stages=2, warps=4, programs_per_sm=2, tma=tma)
+    few = sms is not None and sms <= FEW_SMS
+    if tma and few and 2 * block * row_bytes == 16 << 10 and page_size % (2 * block) == 0:
+        return DecodeConfig(2 * block, stages=3, warps=2, programs_per_sm=3, tma=True)
     if tma:
         return DecodeConfig(block, stages=3, warps=2, programs_per_sm=4, tma=True)
     return DecodeConfig(block, stages=3, warps=4, programs_per_sm=2, tma=False)
@@ -187,7 +194,7 @@ def _decode_kernel(
     ends_segment = _remaining(work, capacity, tl.maximum(count, 1), tl.maximum(last - 1, 0)) == 0
     for position in range(first, last):
         following = tl.minimum(position + 1, last - 1)
-        next_head = following // count
+        next_head = head + (following >= (head + 1) * count).to(tl.int32)
         next_block, next_row, next_span, next_done = _entry(work, capacity, next_head, count, following)
         page = block // (PAGE // B)
         begin = span & 0xFFFF

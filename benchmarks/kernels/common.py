@@ -9,13 +9,16 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
+from nanoflow.ops.operation import device_sms
+from nanoflow.pipeline.partitions import Partition
 from nanoflow.power import EnergyMeter
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "device_ceilings",
     "energy_joules",
     "floor_ms",
+    "on_sms",
     "poisoned",
     "power_limit_watts",
     "randn",
@@ -42,6 +46,25 @@ MAX_CALLS = 200
 """Calls in one graph at most."""
 
 Candidate = Callable[[], object] | Sequence[Callable[[], object]]
+
+
+@contextmanager
+def on_sms(sms: int | None, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """The current stream has `sms` SMs of a GPU and no others, which stay idle; None for all of them, and on a CPU.
+
+    Raises PartitionError if the device does not give a part of that size.
+    """
+    if device.type != "cuda" or sms in (None, device_sms(device)):
+        yield None
+        return
+    partition = Partition((sms,), device)
+    try:
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(partition.streams[0]) as stream:
+            yield stream
+        torch.cuda.synchronize(device)
+    finally:
+        partition.close()
 
 
 @dataclass(frozen=True)
@@ -71,6 +94,7 @@ def time_interleaved(
     warmup_seconds: float = 0.3,
     slice_seconds: float = SLICE_SECONDS,
     device: str | torch.device = "cuda",
+    stream: torch.cuda.Stream | None = None,
 ) -> dict[str, Timing]:
     """Time candidates against each other, `seconds` of replays each, after `warmup_seconds` of them all in turn.
 
@@ -79,10 +103,13 @@ def time_interleaved(
     A candidate is a call, or several calls that do the same on different inputs, which then take turns (for inputs that
     would otherwise stay in the L2 cache). It must be launchable in a CUDA graph: no synchronisation, the same buffers
     each time. It is called a few times before capture, so it may compile and tune on its first call.
+
+    Args:
+        stream: to capture and replay on, of a part of the SMs (see `on_sms`); a plain one by default.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    replays = {name: _captured(_calls(fn)) if on_gpu else _plain(_calls(fn)) for name, fn in candidates.items()}
+    replays = {name: _captured(_calls(fn), stream) if on_gpu else _plain(_calls(fn)) for name, fn in candidates.items()}
     ends = time.perf_counter() + warmup_seconds
     while True:
         for replay in replays.values():
@@ -106,8 +133,10 @@ def _calls(fn: Candidate) -> list[Callable[[], object]]:
 class _Replays:
     """Some calls that run as one, and what their runs have taken."""
 
-    def __init__(self, replay: Callable[[], object], calls: int, on_gpu: bool) -> None:
-        self._replay, self._calls, self._on_gpu = replay, calls, on_gpu
+    def __init__(
+        self, replay: Callable[[], object], calls: int, on_gpu: bool, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self._replay, self._calls, self._on_gpu, self._stream = replay, calls, on_gpu, stream
         self._samples: list[float] = []
         self._energy: list[float] = []
         self._energy_seconds = 0.0
@@ -115,6 +144,10 @@ class _Replays:
 
     def run_for(self, seconds: float, record: bool = False) -> None:
         """Replay for about `seconds`; the queue is kept some replays deep, so that launching costs nothing."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            self._run_for(seconds, record)
+
+    def _run_for(self, seconds: float, record: bool) -> None:
         samples: list[float] = []
         self._wait()
         begun = time.perf_counter()
@@ -203,8 +236,8 @@ def _plain(calls: list[Callable[[], object]]) -> _Replays:
     return _Replays(replay, len(calls), on_gpu=False)
 
 
-def _captured(calls: list[Callable[[], object]]) -> _Replays:
-    side = torch.cuda.Stream()
+def _captured(calls: list[Callable[[], object]], stream: torch.cuda.Stream | None) -> _Replays:
+    side = stream or torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -223,13 +256,13 @@ def _captured(calls: list[Callable[[], object]]) -> _Replays:
     if turns < 10 and turn < 10 * SAMPLE_SECONDS and len(calls) * 10 <= MAX_CALLS:
         turns = 10
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(turns):
             for call in calls:
                 call()
     graph.replay()
     torch.cuda.synchronize()
-    return _Replays(graph.replay, turns * len(calls), on_gpu=True)
+    return _Replays(graph.replay, turns * len(calls), True, stream)
 
 
 @cache

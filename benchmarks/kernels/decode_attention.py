@@ -3,6 +3,7 @@
 The floor is the KV bytes over the memory's measured rate. Lengths are exact or ragged; pages are scattered at random.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.kernels.common import check_row, poisoned, randn, relative_error
 from nanoflow.ops.attention import DecodeAttention
 from nanoflow.ops.decode_attention_triton import DecodeConfig, DecodeWorkspace, decode_attention, decode_config
 from nanoflow.ops.decode_work import decode_work
+from nanoflow.ops.operation import device_sms
 
 TARGET_GBYTES_PER_SECOND = 2850
 
@@ -92,13 +94,16 @@ class Case:
         self.q_THD = self.qkv[:, : shape.heads * shape.head_dim].unflatten(1, (shape.heads, shape.head_dim))
         self.out_THD = poisoned(rows, shape.heads, shape.head_dim, device=device, dtype=shape.dtype)
 
-    def default(self) -> DecodeConfig:
+    def default(self, sms: int | None = None) -> DecodeConfig:
+        """What an engine runs on all SMs, or in a lane that has `sms`."""
         shape = self.shape
         capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (8, 0)
-        return decode_config(shape.page_size, shape.head_dim, shape.dtype, capability, shape.heads // shape.kv_heads)
+        group = shape.heads // shape.kv_heads
+        return decode_config(shape.page_size, shape.head_dim, shape.dtype, capability, group, sms)
 
-    def bound(self, config: DecodeConfig):
-        """The launch as a function without arguments; its metadata and workspace are made here."""
+    def bound(self, config: DecodeConfig, sms: int | None = None) -> Callable[[], None]:
+        """The launch, for all SMs or for `sms`, as a function without arguments; its metadata and workspace are made
+        here."""
         shape = self.shape
         work = decode_work(
             np.arange(len(shape.lengths), dtype=np.int32),
@@ -109,10 +114,9 @@ class Case:
             window=shape.window,
         )
         on_device = torch.from_numpy(work).to(self.device)
-        is_cuda = self.device.type == "cuda"
-        sms = torch.cuda.get_device_properties(self.device).multi_processor_count if is_cuda else 4
         group = shape.heads // shape.kv_heads
-        workspace = DecodeWorkspace(sms * config.programs_per_sm, group, shape.head_dim, self.device)
+        programs = (sms or device_sms(self.device)) * config.programs_per_sm
+        workspace = DecodeWorkspace(programs, group, shape.head_dim, self.device)
         scale = shape.head_dim**-0.5
 
         def launch() -> None:

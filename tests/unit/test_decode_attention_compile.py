@@ -1,6 +1,8 @@
 """The Triton decode attention compiles for several GPUs without one, within a GPU's registers and shared memory; its
 work list says what it should."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,13 +15,15 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
-def compiled(target: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype):
+def compiled(
+    target: int, heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, sms: int | None = None
+):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from nanoflow.ops.decode_attention_triton import _decode_kernel, decode_config, kernel_constants
 
-    config = decode_config(page_size, head_dim, dtype, divmod(target, 10), heads // kv_heads)
+    config = decode_config(page_size, head_dim, dtype, divmod(target, 10), heads // kv_heads, sms)
     constants = kernel_constants(heads, kv_heads, head_dim, page_size, config)
     name = NAMES[dtype]
     signature = dict.fromkeys(("q", "kv", "out"), f"*{name}")
@@ -61,6 +65,34 @@ def test_compiles(target, heads, kv_heads, head_dim, page_size, dtype) -> None:
         assert kernel.metadata.shared >= (config.stages - 1) * block
         assert config.programs_per_sm * (kernel.metadata.shared + 1024) <= 228 << 10
         assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("sms", [None, 40])
+def test_the_programs_of_an_sm_run_side_by_side_and_fill_it(sms: int | None, tmp_path: Path) -> None:
+    from tests.unit.test_gemm_compile import resources
+
+    kernel, config = compiled(90, 32, 8, 128, 128, torch.bfloat16, sms)
+    registers, local = resources(kernel, tmp_path)
+    assert local == 0
+    assert config.programs_per_sm * config.warps * 32 * -(-registers // 8) * 8 <= 65536
+    assert config.programs_per_sm * (kernel.metadata.shared + 1024) <= 228 << 10
+    # On a part of the SMs, the more has to be under way.
+    under_way = config.programs_per_sm * (config.stages - 1) * 2 * config.block_tokens * 128 * 2
+    assert under_way == (192 << 10 if sms else 128 << 10)
+
+
+@pytest.mark.parametrize(("page_size", "head_dim"), [(64, 128), (32, 128), (128, 64), (64, 64), (16, 128), (128, 96)])
+def test_a_part_of_the_sms_has_a_config_for_every_shape(page_size: int, head_dim: int) -> None:
+    from nanoflow.ops.decode_attention_triton import decode_config
+
+    for dtype in NAMES:
+        for capability in ((8, 0), (9, 0), (10, 0)):
+            few, many, whole = (decode_config(page_size, head_dim, dtype, capability, 4, sms) for sms in (32, 92, None))
+            assert many == whole
+            assert page_size % few.block_tokens == 0 and few.tma == whole.tma
+            wider = page_size % (2 * whole.block_tokens) == 0
+            wide = few.tma and dtype != torch.float32 and head_dim in (64, 128) and wider
+            assert few.block_tokens == (2 if wide else 1) * whole.block_tokens
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 64])

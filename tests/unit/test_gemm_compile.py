@@ -64,15 +64,15 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def local_bytes(kernel: triton.compiler.CompiledKernel, folder: Path) -> int:
-    """Bytes of local memory a thread: what ptxas spilled."""
+def resources(kernel: triton.compiler.CompiledKernel, folder: Path) -> tuple[int, int]:
+    """Registers a thread, and its bytes of local memory: what ptxas spilled."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     shown = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+)", shown)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
     assert found, shown
-    return int(found[1])
+    return int(found[1]), int(found[2])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_every_config_for_hopper_uses_its_tensor_cores_and_spills_nothing(
     assert kernel.metadata.shared <= (TWO_CTAS if config.ctas_per_sm == 2 else SHARED)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
-    assert local_bytes(kernel, tmp_path) == 0
+    assert resources(kernel, tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

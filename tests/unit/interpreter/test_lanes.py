@@ -1,12 +1,15 @@
 """Kernels in lanes that have a part of the SMs: grids of their budget, memory of their own, the same results."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
+from benchmarks import decode_blocks
 from nanoflow.ops import decode_attention_triton, gemm, gemm_config, gemm_triton
 from nanoflow.ops.attention import DecodeAttention
 from nanoflow.ops.device_arrays import DeviceArrays
@@ -173,3 +176,25 @@ def test_a_product_runs_what_was_measured_for_its_budget(
     kernel = grids["_tile_gemm"]
     widths = [arguments[1].block_shape[0] for arguments in kernel.arguments]
     assert list(zip(widths, kernel.grids, strict=True)) == [(config.block_n, sms) for config, sms in expected]
+
+
+def test_the_benchmark_of_decode_attention_on_parts_checks_and_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU, where a part is a number of programs."""
+    few = (decode_blocks.PART_CANDIDATES[0], decode_blocks.PART_CANDIDATES[-1])
+    monkeypatch.setattr(decode_blocks, "PART_CANDIDATES", few)
+    monkeypatch.setattr(decode_blocks, "HEADS", (4, 1, 128))
+    out = tmp_path / "parts.json"
+    options = ["--requests", "1", "--seconds", "0.01", "--device", "cpu", "--out", str(out)]
+    decode_blocks.main(["--sms", "2", "3", *options])
+    record = json.loads(out.read_text())
+    assert [row["sms"] for row in record["parts"]] == [2, 2, 3, 3]
+    assert {row["config"] for row in record["parts"]} == {"tma b64 s3 w2 x3", "pointers b64 s3 w4 x2"}
+    assert all(row["gbytes_per_second"] > 0 for row in record["parts"]) and set(record["chosen"]) == {"2", "3"}
+    assert "3 SMs: tma b64 s3 w2 x3" in capsys.readouterr().out
+
+    wrong = torch.zeros(1, 4, 128)
+    monkeypatch.setattr(decode_blocks.Case, "expected", lambda case: wrong)
+    with pytest.raises(AssertionError, match="tma b64 s3 w2 x3 on 2 SMs"):
+        decode_blocks.main(["--sms", "2", *options])

@@ -11,8 +11,8 @@ weights, hot; all briefly, then the best against cuBLAS. Then the layer's produc
 and with cuBLAS alone: choices that do not make it faster are not stored, but cuBLAS for all of its linears.
 
 With --sms, all is timed on parts of so many SMs, the others idle, and cuBLAS, which launches for all SMs, is compared
-but not stored; the head is left out, since it never runs in a lane. `python -m benchmarks.gemm_waves` says which numbers
-of SMs and rows are worth it.
+but not stored; the head is left out, since it never runs in a lane. `python -m benchmarks.gemm_waves` says which
+numbers of SMs and rows are worth it.
 
 The choices go to ``$XDG_CACHE_HOME/nanoflow/gemm``, or to --out, after every case, beside what a file for this machine
 holds of other shapes. The table of layers is printed and, with --record, saved. --time-limit ends a run early; what was
@@ -180,7 +180,8 @@ def table(layers: Sequence[Layer]) -> str:
         where = "" if layer.whole else f" on {layer.sms} SMs"
         parts = [f"{name} {c.milliseconds:.4f} ({c.config or c.kernel})" for name, c in layer.chosen.items()]
         lines.append(
-            f"{layer.rows:5d} rows{where}: layer {layer.chosen_ms:.4f} ms, {1e3 * layer.chosen_ms / layer.rows:.3f} us a row; "
+            f"{layer.rows:5d} rows{where}: layer {layer.chosen_ms:.4f} ms, "
+            f"{1e3 * layer.chosen_ms / layer.rows:.3f} us a row; "
             f"cuBLAS {layer.cublas_ms:.4f} ms ({layer.cublas_ms / layer.chosen_ms - 1:+.1%}); {', '.join(parts)}"
         )
     return "\n".join(lines)
@@ -205,7 +206,7 @@ class Run:
         cases = [
             Case(name, columns, inputs, rows, sms, whole, silu)
             for name, columns, inputs, silu in self.shapes
-            if name != HEAD or whole and rows <= HEAD_ROWS
+            if name != HEAD or (whole and rows <= HEAD_ROWS)
         ]
         chosen: dict[str, Choice] = {}
         for case in cases:

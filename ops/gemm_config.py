@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SILU_TILES", "TILES", "GemmConfig", "Split", "Workspace", "candidates", "default_config"]
+__all__ = ["SILU_TILES", "TILES", "GemmConfig", "Split", "Workspace", "candidates", "default_config", "guess_cycles"]
 
 LEAST_STEPS = 8
 """K steps of a piece, at least."""
@@ -117,6 +117,10 @@ class GemmConfig:
         best = min(found, key=lambda split: split.steps)
         return best if best.partials else None
 
+    def split_of(self, rows: int, columns: int, inputs: int, sms: int, *, silu: bool = False) -> Split | None:
+        """`split_tiles` of one shape."""
+        return self.split_tiles(math.prod(self.tiles(rows, columns, silu)), -(-inputs // self.block_k), sms)
+
     def tile_bytes(self, silu: bool = False) -> int:
         """Of one tile's partial sums."""
         return self.block_m * (2 * self.block_n if silu else self.block_n + self.extra_n) * 4
@@ -177,12 +181,9 @@ def candidates(rows: int, columns: int, inputs: int, sms: int, *, silu: bool = F
     """The configs worth measuring for one shape on `sms` SMs, likeliest first, those that waste too much left out."""
     rated = []
     for config in SILU_TILES if silu else TILES:
-        tiles_m, tiles_n = config.tiles(rows, columns, silu)
-        steps = -(-inputs // config.block_k)
-        split = config.split_tiles(tiles_m * tiles_n, steps, sms)
-        if config.split and not split:
+        if config.split and not config.split_of(rows, columns, inputs, sms, silu=silu):
             continue
-        rated.append((_guess(config, tiles_m * tiles_n, steps, sms, silu, split), config))
+        rated.append((guess_cycles(config, rows, columns, inputs, sms, silu=silu), config))
     rated.sort(key=lambda entry: entry[0])
     return [config for guess, config in rated if guess < rated[0][0] * 1.3]
 
@@ -201,11 +202,12 @@ def default_config(
     return candidates(rows, columns, inputs, sms, silu=silu)[0]
 
 
-def _guess(config: GemmConfig, tiles: int, steps: int, sms: int, silu: bool, split: Split | None) -> float:
-    """Rough time: K steps of the CTA that has most of them, each the longer of its arithmetic and its traffic in shared
-    memory (what the copies write and the matrix units read, 128 bytes a cycle)."""
-    programs = sms * config.ctas_per_sm
-    rounds = -(-tiles // programs)
+def guess_cycles(config: GemmConfig, rows: int, columns: int, inputs: int, sms: int, *, silu: bool = False) -> float:
+    """Rough time in SM cycles: K steps of the CTA that has most of them, each the longer of its arithmetic and its
+    traffic in shared memory (what the copies write and the matrix units read, 128 bytes a cycle)."""
+    steps = -(-inputs // config.block_k)
+    rounds = -(-math.prod(config.tiles(rows, columns, silu)) // (sms * config.ctas_per_sm))
+    split = config.split_of(rows, columns, inputs, sms, silu=silu)
     most = (rounds - 1) * steps + split.steps if split else rounds * steps
     widths = [config.block_n, config.block_n if silu else config.extra_n]
     groups = config.block_m / 64

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.kernels.common import check_row, poisoned, randn, relative_error, time_interleaved, time_row
+from benchmarks.kernels.common import check_row, on_sms, poisoned, randn, relative_error, time_interleaved, time_row
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.gemm import GemmKernel, matmul, unavailable
 from nanoflow.ops.gemm_choice import Choice, choose
@@ -138,7 +138,12 @@ class Case:
 
 
 def measure(case: Case, device: str, seconds: float) -> list[dict[str, Any]]:
-    """Who is fastest for one case: the table of all that was tried."""
+    """Who is fastest for one case, on its SMs alone: the table of all that was tried."""
+    with on_sms(None if case.whole else case.sms, torch.device(device)) as stream:
+        return _measured(case, device, seconds, stream)
+
+
+def _measured(case: Case, device: str, seconds: float, stream: torch.cuda.Stream | None) -> list[dict[str, Any]]:
     n, k = case.columns, case.inputs
     runs = case.runs(*case.inputs_and_weights(device))
     flops = 2.0 * case.rows * n * k
@@ -147,7 +152,8 @@ def measure(case: Case, device: str, seconds: float) -> list[dict[str, Any]]:
 
     def timer(calls: Mapping[str, Any], seconds: float) -> dict[str, float]:
         title = "gemm" if rows else "gemm try"
-        timings = time_interleaved(calls, seconds, warmup_seconds=0.3 if rows else 0.1, device=device)
+        warmup = 0.3 if rows else 0.1
+        timings = time_interleaved(calls, seconds, warmup_seconds=warmup, device=device, stream=stream)
         milliseconds = {label: timing.median_ms for label, timing in timings.items()}
         order = sorted(milliseconds, key=lambda label: milliseconds[label])
         own = next((label for label in order if runs[label][0].kernel == "triton"), None)

@@ -32,7 +32,7 @@ def unavailable(device: torch.device) -> str | None:
         return "it takes an NVIDIA GPU"
     driver = _driver()
     if driver is None:
-        return "cuda-python is missing: pip install cuda-python"
+        return "cuda-bindings is not installed: pip install cuda-bindings"
     version = _check(driver, driver.cuDriverGetVersion())
     if version < 12040:
         return f"the driver supports CUDA {version // 1000}.{version % 1000 // 10}, and green contexts need 12.4"

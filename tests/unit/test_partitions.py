@@ -58,4 +58,4 @@ def test_a_cpu_has_no_sms_to_set_apart() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partitions, "_driver", lambda: None)
-    assert unavailable(torch.device("cuda")) == "cuda-python is missing: pip install cuda-python"
+    assert unavailable(torch.device("cuda")) == "cuda-bindings is not installed: pip install cuda-bindings"

@@ -46,6 +46,8 @@ class EngineStats:
     """Totals over all iterations so far."""
 
     iterations: int = 0
+    planned_iterations: int = 0
+    """Iterations that ran the plan asked for; the others were too small or too large for it."""
     rows: int = 0
     """Rows of all dense batches, padding left out."""
     padding_rows: int = 0
@@ -255,6 +257,7 @@ class Engine:
         if stats.iterations:  # before the first, the device idled for whatever came before this engine
             stats.idle_seconds += output.idle_seconds
         stats.iterations += 1
+        stats.planned_iterations += batch.program == 0
         stats.rows += batch.tokens
         stats.padding_rows += batch.rows - batch.tokens
         stats.largest_batch = max(stats.largest_batch, batch.tokens)

@@ -165,6 +165,8 @@ class RunReport:
     config: dict[str, Any]
     """The resolved configuration."""
     versions: dict[str, str]
+    plan_share: float = 1.0
+    """Share of the iterations that ran the plan; the others were sequential, too small or too large for it."""
 
     @property
     def reached(self) -> float:
@@ -194,6 +196,7 @@ class RunReport:
         """The summary, line by line."""
         errors = f", {self.errors} with errors" if self.errors else ""
         earlier = f"; {self.earlier:,} were there from before" if self.earlier else ""
+        planned = "" if self.plan_share == 1 else f"{self.plan_share:.1%} of them by the plan, the others in sequence; "
         idle = "" if self.device_idle_share is None else f"device {self.device_idle_share:.1%} idle in between, "
         rows = [
             ("requests", f"{self.completed:,} of {self.requests:,} completed{errors}{earlier}"),
@@ -209,8 +212,8 @@ class RunReport:
             (
                 "iterations",
                 f"{self.iterations:,}, {self.mean_batch_tokens:,.0f} rows on average, "
-                f"{self.largest_batch_tokens:,} at most; {self.executor_busy_share:.0%} of the time busy, {idle}"
-                f"{self.preemptions:,} preemptions",
+                f"{self.largest_batch_tokens:,} at most; {planned}{self.executor_busy_share:.0%} of the time busy, "
+                f"{idle}{self.preemptions:,} preemptions",
             ),
             (
                 "KV cache",
@@ -313,6 +316,7 @@ def make_report(
         sizes=engine.scheduler.sizes,
         config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),
+        plan_share=_rate(stats.planned_iterations, stats.iterations) if stats.iterations else 1.0,
     )
 
 

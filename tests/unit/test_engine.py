@@ -176,6 +176,8 @@ def test_batches_that_a_plan_is_not_meant_for_run_in_sequence(
         assert {program for program, _ in seen} == {0, 1}
         assert all((program == 0) == (12 <= rows <= 32) for program, rows in seen)
         assert max(rows for _, rows in seen) == 64
+        stats = llm.engine.stats
+        assert stats.iterations == len(seen) and stats.planned_iterations == sum(program == 0 for program, _ in seen)
 
 
 def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput]) -> None:

@@ -5,10 +5,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from nanoflow.cli import app
@@ -30,6 +32,14 @@ from tests.unit.tiny_model import save_tiny_llama
 
 cli = CliRunner()
 ENERGY = Energy(joules=500.0, seconds=2.0, mean_watts=250.0, power_limit_watts=700.0)
+
+
+def shown(report: RunReport) -> str:
+    """The summary as the terminal shows it, on lines as long as they are."""
+    console = Console(width=400, file=StringIO())
+    report.print(console)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +99,8 @@ def test_a_report_adds_up(report: RunReport) -> None:
     assert report.energy is not None
     assert report.energy.joules_per_token == 500 / (report.input_tokens + report.output_tokens)
     assert parse_plan(report.plan_text).capacity == 32
+    assert report.plan_share == 1 and "in sequence" not in shown(report)
+    assert "75.0% of them by the plan, the others in sequence" in shown(replace(report, plan_share=0.75))
     width = report.timeline["interval_seconds"]
     assert len({len(values) for name, values in report.timeline.items() if name != "interval_seconds"}) == 1
     assert sum(report.timeline["completed"]) == 7 and sum(report.timeline["errors"]) == 2

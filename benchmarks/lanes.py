@@ -32,10 +32,11 @@ from nanoflow.loading import device_name
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, NanoBatch, Plan, Stage
 from nanoflow.plans.ablation import SEQUENTIAL
-from nanoflow.plans.case import Mix, PlanCase, known_device, open_graph
+from nanoflow.plans.case import PlanCase, known_device, open_graph
 from nanoflow.plans.running import make_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.measure import Block, Comparison, compare, output_error
+from nanoflow.search.mix import Mix
 
 RESULTS = Path(__file__).parent / "results" / "lanes.json"
 RUNS = {

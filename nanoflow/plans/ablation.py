@@ -22,10 +22,11 @@ from nanoflow.loading import device_name
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.period import complete_period
 from nanoflow.pipeline.plan import MAIN_LANE, WHOLE, Entry, FrozenMapping, Plan, Stage
-from nanoflow.plans.case import Mix, PlanCase
+from nanoflow.plans.case import PlanCase
 from nanoflow.plans.running import make_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.measure import Block, Comparison, compare, output_error
+from nanoflow.search.mix import Mix
 
 __all__ = ["Ablation", "ablate", "ablation_plans", "print_ablation", "save_ablation"]
 

@@ -13,13 +13,13 @@ from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Work
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program, compile_program
-from nanoflow.pipeline.split import split_rows
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.cost_model import Ceilings
+from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.timeline import Timeline
 from nanoflow.search.timeline_estimate import estimate_timeline
 
-__all__ = ["Device", "Mix", "MixOptions", "PlanCase", "known_device", "mix_works", "open_case"]
+__all__ = ["Device", "MixOptions", "PlanCase", "known_device", "open_case"]
 
 DECODE, CONTEXT, PROMPT = 600, 768, 512
 """The mix where neither the plan nor the user says one: decode rows, their context, and the longest prompt."""
@@ -38,25 +38,6 @@ class Device:
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, Ceilings(flops=717e12, bytes_per_second=3081e9, power_limit_watts=700.0))
 DEVICES = {H100.name: H100}
-
-
-@dataclass(frozen=True)
-class Mix:
-    """What a dense batch holds: decode rows, the tokens that each attends to, and the tokens of each prompt."""
-
-    decode: int
-    context: int
-    prompts: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        return self.decode + sum(self.prompts)
-
-    def __str__(self) -> str:
-        parts = [f"{self.decode:,} decode rows of context {self.context:,}"] if self.decode else []
-        if self.prompts:
-            parts.append(f"prompts of {', '.join(f'{tokens:,}' for tokens in self.prompts)} tokens")
-        return " and ".join(parts) or "nothing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,22 +184,3 @@ def choose_mix(plan: Plan, options: MixOptions) -> Mix:
             f"more than the plan's capacity of {capacity:,}; give fewer"
         )
     return mix
-
-
-def mix_works(plan: Plan, mix: Mix) -> tuple[Work, ...]:
-    """What `mix` asks of each nano-batch: prompts lie behind one another, and are cut where a nano-batch is full."""
-    decode, prefill = split_rows(plan, mix.decode, sum(mix.prompts))
-    works = []
-    left = [(tokens, 0) for tokens in reversed(mix.prompts)]  # tokens to come, tokens before them
-    for rows, room in zip(decode, prefill, strict=True):
-        work = Work(decode_rows=rows, decode_context=rows * mix.context)
-        while room:
-            tokens, before = left.pop()
-            taken = min(tokens, room)
-            if taken < tokens:
-                left.append((tokens - taken, before + taken))
-            pairs = taken * before + taken * (taken + 1) // 2
-            work += Work(prefill_rows=taken, prefill_context=before + taken, prefill_pairs=pairs)
-            room -= taken
-        works.append(work)
-    return tuple(works)

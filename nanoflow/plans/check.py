@@ -24,9 +24,10 @@ from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.split import BatchCutter
 from nanoflow.pipeline.validate import validate
-from nanoflow.plans.case import Mix, PlanCase
+from nanoflow.plans.case import PlanCase
 from nanoflow.plans.running import mix_batch
 from nanoflow.plans.show import period_grid, stage_text
+from nanoflow.search.mix import Mix
 
 __all__ = ["Finding", "check", "check_races", "random_mixes"]
 

@@ -24,7 +24,8 @@ from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import BatchCutter
 from nanoflow.pipeline.validate import validate
-from nanoflow.plans.case import Mix, PlanCase
+from nanoflow.plans.case import PlanCase
+from nanoflow.search.mix import Mix
 from nanoflow.weights import load_weights
 
 __all__ = ["make_executor", "mix_batch", "mix_pages", "open_here"]

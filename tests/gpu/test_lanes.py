@@ -17,9 +17,9 @@ from nanoflow.pipeline.executor import KVLayout
 from nanoflow.pipeline.partitions import Partition, PartitionError
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import compile_program
-from nanoflow.plans.case import Mix
 from nanoflow.plans.running import mix_batch, mix_pages
 from nanoflow.search.measure import output_error
+from nanoflow.search.mix import Mix
 from nanoflow.weights import load_weights
 from tests.gpu.checkpoints import save_model
 

@@ -20,10 +20,11 @@ from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.split import BatchCutter
 from nanoflow.pipeline.validate import validate
 from nanoflow.plans.ablation import ablate, ablation_plans, print_ablation, save_ablation
-from nanoflow.plans.case import Mix, MixOptions, open_case
+from nanoflow.plans.case import MixOptions, open_case
 from nanoflow.plans.running import mix_batch, mix_pages
 from nanoflow.search import measure
 from nanoflow.search.measure import Block, Comparison, compare, run_block
+from nanoflow.search.mix import Mix
 from tests.unit.plan_graphs import llama_graph
 from tests.unit.tiny_model import save_tiny_llama
 

@@ -12,9 +12,10 @@ from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.plans import case as case_module, check as check_module
-from nanoflow.plans.case import Mix, mix_works, open_case
+from nanoflow.plans.case import open_case
 from nanoflow.plans.check import derived_waits, random_mixes
 from nanoflow.plans.chrome_trace import TraceInfo, read_trace, write_trace
+from nanoflow.search.mix import Mix, mix_works
 
 SHAPES = Path(__file__).parents[2] / "configs" / "models"
 PLANS = Path(__file__).parents[1] / "models" / "plans"

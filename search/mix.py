@@ -1,0 +1,47 @@
+"""What a dense batch holds, and what a plan's nano-batches get of it."""
+
+from dataclasses import dataclass
+
+from nanoflow.ops.operation import Work
+from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.split import split_rows
+
+__all__ = ["Mix", "mix_works"]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a dense batch holds: decode rows, the tokens that each attends to, and the tokens of each prompt."""
+
+    decode: int
+    context: int
+    prompts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.decode + sum(self.prompts)
+
+    def __str__(self) -> str:
+        parts = [f"{self.decode:,} decode rows of context {self.context:,}"] if self.decode else []
+        if self.prompts:
+            parts.append(f"prompts of {', '.join(f'{tokens:,}' for tokens in self.prompts)} tokens")
+        return " and ".join(parts) or "nothing"
+
+
+def mix_works(plan: Plan, mix: Mix) -> tuple[Work, ...]:
+    """What `mix` asks of each nano-batch: prompts lie behind one another, and are cut where a nano-batch is full."""
+    decode, prefill = split_rows(plan, mix.decode, sum(mix.prompts))
+    works = []
+    left = [(tokens, 0) for tokens in reversed(mix.prompts)]  # tokens to come, tokens before them
+    for rows, room in zip(decode, prefill, strict=True):
+        work = Work(decode_rows=rows, decode_context=rows * mix.context)
+        while room:
+            tokens, before = left.pop()
+            taken = min(tokens, room)
+            if taken < tokens:
+                left.append((tokens - taken, before + taken))
+            pairs = taken * before + taken * (taken + 1) // 2
+            work += Work(prefill_rows=taken, prefill_context=before + taken, prefill_pairs=pairs)
+            room -= taken
+        works.append(work)
+    return tuple(works)

@@ -1,5 +1,9 @@
 """How SMs are dealt to the parts of a partition, and what is said where they cannot be set apart."""
 
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -59,3 +63,109 @@ def test_a_cpu_has_no_sms_to_set_apart() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partitions, "_driver", lambda: None)
     assert unavailable(torch.device("cuda")) == "cuda-bindings is not installed: pip install cuda-bindings"
+
+
+class FakeDriver:
+    """The calls of the CUDA driver that set SMs apart, for a device of 132 SMs in granules of 8."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+    CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM="sm")
+    CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=1)
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+
+    def __init__(self, version: int = 13000, groups: int = 16, refuses: int | None = None) -> None:
+        self.version, self.groups, self.refuses = version, groups, refuses
+        self.splits = 0
+        self.contexts: dict[int, set[int]] = {}
+        self.streams: dict[int, int] = {}
+
+    def cuDriverGetVersion(self) -> tuple[int, int]:
+        return 0, self.version
+
+    def cuDeviceGet(self, index: int) -> tuple[int, str]:
+        return 0, f"device {index}"
+
+    def cuDeviceGetDevResource(self, device: str, kind: str) -> tuple[int, Any]:
+        assert (device, kind) == ("device 0", "sm")
+        return 0, resource(range(132))
+
+    def cuDevSmResourceSplitByCount(self, count: int, whole: Any, flags: int, least: int) -> tuple[Any, ...]:
+        assert (count, whole.sm.smCount, flags, least) == (16, 132, 0, 8)
+        self.splits += 1
+        made = [resource(range(n * 8, n * 8 + 8)) for n in range(self.groups)]
+        return 0, made, self.groups, resource(range(self.groups * 8, 132))
+
+    def cuDevResourceGenerateDesc(self, resources: list[Any], count: int) -> tuple[int, set[int]]:
+        assert count == len(resources)
+        return 0, set().union(*(one.ids for one in resources))
+
+    def cuGreenCtxCreate(self, description: set[int], device: str, flags: int) -> tuple[Any, ...]:
+        if self.refuses is not None and len(self.contexts) == self.refuses:
+            return SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY"), None
+        self.contexts[key := len(self.contexts) + 1] = description
+        return 0, key
+
+    def cuGreenCtxGetDevResource(self, green: int, kind: str) -> tuple[int, Any]:
+        return 0, resource(self.contexts[green])
+
+    def cuGreenCtxStreamCreate(self, green: int, flags: int, priority: int) -> tuple[int, int]:
+        self.streams[100 + green] = green
+        return 0, 100 + green
+
+    def cuCtxFromGreenCtx(self, green: int) -> tuple[int, str]:
+        return 0, f"context {green}"
+
+    def cuStreamDestroy(self, stream: int) -> tuple[int]:
+        assert self.streams.pop(stream) in self.contexts, "a stream goes before its context"
+        return (0,)
+
+    def cuGreenCtxDestroy(self, green: int) -> tuple[int]:
+        del self.contexts[green]
+        return (0,)
+
+
+def resource(ids: Iterable[int]) -> Any:
+    ids = set(ids)
+    return SimpleNamespace(sm=SimpleNamespace(smCount=len(ids)), ids=ids)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: (stream, device))
+    yield
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_all_parts_come_from_one_split_and_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(partitions, "_driver", lambda: driver)
+    device = torch.device("cuda", 0)
+    partition = Partition([64, 36, 24], device)
+    assert driver.splits == 1 and partition.sms == (64, 36, 24)
+    assert partition.streams == ((101, device), (102, device), (103, device))
+    assert partition.contexts == ("context 1", "context 2", "context 3")
+    parts = list(driver.contexts.values())
+    assert len(set().union(*parts)) == 124 and parts[1] >= {128, 129, 130, 131}
+    partition.close()
+    assert not driver.streams and not driver.contexts and partition.streams == partition.contexts == ()
+    partition.close()
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("driver", "message"),
+    [
+        (FakeDriver(version=12030), "the driver supports CUDA 12.3, and green contexts need 12.4"),
+        (FakeDriver(groups=12), "the driver makes 12 groups of 8 SMs, too few for 92 \\+ 40"),
+        (FakeDriver(refuses=1), "the CUDA driver refused to set SMs apart: CUDA_ERROR_OUT_OF_MEMORY"),
+    ],
+)
+def test_what_the_driver_cannot_do_is_said_and_undone(
+    driver: FakeDriver, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "_driver", lambda: driver)
+    with pytest.raises(PartitionError, match=message):
+        Partition([92, 40], torch.device("cuda", 0))
+    assert not driver.streams and not driver.contexts

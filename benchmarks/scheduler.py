@@ -18,7 +18,6 @@ import csv
 import json
 import os
 import platform
-import time
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -29,10 +28,10 @@ import numpy as np
 
 from benchmarks.iteration_time import Iterations, IterationTime
 from nanoflow.kv_cache import KVCache
-from nanoflow.ops.batch import StepOutput
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.pipeline.plan import NanoBatch, Plan
 from nanoflow.pipeline.split import BatchCutter
+from nanoflow.rehearsal import Rehearsal, least_iterations
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.cost_model import work_of
@@ -111,18 +110,10 @@ def simulate(
     for index, (prompt, output) in enumerate(lengths):
         scheduler.add(Sequence(index, tokens[:prompt], params[output], seed=index))
     series: list[tuple[float, ...]] = []
-    flying = None
+    rehearsal = Rehearsal(scheduler)
     while scheduler.unfinished and (iterations is None or len(series) < iterations):
         waiting = scheduler.waiting > 0
-        start = time.perf_counter()
-        formed = scheduler.form()
-        form_seconds = time.perf_counter() - start
-        update_seconds = 0.0
-        if flying is not None:
-            output = StepOutput(np.zeros(len(flying.sampled), np.int32)) if flying.sampled else None
-            start = time.perf_counter()
-            scheduler.update(flying, output)
-            update_seconds = time.perf_counter() - start
+        formed = rehearsal.step()
         if formed is not None:
             work = work_of(formed.batch)
             series.append(
@@ -133,19 +124,15 @@ def simulate(
                     work.decode_context,
                     work.prefill_pairs,
                     work.sampled_rows,
-                    kv.used_pages / kv.usable_pages,
+                    formed.kv_pages / kv.usable_pages,
                     waiting and scheduler.paced,
-                    form_seconds,
-                    update_seconds,
+                    formed.form_seconds,
+                    formed.update_seconds,
                 )
             )
-        flying = formed
-    held = PAGE_SIZE / 2 - 0.5
-    area = sum(b * (a + b / 2 + held) for a, b in lengths) / (kv.usable_pages * PAGE_SIZE)
-    rows = sum(a + b - 1 for a, b in lengths) / max_batch_tokens
-    slots = sum(b for _, b in lengths) / max_running
+    ideal = least_iterations(lengths, kv, max_batch_tokens, max_running)
     columns = [np.array(column) for column in zip(*series, strict=True)]
-    return Series(*columns, ideal=max(area, rows, slots), preemptions=scheduler.preemptions)
+    return Series(*columns, ideal=ideal, preemptions=scheduler.preemptions)
 
 
 def describe(series: Series) -> dict[str, Any]:

@@ -20,20 +20,15 @@ import os
 import platform
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.iteration_time import Iterations, IterationTime
-from nanoflow.kv_cache import KVCache
 from nanoflow.pipeline.cuda_executor import buckets
-from nanoflow.pipeline.plan import NanoBatch, Plan
-from nanoflow.pipeline.split import BatchCutter
-from nanoflow.rehearsal import Rehearsal, least_iterations
+from nanoflow.rehearsal import Rehearsal, least_iterations, rehearsal_scheduler
 from nanoflow.sampling_params import SamplingParams
-from nanoflow.scheduler import Scheduler
 from nanoflow.search.cost_model import work_of
 from nanoflow.sequence import Sequence
 
@@ -95,16 +90,15 @@ def simulate(
 ) -> Series:
     """Runs requests of (input, output) tokens through a scheduler, to the end or for some iterations."""
     longest = max(a + b for a, b in lengths)
-    whole = Fraction(1)
-    kv = KVCache(kv_tokens // PAGE_SIZE + 1, PAGE_SIZE, max_running, -(-longest // PAGE_SIZE))
-    scheduler = Scheduler(
-        kv=kv,
-        cut=BatchCutter([Plan(max_batch_tokens, (NanoBatch("a", whole, whole, max_batch_tokens),), ())], row_buckets),
+    scheduler = rehearsal_scheduler(
+        kv_tokens=kv_tokens,
+        page_size=PAGE_SIZE,
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
         max_model_len=longest,
         row_buckets=row_buckets,
     )
+    kv = scheduler.kv
     params = {b: SamplingParams(max_tokens=b, ignore_eos=True) for _, b in lengths}
     tokens = np.zeros(longest, np.int32)
     for index, (prompt, output) in enumerate(lengths):

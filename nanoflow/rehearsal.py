@@ -1,20 +1,50 @@
 """A scheduler at work without a model: what batches it forms, against an executor that answers at once.
 
 Contract: one iteration is in flight, as in `Engine.step`. Every token is 0, so a sequence ends at its limit, or, where
-that is asked for, one that may stop ends after the mean length of outputs.
+that is asked for, one that may stop ends after the mean length of outputs. Batches are padded as the sequential plan's.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence as Many
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import DenseBatch, StepOutput
+from nanoflow.pipeline.plan import NanoBatch, Plan
+from nanoflow.pipeline.split import BatchCutter
 from nanoflow.scheduler import Iteration, Scheduler
 
-__all__ = ["Rehearsal", "Rehearsed", "least_iterations"]
+__all__ = ["Rehearsal", "Rehearsed", "least_iterations", "rehearsal_scheduler"]
+
+
+def rehearsal_scheduler(
+    *,
+    kv_tokens: int,
+    page_size: int,
+    max_batch_tokens: int,
+    max_running: int,
+    max_model_len: int,
+    row_buckets: Many[int] = (),
+) -> Scheduler:
+    """A scheduler with an engine's limits (see `Scheduler.sizes`) that needs no model.
+
+    Args:
+        kv_tokens: of the KV cache, without the reserved page.
+        page_size: tokens of a page.
+        row_buckets: as `Scheduler` takes them; empty: batches are not padded.
+    """
+    whole = Fraction(1)
+    return Scheduler(
+        kv=KVCache(kv_tokens // page_size + 1, page_size, max_running, -(-max_model_len // page_size)),
+        cut=BatchCutter([Plan(max_batch_tokens, (NanoBatch("a", whole, whole, max_batch_tokens),), ())], row_buckets),
+        max_batch_tokens=max_batch_tokens,
+        max_running=max_running,
+        max_model_len=max_model_len,
+        row_buckets=row_buckets,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +77,10 @@ class Rehearsal:
         self._flying: Iteration | None = None
 
     def step(self) -> Rehearsed | None:
-        """Form one iteration and record the one before; None if none can run before that is seen."""
+        """Form one iteration and record the one before; None if none can run before that is seen.
+
+        Raises RuntimeError if there is neither.
+        """
         scheduler, before = self.scheduler, self._flying
         began = time.perf_counter()
         self._flying = formed = scheduler.form()
@@ -55,6 +88,8 @@ class Rehearsal:
         if before is not None:
             self._update(before)
         if formed is None:
+            if before is None:
+                raise RuntimeError(f"{scheduler.unfinished} sequences are unfinished and none can run")
             return None
         return Rehearsed(
             formed.batch,

@@ -101,7 +101,7 @@ def measure(folder: Path, source: Path) -> dict[str, Any]:
     def build_engine(model: Any, engine: Any, *_: Any, **__: Any) -> Engine:
         scheduler = Scheduler(
             kv=KVCache(20_000, 64, engine.max_running, 128),
-            cut=lambda decode, prefill: Cut([decode], [prefill], [decode + prefill]),
+            cut=lambda decode, prefill, _: Cut([decode], [prefill], [decode + prefill]),
             max_batch_tokens=65536,
             max_running=engine.max_running,
             max_model_len=8192,

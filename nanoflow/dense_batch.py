@@ -16,8 +16,9 @@ from nanoflow.pipeline.split import Cut
 
 __all__ = ["BatchLayout", "CutBatch", "form_dense_batch", "lay_out"]
 
-CutBatch = Callable[[int, int], Cut]
-"""Deals (decode rows, prefill rows) to nano-batches, as `nanoflow.pipeline.split.BatchCutter` does."""
+CutBatch = Callable[[int, int, int], Cut]
+"""Deals (decode rows, prefill rows) to nano-batches, as `nanoflow.pipeline.split.BatchCutter` does; the third number is
+that of the tokens that all decode rows attend to."""
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -40,12 +41,12 @@ class BatchLayout:
     """Of the executor's programs, the one that it is for."""
 
 
-def lay_out(cut: CutBatch, decode: int, prefill: int) -> BatchLayout:
-    """Gives rows to `decode` decode tokens and `prefill` prompt tokens.
+def lay_out(cut: CutBatch, decode: int, prefill: int, decode_tokens: int) -> BatchLayout:
+    """Gives rows to `decode` decode tokens, which attend to `decode_tokens` in all, and to `prefill` prompt tokens.
 
     Raises ValueError if `cut` does not deal out exactly the rows that it was given, or more than it makes room for.
     """
-    dealt = cut(decode, prefill)
+    dealt = cut(decode, prefill, decode_tokens)
     decode_counts, prefill_counts, rows = (np.asarray(c, np.int64) for c in (dealt.decode, dealt.prefill, dealt.rows))
     if decode_counts.sum() != decode or prefill_counts.sum() != prefill or len(decode_counts) != len(prefill_counts):
         raise ValueError(

@@ -74,7 +74,7 @@ class Scheduler:
 
     Args:
         kv: the KV cache; its slots are this scheduler's.
-        cut: deals (decode rows, prefill rows) to nano-batches, and pads them.
+        cut: deals (decode rows, prefill rows, tokens that decode rows attend to) to nano-batches, and pads them.
         max_batch_tokens: rows of a dense batch, padding not counted.
         max_running: sequences that hold a slot at a time; at most ``kv.max_running``.
         max_model_len: tokens of prompt and output that a sequence may have.
@@ -235,7 +235,8 @@ class Scheduler:
         chunk_lengths = np.array([c.length for c in chunks], np.int32)
         pieces = [slots.tokens[c.slot][c.start : c.start + c.length] for c in chunks]
         chunk_tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-        layout = lay_out(self.cut, len(decode), len(chunk_tokens))
+        attended = int(slots.computed[decode].sum(dtype=np.int64)) + len(decode)  # each attends to its own token too
+        layout = lay_out(self.cut, len(decode), len(chunk_tokens), attended)
         completes = np.array([c.completes for c in chunks], np.bool_)
         last_rows = layout.prefill_rows[np.cumsum(chunk_lengths)[completes] - 1]
         sampled_rows = np.concatenate([layout.decode_rows, last_rows]).astype(np.int32)

@@ -23,8 +23,12 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.plan_mix import PlanMix
 
-__all__ = ["MAIN_LANE", "WHOLE", "Entry", "FrozenMapping", "NanoBatch", "Plan", "PlanError", "Stage"]
+__all__ = ["MAIN_LANE", "PLAN_FORMAT", "WHOLE", "Entry", "FrozenMapping", "NanoBatch", "Plan", "PlanError", "Stage"]
+
+PLAN_FORMAT = 1
+"""Of the YAML. It grows when a key gets another meaning: a stored plan might then run otherwise than it was measured."""
 
 WHOLE = "whole"
 """The partition that every plan has: where `partitions` says nothing else of it, its lanes share the whole device."""
@@ -165,6 +169,10 @@ class Plan:
     """SMs of that device; None if no partition is confined."""
     least_rows: int = 0
     """Rows of the smallest dense batch that it is meant for; smaller ones run the sequential plan."""
+    mix: PlanMix | None = None
+    """What it was tuned for: other mixes do not run it. None means any."""
+    fingerprint: FrozenMapping[int | str] = field(default_factory=FrozenMapping)
+    """What else it was measured with, by the keys of `nanoflow.search.fingerprint`. Says nothing about how it runs."""
 
     def __post_init__(self) -> None:
         partitions = FrozenMapping({name: tuple(sms) for name, sms in self.partitions.items()})
@@ -173,6 +181,7 @@ class Plan:
         object.__setattr__(self, "partitions", partitions)
         object.__setattr__(self, "kernels", FrozenMapping(self.kernels))
         object.__setattr__(self, "measured", FrozenMapping(self.measured))
+        object.__setattr__(self, "fingerprint", FrozenMapping(self.fingerprint))
 
     @classmethod
     def sequential(cls, graph: Graph, capacity: int, *, model: str = "", gpu: str = "") -> "Plan":

@@ -14,13 +14,18 @@ from typing import Any
 import yaml
 
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
+from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.strict_yaml import StrictDumper, YamlError, load_yaml
 
 __all__ = ["format_plan", "parse_plan"]
 
-_KEYS = ("model", "gpu", "sms", "capacity", "least_rows", "nano_batches", "partitions", "period", "kernels", "measured")
+_KEYS = (
+    *("model", "gpu", "sms", "mix", "capacity", "least_rows", "nano_batches", "partitions", "period", "kernels"),
+    *("measured", "fingerprint"),
+)
 _SHARE = re.compile(r"\s*-?\d{1,999}([./]\d{1,999})?\s*")
 _NANO_BATCH_KEYS = ("decode", "prefill", "rows")
+_MIX_KEYS = ("decode", "prefill", "context")
 
 
 def parse_plan(text: str) -> Plan:
@@ -58,6 +63,13 @@ def parse_plan(text: str) -> Plan:
         gpu=_string(top.get("gpu", ""), "gpu"),
         sms=None if top.get("sms") is None else _integer(top["sms"], "sms"),
         least_rows=_integer(top.get("least_rows", 0), "least_rows"),
+        mix=_mix(top["mix"]) if "mix" in top else None,
+        fingerprint=FrozenMapping(
+            {
+                key: _whole_or_word(value, key)
+                for key, value in _mapping(top.get("fingerprint", {}), "fingerprint").items()
+            }
+        ),
     )
 
 
@@ -69,6 +81,8 @@ def format_plan(plan: Plan) -> str:
             data[key] = getattr(plan, key)
     if plan.sms is not None:
         data["sms"] = plan.sms
+    if plan.mix is not None:
+        data["mix"] = _Inline({key: getattr(plan.mix, key) for key in _MIX_KEYS})
     data["capacity"] = plan.capacity
     if plan.least_rows:
         data["least_rows"] = plan.least_rows
@@ -88,6 +102,8 @@ def format_plan(plan: Plan) -> str:
         data["kernels"] = _Inline(plan.kernels)
     if plan.measured:
         data["measured"] = _Inline(plan.measured)
+    if plan.fingerprint:
+        data["fingerprint"] = _Inline(plan.fingerprint)
     return yaml.dump(data, Dumper=_PlanDumper, sort_keys=False, width=116, allow_unicode=True)
 
 
@@ -104,6 +120,15 @@ def _nano_batch(name: str, value: object) -> NanoBatch:
         _share(fields["prefill"], f"{where}.prefill"),
         _integer(fields["rows"], f"{where}.rows"),
     )
+
+
+def _mix(value: object) -> PlanMix:
+    fields = _mapping(value, "mix")
+    _check_keys(fields, "mix.", _MIX_KEYS)
+    for key in _MIX_KEYS:
+        if key not in fields:
+            raise PlanError(f"mix.{key}: missing; a mix needs decode, prefill and context")
+    return PlanMix(**{key: _integer(fields[key], f"mix.{key}") for key in _MIX_KEYS})
 
 
 def _stage(index: int, value: object) -> Stage:
@@ -176,6 +201,12 @@ def _value(value: object, key: str) -> float | int | str:
     if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value)):
         return value
     raise PlanError(f"measured.{key}: expected a finite number or a word, not {value!r}")
+
+
+def _whole_or_word(value: object, key: str) -> int | str:
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        return value
+    raise PlanError(f"fingerprint.{key}: expected a whole number or a word, not {value!r}; put a version in quotes")
 
 
 def _check_keys(given: Mapping[str, object], prefix: str, known: tuple[str, ...]) -> None:

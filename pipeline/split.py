@@ -1,5 +1,8 @@
 """How a dense batch is cut: which of a run's plans it takes, and the rows of every nano-batch.
 
+Of the plans that are meant for its rows, a batch takes the one that was tuned for the nearest mix, if that is near
+enough (`NEAR_MIX`), else the first that is for any mix: the sequential plan, which stands last, is.
+
 Where an executor has graphs for some numbers of rows, a batch is padded up to the next of them. The rows of its
 nano-batches then follow from that number alone: a graph serves every mix of decode and prefill rows that fits.
 """
@@ -8,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from typing import NamedTuple
 
 from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.plan_mix import NEAR_MIX, PlanMix
 
 __all__ = ["BatchCutter", "Cut", "nano_batch_rows", "split_rows"]
 
@@ -29,11 +34,18 @@ class Cut:
     """The plan, counted as the executor does."""
 
 
+class _ForMix(NamedTuple):
+    number: int
+    least_rows: int
+    capacity: int
+    mix: PlanMix
+
+
 class BatchCutter:
     """Cuts the dense batches of a run.
 
     Args:
-        plans: in the order of preference; a batch takes the first that is meant for its rows.
+        plans: in the order of preference, of which the first wins where nothing else tells.
         row_buckets: numbers of rows, ascending, to the next of which a batch is padded; without any, nothing is padded.
     """
 
@@ -42,14 +54,31 @@ class BatchCutter:
         self.row_buckets = tuple(row_buckets)
         self.capacity = max(plan.capacity for plan in plans)
         """Most rows of a dense batch, padding not counted."""
+        self._by_mix = [_ForMix(n, p.least_rows, p.capacity, p.mix) for n, p in enumerate(plans) if p.mix is not None]
+        self._for_any = [(n, p.least_rows, p.capacity) for n, p in enumerate(plans) if p.mix is None]
 
-    def __call__(self, decode_rows: int, prefill_rows: int) -> Cut:
-        """Raises ValueError if no plan takes so many rows."""
+    def __call__(self, decode_rows: int, prefill_rows: int, decode_tokens: int) -> Cut:
+        """The cut of a batch whose decode rows attend to `decode_tokens` tokens in all.
+
+        Raises ValueError if no plan takes it.
+        """
+        return self.of(self.choose(decode_rows, prefill_rows, decode_tokens), decode_rows, prefill_rows)
+
+    def choose(self, decode_rows: int, prefill_rows: int, decode_tokens: int) -> int:
+        """Which plan such a batch takes. Raises ValueError if there is none."""
         total = decode_rows + prefill_rows
-        number = next((n for n, p in enumerate(self.plans) if p.least_rows <= total <= p.capacity), None)
-        if number is None:
-            raise ValueError(f"{decode_rows} decode and {prefill_rows} prefill rows fit none of the run's plans")
-        return self.of(number, decode_rows, prefill_rows)
+        nearest, chosen = NEAR_MIX, None
+        for plan in self._by_mix:
+            if plan.least_rows <= total <= plan.capacity:
+                distance = plan.mix.distance(decode_rows, prefill_rows, decode_tokens)
+                if distance < nearest:
+                    nearest, chosen = distance, plan.number
+        if chosen is not None:
+            return chosen
+        for number, least_rows, capacity in self._for_any:
+            if least_rows <= total <= capacity:
+                return number
+        raise ValueError(f"{decode_rows} decode and {prefill_rows} prefill rows fit none of the run's plans")
 
     def of(self, number: int, decode_rows: int, prefill_rows: int) -> Cut:
         """The cut by plan `number`. Raises ValueError if it has no room for so many rows."""

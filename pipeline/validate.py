@@ -25,6 +25,7 @@ def validate(
     """
     _check_identity(plan, model, gpu, sms)
     _check_nano_batches(plan)
+    _check_mix(plan)
     _check_partitions(plan)
     _check_kernels(plan, graph)
     compile_program(plan, graph)
@@ -39,6 +40,22 @@ def _check_identity(plan: Plan, model: str | None, gpu: str | None, sms: int | N
             )
     if sms is not None and plan.sms is not None and plan.sms != sms:
         raise PlanError(f"sms: the plan was tuned for {plan.sms} SMs, but this device has {sms}: use another plan")
+
+
+def _check_mix(plan: Plan) -> None:
+    mix = plan.mix
+    if mix is None:
+        return
+    for key, value in (("decode", mix.decode), ("prefill", mix.prefill), ("context", mix.context)):
+        if value < 0:
+            raise PlanError(f"mix.{key}: {value} is less than nothing; it must be at least 0")
+    if not max(1, plan.least_rows) <= mix.decode + mix.prefill <= plan.capacity:
+        raise PlanError(
+            f"mix: {mix.decode} decode and {mix.prefill} prefill rows are no batch of {max(1, plan.least_rows)} to "
+            f"{plan.capacity} rows, which the plan is for; change them, or `least_rows` and `capacity`"
+        )
+    if mix.decode and not mix.context:
+        raise PlanError("mix.context: decode rows attend to 1 token or more; give the mean of them")
 
 
 def _check_nano_batches(plan: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,7 +81,8 @@ def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, vocab_size: int, progr
         kv.page_table[request, :pages] = order[taken : taken + pages]
         taken += pages
     rows = mix.decode, int(prompts.sum())
-    layout = lay_out(partial(cut.of, program), *rows)
+    attended = int(lengths[: mix.decode].sum())
+    layout = lay_out(lambda decode, prefill, _: cut.of(program, decode, prefill), *rows, attended)
     sampled = np.concatenate([layout.decode_rows, layout.prefill_rows[np.cumsum(prompts) - 1]]).astype(np.int32)
     slots = np.arange(count, dtype=np.int32)
     return form_dense_batch(

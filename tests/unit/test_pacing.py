@@ -150,7 +150,7 @@ def run_with_stops(count: int, mean: int, pages: int) -> tuple[Scheduler, list[f
     kv = KVCache(pages, 16, 512, 64)
     scheduler = Scheduler(
         kv=kv,
-        cut=lambda d, p: Cut([d], [p], [d + p]),
+        cut=lambda d, p, _: Cut([d], [p], [d + p]),
         max_batch_tokens=512,
         max_running=512,
         max_model_len=512,
@@ -223,7 +223,7 @@ def test_a_prompt_that_was_begun_is_not_starved(buckets):
 def test_a_queue_that_grows_is_taken_for_endless():
     kv = KVCache(1001, 16, 64, 64)
     scheduler = Scheduler(
-        kv=kv, cut=lambda d, p: Cut([d], [p], [d + p]), max_batch_tokens=512, max_running=64, max_model_len=512
+        kv=kv, cut=lambda d, p, _: Cut([d], [p], [d + p]), max_batch_tokens=512, max_running=64, max_model_len=512
     )
     scheduler.expects_more = True
     for index in range(24):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, PlanError
+from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.validate import validate
 from tests.unit.plan_graphs import FakeOperation, llama_graph, read, write
 from tests.unit.plan_strategies import plans
@@ -18,6 +19,7 @@ TEXT = """\
 model: llama-3-8b
 gpu: NVIDIA H100 80GB HBM3
 sms: 132
+mix: {decode: 600, prefill: 680, context: 768}
 capacity: 1280
 nano_batches:
   a: {decode: 0.5, prefill: 1/3, rows: 640}
@@ -31,6 +33,7 @@ period:
     memory: [decode_attention.b, decode_attention.a@1]
 kernels: {o: reference}
 measured: {iteration_ms: 44.1, sequential_ms: 45.4, joules_per_token: 0.025}
+fingerprint: {shape: 32 layers, dtype: bfloat16, page_size: 128, cuda: '13.0'}
 """
 
 
@@ -56,6 +59,8 @@ def test_the_text_form_reads_back_and_writes_out_the_same():
     assert plan.period[0].lanes["memory"][1] == Entry("decode_attention", "a", 1)
     assert plan.lane_sms(0, "memory") == 40
     assert plan.measured["iteration_ms"] == 44.1
+    assert plan.mix == PlanMix(600, 680, 768)
+    assert plan.fingerprint["page_size"] == 128 and plan.fingerprint["cuda"] == "13.0"
 
 
 def test_sequential_reads_back_equal():
@@ -79,8 +84,10 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
     st.dictionaries(words, st.one_of(finite, words, st.integers()), max_size=4),
     st.dictionaries(st.sampled_from([op.name for op in GRAPH.layer]), words, max_size=3),
     st.fractions(0, 1),
+    st.none() | st.builds(PlanMix, st.integers(), st.integers(), st.integers()),
+    st.dictionaries(words, st.one_of(words, st.integers()), max_size=4),
 )
-def test_any_plan_reads_back_equal(plan, model, gpu, measured, kernels, share):
+def test_any_plan_reads_back_equal(plan, model, gpu, measured, kernels, share, mix, fingerprint):
     first = dataclasses.replace(plan.nano_batches[0], decode=share)
     plan = dataclasses.replace(
         plan,
@@ -89,6 +96,8 @@ def test_any_plan_reads_back_equal(plan, model, gpu, measured, kernels, share):
         gpu=gpu,
         measured=FrozenMapping(measured),
         kernels=FrozenMapping(kernels),
+        mix=mix,
+        fingerprint=FrozenMapping(fingerprint),
         sms=132,
         partitions=FrozenMapping({"split": (100, 32), "on": (8,)}),
     )
@@ -176,7 +185,7 @@ def test_load_names_the_file(tmp_path):
     [
         ("capacity: 1280", "capcity: 1280", "capcity: unknown key; did you mean 'capacity'?"),
         ("capacity: 1280\n", "", "capacity: missing"),
-        ("capacity: 1280", "capacity: 1280\ncapacity: 640", "line 5, column 1: the key capacity is given twice"),
+        ("capacity: 1280", "capacity: 1280\ncapacity: 640", "line 6, column 1: the key capacity is given twice"),
         ("capacity: 1280", "capacity: true", "capacity: expected a whole number, not True"),
         ("sms: 132", "sms: [132", "line 4, column"),
         ("a: {decode: 0.5", "a: {decode: half", "nano_batches.a.decode: 'half' is no share"),
@@ -195,6 +204,11 @@ def test_load_names_the_file(tmp_path):
         ("qkv.a@1", "5", "period[0].split.compute[3]: 5 is no nano-op"),
         ("qkv.a@1", "qkv.a.b", "period[0].split.compute[3]: 'qkv.a.b' is no nano-op"),
         ("{o: reference}", "{o: 3}", "kernels.o: expected a name, not 3"),
+        ("decode: 600, ", "", "mix.decode: missing"),
+        ("decode: 600, ", "decode: 600, prompts: 2, ", "mix.prompts: unknown key"),
+        ("decode: 600, ", "decode: 0.5, ", "mix.decode: expected a whole number, not 0.5"),
+        ("mix: {decode: 600, prefill: 680, context: 768}", "mix: 3", "mix: expected keys and values, not 3"),
+        ("'13.0'", "13.0", "fingerprint.cuda: expected a whole number or a word, not 13.0; put a version in quotes"),
         ("44.1", "[44.1]", "measured.iteration_ms: expected a finite number or a word, not [44.1]"),
     ],
 )
@@ -224,6 +238,13 @@ def test_text_that_is_no_plan(text):
         ("[92, 40]", "[92]", "period[0].split: 2 lanes (compute, memory) cannot share the 1 parts"),
         ("sms: 132\n", "", "partitions.whole: give the device's number of SMs as `sms`"),
         ("- split:", "- spilt:", "period[0].spilt: unknown partition 'spilt'; did you mean 'split'?"),
+        ("decode: 600, ", "decode: -1, ", "mix.decode: -1 is less than nothing"),
+        ("decode: 600, ", "decode: 601, ", "mix: 601 decode and 680 prefill rows are no batch of 1 to 1280 rows"),
+        (
+            "prefill: 680, context: 768",
+            "prefill: 680, context: 0",
+            "mix.context: decode rows attend to 1 token or more",
+        ),
         ("kernels: {o: reference}", "kernels: {oo: reference}", "kernels.oo: unknown operation 'oo'"),
         ("kernels: {o: reference}", "kernels: {o: refrence}", "kernels.o: unknown kernel 'refrence'; did you mean"),
     ],

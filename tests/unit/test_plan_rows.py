@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanoflow.pipeline.buffers import BufferSpec, assign_buffers, assign_scratch
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, Stage
+from nanoflow.pipeline.plan_mix import NEAR_MIX, PlanMix
 from nanoflow.pipeline.split import BatchCutter, nano_batch_rows, split_rows
 from tests.unit.plan_graphs import FakeOperation, llama_graph, read
 from tests.unit.plan_strategies import plans
@@ -79,7 +80,7 @@ def test_a_batch_takes_the_first_plan_that_is_meant_for_it():
     cut = BatchCutter([lanes, plan_with(("1", "1", 256))], [32, 64, 96, 128, 192])
     assert cut.capacity == 256
     assert cut.buckets(0) == (64, 96, 128) and cut.buckets(1) == (32, 64, 96, 128, 192, 256)
-    found = {rows: cut(rows - rows // 3, rows // 3) for rows in (1, 32, 33, 63, 64, 65, 97, 128, 129, 200, 256)}
+    found = {rows: cut(rows - rows // 3, rows // 3, 99) for rows in (1, 32, 33, 63, 64, 65, 97, 128, 129, 200, 256)}
     assert {rows: (c.program, list(c.rows)) for rows, c in found.items()} == {
         1: (1, [32]), 32: (1, [32]), 33: (1, [64]), 63: (1, [64]), 64: (0, [32, 32]), 65: (0, [64, 32]),
         97: (0, [96, 64]), 128: (0, [96, 64]), 129: (1, [192]), 200: (1, [256]), 256: (1, [256]),
@@ -88,9 +89,56 @@ def test_a_batch_takes_the_first_plan_that_is_meant_for_it():
         assert sum(c.decode) == rows - rows // 3 and sum(c.prefill) == rows // 3
         assert all(d + p <= room for d, p, room in zip(c.decode, c.prefill, c.rows, strict=True))
     with pytest.raises(ValueError, match="fit none of the run's plans"):
-        cut(200, 57)
+        cut(200, 57, 99)
     unpadded = BatchCutter([plan_with(("1/2", "1/2", 8), ("1/2", "1/2", 8))])
-    assert unpadded(5, 4).rows == [5, 4] and unpadded(0, 0).rows == [0, 0]
+    assert unpadded(5, 4, 99).rows == [5, 4] and unpadded(0, 0, 0).rows == [0, 0]
+
+
+def for_mix(decode: int, prefill: int, context: int, least_rows: int = 0) -> Plan:
+    plan = plan_with(("1/2", "1/2", 1024), ("1/2", "1/2", 1024))
+    return replace(plan, mix=PlanMix(decode, prefill, context), least_rows=least_rows)
+
+
+def test_a_batch_takes_the_plan_of_the_nearest_mix_that_is_near_enough():
+    own, other, third = for_mix(551, 554, 768), for_mix(341, 685, 1280), for_mix(421, 215, 1024, least_rows=600)
+    anything = plan_with(("1", "1", 2048))
+    cut = BatchCutter([own, other, third, anything])
+    assert cut.choose(551, 554, 551 * 768) == 0
+    assert cut.choose(341, 685, 341 * 1280) == 1
+    assert cut.choose(421, 215, 421 * 1024) == 2
+    assert cut.choose(500, 570, 500 * 800) == 0 and cut.choose(380, 660, 380 * 1200) == 1
+    # The same rows over other contexts are another mix, and so is half the batch; so is a batch below `least_rows`.
+    assert cut.choose(551, 554, 551 * 300) == 3
+    assert cut.choose(270, 270, 270 * 768) == 3
+    assert cut.choose(400, 199, 400 * 1024) == 3
+    assert cut(551, 554, 551 * 768).program == 0 and cut(0, 0, 0).program == 3
+    # The order decides between two of one mix, and so it does between plans for any.
+    assert BatchCutter([anything, own, own, anything]).choose(551, 554, 551 * 768) == 1
+    assert BatchCutter([own, anything, anything]).choose(9, 9, 9) == 1
+    with pytest.raises(ValueError, match="fit none of the run's plans"):
+        BatchCutter([own])(9, 9, 9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 600), st.integers(0, 600), st.integers(1, 4000)), min_size=1, max_size=8),
+    st.integers(0, 600), st.integers(0, 600), st.integers(1, 4000),
+)  # fmt: skip
+def test_no_plan_within_reach_is_nearer_than_the_one_chosen(mixes, decode, prefill, context):
+    tokens = decode * context
+    chosen = BatchCutter([*(for_mix(*mix) for mix in mixes), plan_with(("1", "1", 2048))]).choose(
+        decode, prefill, tokens
+    )
+    distances = [*(PlanMix(*mix).distance(decode, prefill, tokens) for mix in mixes), NEAR_MIX]
+    assert distances[chosen] == min(distances) and distances.index(distances[chosen]) == chosen
+
+
+def test_the_distance_between_mixes():
+    mix = PlanMix(300, 100, 1000)
+    assert mix.distance(300, 100, 300_000) == 0
+    assert mix.distance(310, 90, 300_000) == 20 / 400
+    assert mix.distance(300, 100, 400_000) == 1 / 4 and mix.distance(300, 100, 150_000) == 1 / 2
+    assert mix.distance(0, 0, 0) == 2 and PlanMix(0, 100, 0).distance(0, 100, 0) == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -99,7 +147,7 @@ def test_padded_nano_batches_hold_their_rows(plan, data):
     buckets = data.draw(st.sampled_from([(1, 2, 3, 4, 8, 16), (8, 16, 32, 64, 96, 128), (5, 50)]))
     total = data.draw(st.integers(1, plan.capacity))
     decode = data.draw(st.integers(0, total))
-    c = BatchCutter([plan], buckets)(decode, total - decode)
+    c = BatchCutter([plan], buckets)(decode, total - decode, 7 * decode)
     assert sum(c.decode) == decode and sum(c.prefill) == total - decode
     assert all(d + p <= rows for d, p, rows in zip(c.decode, c.prefill, c.rows, strict=True))
     bucket = next((rows for rows in buckets if total <= rows < plan.capacity), plan.capacity)

@@ -18,7 +18,7 @@ from tests.unit.fake_executor import EOS, VOCAB, FakeExecutor, reference, run
 def cut_evenly(nano_batches: int, row_buckets: Many[int]):
     """Each nano-batch is padded to a bucket of its own, more than an executor asks for."""
 
-    def cut(decode: int, prefill: int) -> Cut:
+    def cut(decode: int, prefill: int, decode_tokens: int) -> Cut:
         def share(rows: int) -> list[int]:
             return [rows // nano_batches + (i < rows % nano_batches) for i in range(nano_batches)]
 
@@ -379,7 +379,7 @@ def test_what_fits_to_the_last_page_runs():
 def test_a_split_that_loses_rows_is_refused():
     kv = KVCache(9, 4, 2, 4)
     scheduler = Scheduler(
-        kv=kv, cut=lambda d, p: Cut([d], [p - 1], [d + p]), max_batch_tokens=8, max_running=2, max_model_len=16
+        kv=kv, cut=lambda d, p, _: Cut([d], [p - 1], [d + p]), max_batch_tokens=8, max_running=2, max_model_len=16
     )
     scheduler.add(sequence(0, max_tokens=2))
     with pytest.raises(ValueError, match="must sum to its rows"):
@@ -389,7 +389,7 @@ def test_a_split_that_loses_rows_is_refused():
 def test_a_cut_that_has_too_little_room_is_refused():
     kv = KVCache(9, 4, 2, 4)
     scheduler = Scheduler(
-        kv=kv, cut=lambda d, p: Cut([d], [p], [d + p - 1]), max_batch_tokens=8, max_running=2, max_model_len=16
+        kv=kv, cut=lambda d, p, _: Cut([d], [p], [d + p - 1]), max_batch_tokens=8, max_running=2, max_model_len=16
     )
     scheduler.add(sequence(0, max_tokens=2))
     with pytest.raises(ValueError, match=r"nano-batches of \[4\] rows do not hold the \[5\]"):

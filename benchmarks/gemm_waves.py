@@ -13,44 +13,15 @@ whole products are better than they look here.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gemm_choices import HEAD, MODEL, linears
-from nanoflow.ops.gemm_config import GemmConfig, candidates, guess_cycles
+from nanoflow.ops.gemm_waves import waves
 
-FLOPS_A_CYCLE = 4096
-"""Of an SM of sm_90 in 16-bit types without sparsity."""
 CUTS = ("1280", "640+640", "768+512", "704+576")
 SMS = (84, 92, 100, 108, 116, 132)
-
-
-@dataclass(frozen=True)
-class Waves:
-    """One linear at one number of rows and SMs."""
-
-    config: GemmConfig
-    rounds: float
-    """Tiles over CTAs: a split config fills the last round."""
-    cycles: float
-    used: float
-    """Share of the tensor cores' cycles."""
-
-    def __str__(self) -> str:
-        tile = f"{self.config.block_m}x{self.config.columns(False)}"
-        return f"{tile}{'/' if self.config.split else ' '}{self.rounds:5.2f} {self.used:4.0%}"
-
-
-def waves(columns: int, inputs: int, rows: int, sms: int, *, silu: bool) -> Waves:
-    """The tile that is likely the fastest."""
-    config = candidates(rows, columns, inputs, sms, silu=silu)[0]
-    cycles = guess_cycles(config, rows, columns, inputs, sms, silu=silu)
-    tiles = math.prod(config.tiles(rows, columns, silu))
-    used = 2.0 * rows * columns * inputs / (FLOPS_A_CYCLE * sms * cycles)
-    return Waves(config, tiles / (sms * config.ctas_per_sm), cycles, used)
 
 
 def parse_cut(text: str) -> tuple[int, ...]:

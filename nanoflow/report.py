@@ -29,8 +29,10 @@ from nanoflow.pipeline.plan_text import format_plan
 from nanoflow.power import Energy
 from nanoflow.recording import LogHistogram, Recorder
 from nanoflow.search.cost_model import Bounds, Ceilings, bounds
+from nanoflow.search.mix import shared_works
+from nanoflow.search.rates import CeilingRates
+from nanoflow.search.simulate import simulate
 from nanoflow.search.timeline import Timeline
-from nanoflow.search.timeline_estimate import estimate_timeline, shared_works
 
 __all__ = ["SCHEMA_VERSION", "Goodput", "Percentiles", "RunReport", "idle_share", "make_report", "versions"]
 
@@ -305,13 +307,11 @@ def make_report(
         plan=config.pipeline.plan,
         plan_text=format_plan(program.plan),
         plan_timeline=_layer(
-            estimate_timeline(
+            simulate(
                 program,
                 shared_works(program.plan, stats.work.over(stats.iterations)),
-                ceilings,
-                model.dtype.itemsize,
-                device_sms(model.device),
-            )
+                CeilingRates(ceilings, device_sms(model.device), model.dtype.itemsize),
+            ).timeline
         ),
         sizes=engine.scheduler.sizes,
         config=config.model_dump(mode="json", exclude_none=True),

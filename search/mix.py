@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from nanoflow.ops.operation import Work
-from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.plan import NanoBatch, Plan
 from nanoflow.pipeline.split import split_rows
 
-__all__ = ["Mix", "mix_works"]
+__all__ = ["Mix", "mix_works", "shared_works"]
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,19 @@ def mix_works(plan: Plan, mix: Mix) -> tuple[Work, ...]:
             room -= taken
         works.append(work)
     return tuple(works)
+
+
+def shared_works(plan: Plan, work: Work) -> tuple[Work, ...]:
+    """`work` of a whole iteration among the nano-batches, by their shares of decode rows and of prefill rows."""
+
+    def part(nano_batch: NanoBatch) -> Work:
+        decode, prefill = float(nano_batch.decode), float(nano_batch.prefill)
+        return Work(
+            decode_rows=round(work.decode_rows * decode),
+            prefill_rows=round(work.prefill_rows * prefill),
+            decode_context=round(work.decode_context * decode),
+            prefill_context=round(work.prefill_context * prefill),
+            prefill_pairs=round(work.prefill_pairs * prefill),
+        )
+
+    return tuple(map(part, plan.nano_batches))

@@ -2,7 +2,7 @@
 
 Contract: a `Timeline` is frozen data that pictures, traces and reports are made of. It knows where every nano-op ran,
 from when to when, and, moment by moment, how many SMs worked, how many FLOP/s and how many bytes/s they did. What was
-measured is made into one here, estimates are made by `nanoflow.search.timeline_estimate`.
+measured is made into one here, estimates are made by `nanoflow.search.simulate`.
 """
 
 from collections.abc import Sequence

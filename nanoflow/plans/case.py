@@ -16,8 +16,9 @@ from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.mix import Mix, mix_works
+from nanoflow.search.rates import H100_ENERGY, CeilingRates, Energy
+from nanoflow.search.simulate import Simulation, simulate
 from nanoflow.search.timeline import Timeline
-from nanoflow.search.timeline_estimate import estimate_timeline
 
 __all__ = ["Device", "MixOptions", "PlanCase", "known_device", "open_case"]
 
@@ -34,9 +35,20 @@ class Device:
     name: str
     sms: int
     ceilings: Ceilings
+    energy: Energy
+
+    @property
+    def rates(self) -> CeilingRates:
+        """Of sm_90 in bfloat16."""
+        return CeilingRates(self.ceilings, self.sms, ITEMSIZE, tiles=True, energy=self.energy)
 
 
-H100 = Device("NVIDIA H100 80GB HBM3", 132, Ceilings(flops=717e12, bytes_per_second=3081e9, power_limit_watts=700.0))
+H100 = Device(
+    "NVIDIA H100 80GB HBM3",
+    132,
+    Ceilings(flops=717e12, bytes_per_second=3081e9, power_limit_watts=700.0),
+    H100_ENERGY,
+)
 DEVICES = {H100.name: H100}
 
 
@@ -62,9 +74,14 @@ class PlanCase:
         return mix_works(self.plan, self.mix)
 
     @cached_property
-    def timeline(self) -> Timeline:
+    def simulation(self) -> Simulation:
         """All layers of an iteration, estimated."""
-        return estimate_timeline(self.program, self.works, self.device.ceilings, ITEMSIZE, self.device.sms)
+        return simulate(self.program, self.works, self.device.rates)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Of the simulation."""
+        return self.simulation.timeline
 
     def with_layers(self, layers: int) -> "PlanCase":
         """The same with so many layers."""

@@ -9,6 +9,7 @@ from nanoflow.pipeline.grid import Block, Cell, Line, Name, render_grid
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.split import split_rows
 from nanoflow.plans.case import PlanCase
+from nanoflow.search.simulate import Simulation
 from nanoflow.search.timeline import Span, Timeline
 
 __all__ = ["period_grid", "plan_lines", "print_grid", "show"]
@@ -78,17 +79,32 @@ def stage_text(plan: Plan, stage: int, partition: str) -> str:
 
 def summary_lines(case: PlanCase) -> list[str]:
     """What the estimate comes to, what it stands on, and the same in sequence."""
-    timeline, sequential = case.timeline, case.sequential().timeline
-    busy = ", ".join(f"{lane} {share:.0%}" for lane, share in timeline.busy().items())
+    found = case.simulation
+    busy = ", ".join(f"{lane} {share:.0%}" for lane, share in found.timeline.busy().items())
     layers = f"{case.graph.layers} layer{'s' if case.graph.layers > 1 else ''}"
-    lines = [f"{case.model}, {layers}: {timeline.seconds * 1e3:,.2f} ms estimated, lanes busy: {busy}"]
+    lines = [f"{case.model}, {layers}: {found.seconds * 1e3:,.2f} ms estimated, lanes busy: {busy}"]
+    limit = case.device.ceilings.power_limit_watts
+    limited = f"under {limit:g} W: {_limited(found)}"
     if len(case.program.lanes) > 1 or len(case.plan.nano_batches) > 1:
-        ratio = sequential.seconds / timeline.seconds if timeline.seconds else 1.0
-        lines.append(f"in sequence: {sequential.seconds * 1e3:,.2f} ms estimated, {ratio:.2f} times as long")
+        sequential = case.sequential().simulation
+        ratio = _times(sequential.seconds, found.seconds)
+        lines.append(f"in sequence: {sequential.seconds * 1e3:,.2f} ms estimated, {ratio}")
+        ratio = _times(sequential.limited_seconds, found.limited_seconds)
+        limited += f"; in sequence {_limited(sequential)}, {ratio}"
+    lines.append(limited)
     lines.append(f"mix: {case.mix}")
     lines.append(f"ceilings: {case.ceilings_text}")
-    lines.append("(at best: launches cost nothing here, and neither power nor kernels that do not scale limit it)")
+    lines.append("(at best: launches cost nothing here, and tiles are all that keeps kernels from scaling)")
     return lines
+
+
+def _limited(found: Simulation) -> str:
+    joules = "" if found.joules is None else f" and {found.joules:,.2f} J"
+    return f"{found.limited_seconds * 1e3:,.2f} ms{joules}"
+
+
+def _times(one: float, other: float) -> str:
+    return f"{one / other if other else 1.0:.2f} times as long"
 
 
 def period_grid(timeline: Timeline, width: int, marked: Collection[int] = ()) -> list[Line]:

@@ -12,8 +12,8 @@ from nanoflow.errors import InputError, OutputError
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.plans.chrome_trace import TraceInfo, read_trace, write_trace
+from nanoflow.search.mix import shared_works
 from nanoflow.search.timeline import Timeline, measured_timeline
-from nanoflow.search.timeline_estimate import shared_works
 from tests.unit.test_timeline import GRAPH, SPLIT, WORK, estimate
 
 PLAN = parse_plan(SPLIT)

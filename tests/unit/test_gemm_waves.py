@@ -3,8 +3,9 @@
 import pytest
 
 from benchmarks import gemm_waves
-from benchmarks.gemm_waves import FLOPS_A_CYCLE, parse_cut, waves
+from benchmarks.gemm_waves import parse_cut
 from nanoflow.ops.gemm_config import GemmConfig, guess_cycles
+from nanoflow.ops.gemm_waves import FLOPS_A_CYCLE, waves
 
 
 def test_cycles_of_whole_tiles_are_rounds_of_k_steps() -> None:

@@ -14,8 +14,10 @@ from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, Stage
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.search.cost_model import Ceilings, work_of, works_of
+from nanoflow.search.mix import shared_works
+from nanoflow.search.rates import CeilingRates, bandwidth_on
+from nanoflow.search.simulate import simulate
 from nanoflow.search.timeline import Timeline, measured_timeline
-from nanoflow.search.timeline_estimate import bandwidth_on, estimate_timeline, shared_works
 from tests.unit.plan_strategies import batches, plans
 
 CEILINGS = Ceilings(flops=1e9, bytes_per_second=1e9)
@@ -45,7 +47,7 @@ SPLIT = (
 
 
 def estimate(plan: Plan, work: Work = WORK, ceilings: Ceilings = CEILINGS, sms: int = 100) -> Timeline:
-    return estimate_timeline(compile_program(plan, GRAPH), shared_works(plan, work), ceilings, 4, sms)
+    return simulate(compile_program(plan, GRAPH), shared_works(plan, work), CeilingRates(ceilings, sms, 4)).timeline
 
 
 def check(timeline: Timeline, program: Program, ceilings: Ceilings = CEILINGS) -> None:
@@ -117,7 +119,7 @@ def test_lanes_that_read_together_share_the_bandwidth() -> None:
 @given(plans(GRAPH), st.floats(1e7, 1e11), st.floats(1e7, 1e11))
 def test_no_estimate_exceeds_its_ceilings_or_its_waits(plan: Plan, flops: float, bandwidth: float) -> None:
     program, ceilings = compile_program(plan, GRAPH), Ceilings(flops, bandwidth)
-    timeline = estimate_timeline(program, shared_works(plan, WORK), ceilings, 4, 100)
+    timeline = simulate(program, shared_works(plan, WORK), CeilingRates(ceilings, 100, 4)).timeline
     check(timeline, program, ceilings)
     again = measured_timeline(
         program, [(s.start, s.end) for s in timeline.spans], shared_works(plan, WORK), 4, timeline.device_sms
@@ -173,7 +175,7 @@ def test_times_and_works_must_belong_to_the_program() -> None:
     with pytest.raises(ValueError, match=r"1 measured times do not belong to a program of \d+ steps"):
         measured_timeline(program, [(0.0, 1.0)], [WORK], 4, 100)
     with pytest.raises(ValueError, match="2 works do not belong to a plan of 1 nano-batches"):
-        estimate_timeline(program, [WORK, WORK], CEILINGS, 4, 100)
+        simulate(program, [WORK, WORK], CeilingRates(CEILINGS, 100, 4))
 
 
 @pytest.mark.parametrize(("sms", "measured"), [(16, 1170e9), (24, 1730e9), (32, 2240e9), (40, 2620e9), (132, 3000e9)])

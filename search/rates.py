@@ -1,0 +1,176 @@
+"""How fast operations run: alone, on a part of the SMs, and beside each other.
+
+Contract: `Rates` answers for one device and one dtype, from the operation and its work alone; it knows no plan. The
+simulator and the search take any. `CeilingRates` computes them from a few measured ceilings; a profile, which has them
+measured, is another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nanoflow.ops.gemm_waves import waves
+from nanoflow.ops.linear import Linear, LinearSilu
+from nanoflow.ops.operation import Cost, Operation, Work
+from nanoflow.search.cost_model import Ceilings
+
+__all__ = ["H100_ENERGY", "CeilingRates", "Energy", "Rates", "Running", "bandwidth_on"]
+
+
+@dataclass(frozen=True)
+class Running:
+    """An operation at work."""
+
+    op: Operation
+    work: Work
+    sms: int | None
+    """SMs of its lane; None: the lane is not confined."""
+
+
+class Rates(Protocol):
+    """Of one device, for one dtype."""
+
+    @property
+    def device_sms(self) -> int:
+        """SMs of the device."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of weights and activations."""
+
+    @property
+    def idle_watts(self) -> float | None:
+        """What the device draws whatever runs; None: joules are not known, and `joules` means nothing."""
+
+    @property
+    def limit_watts(self) -> float | None:
+        """What the device may draw; None: no limit is known."""
+
+    def seconds(self, op: Operation, work: Work, sms: int | None) -> float:
+        """What `work` takes with nothing beside it, on `sms` SMs or, for None, on the whole device."""
+
+    def kept(self, running: Running, beside: Sequence[Running]) -> float:
+        """The share of its solo speed, above 0 and up to 1, that `running` keeps while `beside` run in other lanes."""
+
+    def joules(self, op: Operation, work: Work, sms: int | None) -> float:
+        """What `work` takes beyond what the device draws whatever runs."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Where the joules of a device go."""
+
+    joules_per_flop: float
+    joules_per_byte: float
+    """Of main memory, read or written."""
+    watts: float
+    """Drawn whatever runs."""
+
+
+H100_ENERGY = Energy(joules_per_flop=0.67e-12, joules_per_byte=138e-12, watts=200.0)
+"""Of an H100 80GB HBM3 in bfloat16.
+
+The watts are what is left of one layer's power when its products and its decode attention were measured alone and
+together: of 950 mJ in 1.41 ms about 650 mJ went with the work, and the rest, 200 W, with time. Given those, the two
+others are solved from the joules, FLOPs and bytes of the steady state of two recorded runs
+(benchmarks/results/offline_throughput.json): 512-512, 29,766 J in 43.0 s, 692 W and 30.6 J an iteration, and 512-1024,
+21,659 J in 31.4 s. The other runs come out within 2%. Idle moments and lower clocks are in these figures as they were
+there.
+"""
+
+
+def bandwidth_on(sms: float, device_sms: int, ceiling: float) -> float:
+    """Bytes/s that `sms` of a device's `device_sms` SMs read, if all of them read `ceiling`.
+
+    Few SMs have too few loads in flight: the rate grows with them and then saturates.
+    With x = 3.235 * sms / device_sms::
+
+        rate = ceiling * x / (1 + x ** 5.5) ** (1 / 5.5)
+
+    fitted to decode attention on an H100 (132 SMs): 1,170, 1,730, 2,240, 2,620 and 3,000 GB/s on 16, 24, 32, 40 and all
+    SMs, which it meets within 1.5%. A measured profile of the device may take its place.
+    """
+
+    def saturating(share: float) -> float:
+        x = 3.235 * share
+        return float(x / (1 + x**5.5) ** (1 / 5.5))
+
+    return ceiling * min(1.0, saturating(sms / device_sms) / saturating(1.0))
+
+
+@dataclass(frozen=True)
+class CeilingRates:
+    """Rates at best, by a device's ceilings.
+
+    An operation takes the longest of: its FLOPs at its SMs' share of the FLOP/s ceiling, its bytes at what so many SMs
+    read (`bandwidth_on`), its bytes on the wire at the link's ceiling. Side by side, lanes that are not confined share
+    the SMs evenly; where all together would move more bytes than memory gives, each gets an even share, and what one
+    leaves over goes to the others. Launching costs nothing. Joules are ``joules_per_flop * FLOPs + joules_per_byte *
+    bytes``, whatever the SMs.
+    """
+
+    ceilings: Ceilings
+    device_sms: int
+    itemsize: int
+    tiles: bool = False
+    """Lengthen products by the share of the tensor cores' cycles that their tiles leave unused; only for devices that
+    `nanoflow.ops.gemm_waves` counts for: sm_90 in 16-bit types."""
+    energy: Energy | None = None
+    _costs: dict[tuple[Operation, Work], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def idle_watts(self) -> float | None:
+        return None if self.energy is None else self.energy.watts
+
+    @property
+    def limit_watts(self) -> float | None:
+        return self.ceilings.power_limit_watts
+
+    def seconds(self, op: Operation, work: Work, sms: int | None) -> float:
+        return self._seconds(op, work, self.device_sms if sms is None else sms)
+
+    def joules(self, op: Operation, work: Work, sms: int | None) -> float:
+        if self.energy is None:
+            return 0.0
+        cost = self._cost(op, work)
+        return self.energy.joules_per_flop * cost.flops + self.energy.joules_per_byte * cost.bytes
+
+    def kept(self, running: Running, beside: Sequence[Running]) -> float:
+        together = [running, *beside]
+        free = sum(each.sms is None for each in together)
+        speeds, moved = [], []
+        for each in together:
+            sms = self.device_sms / free if each.sms is None else each.sms
+            speeds.append(1 / self._seconds(each.op, each.work, sms))
+            moved.append(self._cost(each.op, each.work).bytes * speeds[-1])
+        room, left = self.ceilings.bytes_per_second, len(together)
+        granted = moved[0]
+        for place in sorted(range(len(together)), key=lambda place: moved[place]):
+            share = min(moved[place], room / left)
+            room, left = room - share, left - 1
+            if place == 0:
+                granted = share
+        speed = speeds[0] * granted / moved[0] if moved[0] else speeds[0]
+        return min(1.0, speed * self.seconds(running.op, running.work, running.sms))
+
+    def _seconds(self, op: Operation, work: Work, sms: float) -> float:
+        cost, ceilings = self._cost(op, work), self.ceilings
+        used = 1.0
+        if self.tiles and work.rows and isinstance(op, Linear | LinearSilu):
+            linear = op.linear if isinstance(op, LinearSilu) else op
+            silu = isinstance(op, LinearSilu)
+            used = waves(sum(linear.outputs), linear.inputs, work.rows, max(1, int(sms)), silu=silu).used
+        needed = [
+            cost.flops / (ceilings.flops * used * sms / self.device_sms),
+            cost.bytes / bandwidth_on(sms, self.device_sms, ceilings.bytes_per_second),
+            cost.wire_bytes / ceilings.link_bytes_per_second if ceilings.link_bytes_per_second else 0.0,
+        ]
+        # A cost that no known ceiling limits (the wire's, where the link was not measured) takes next to no time.
+        return max(*needed, 1e-12)
+
+    def _cost(self, op: Operation, work: Work) -> Cost:
+        """Kept: a simulation asks for the same again and again."""
+        key = op, work
+        if key not in self._costs:
+            self._costs[key] = op.cost(work, self.itemsize)
+        return self._costs[key]

@@ -1,0 +1,160 @@
+"""What an iteration's layers take under a plan, simulated on any rates.
+
+Pseudo-code::
+
+    while nano-ops are left:
+        start every lane's next nano-op whose predecessors are done
+        speed = what the nano-op does alone on its lane's SMs, times the share that it keeps beside the others
+        go on to the moment at which the first of them ends; speeds change there
+
+Power, with joules that go with the work, D, and watts that are drawn whatever runs, W:
+
+    joules in s seconds         = D + W * s
+    seconds under the limit, s' = max(seconds, joules in s' seconds / limit) = max(seconds, D / (limit - W))
+
+All of an iteration is stretched alike: GPUs hold their limit over many iterations, not within one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nanoflow.ops.operation import Cost, Work
+from nanoflow.pipeline.program import Program
+from nanoflow.search.rates import Rates, Running
+from nanoflow.search.timeline import Load, Segment, Timeline, spans_of, step_costs
+
+__all__ = ["Simulation", "simulate"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """All layers of an iteration. What stands before and behind them is the same under every plan, and left out."""
+
+    timeline: Timeline
+    limited_seconds: float
+    """Under the power limit, by the formula above; where no limit or no joules are known, the timeline's seconds."""
+    joules: float | None
+    """In `limited_seconds`; None where the rates know none."""
+
+    @property
+    def seconds(self) -> float:
+        """If power limited nothing."""
+        return self.timeline.seconds
+
+
+def simulate(program: Program, works: Sequence[Work], rates: Rates) -> Simulation:
+    """Run `program` on paper.
+
+    Args:
+        works: of each nano-batch (`nanoflow.search.mix.mix_works`).
+
+    Raises ValueError if there are not as many works as nano-batches, or if the power limit is not above what the device
+    draws whatever runs.
+    """
+    costs = step_costs(program, works, rates.itemsize)
+    running = _running(program, works)
+    timeline = _timeline(program, running, costs, rates)
+    if rates.idle_watts is None:
+        return Simulation(timeline, timeline.seconds, None)
+    joules: dict[tuple[str, int | None], float] = {}
+    total = 0.0
+    for step, cost in enumerate(costs):
+        nano_op, each = program.steps[step].nano_op, running[step]
+        key = nano_op.op, nano_op.nano_batch
+        if key not in joules:
+            joules[key] = 0.0 if cost == Cost() else rates.joules(each.op, each.work, each.sms)
+        total += joules[key]
+    seconds = timeline.seconds
+    if rates.limit_watts is not None:
+        if rates.limit_watts <= rates.idle_watts:
+            raise ValueError(
+                f"a power limit of {rates.limit_watts:g} W is not above the {rates.idle_watts:g} W that are drawn "
+                "whatever runs; give rates that belong to one device"
+            )
+        seconds = max(seconds, total / (rates.limit_watts - rates.idle_watts))
+    return Simulation(timeline, seconds, total + rates.idle_watts * seconds)
+
+
+def _running(program: Program, works: Sequence[Work]) -> list[Running]:
+    total = sum(works, Work())
+    return [
+        Running(
+            program.graph.operation(step.nano_op.op),
+            total if step.nano_op.nano_batch is None else works[step.nano_op.nano_batch],
+            program.plan.lane_sms(step.stage, step.lane),
+        )
+        for step in program.steps
+    ]
+
+
+def _timeline(program: Program, at_work: Sequence[Running], costs: Sequence[Cost], rates: Rates) -> Timeline:
+    """By the pseudo-code above."""
+    steps, device_sms = program.steps, rates.device_sms
+    queues = {lane: list(reversed(indices)) for lane, indices in program.lanes.items()}
+    times: list[tuple[float, float]] = [(0.0, 0.0)] * len(steps)
+    done = bytearray(len(steps))
+    running: dict[int, float] = {}  # step -> what is left of it, from 1 to 0
+    segments: list[Segment] = []
+    known: dict[tuple[Running, ...], dict[Running, float]] = {}  # layers are alike: few sets of them ever run together
+    clock = 0.0
+    while True:
+        _start(program, queues, done, running, costs, times, clock)
+        if not running:
+            break
+        together = tuple(at_work[step] for step in running)
+        if together not in known:
+            known[together] = _speeds(together, rates)
+        speeds = {step: known[together][at_work[step]] for step in running}
+        free = sum(each.sms is None for each in together)
+        length = min(left / speeds[step] for step, left in running.items())
+        loads = []
+        for step in running:
+            own = at_work[step].sms
+            sms = device_sms / free if own is None else float(own)
+            loads.append(
+                Load(steps[step].lane, sms, costs[step].flops * speeds[step], costs[step].bytes * speeds[step])
+            )
+        segments.append(Segment(clock, clock + length, tuple(loads)))
+        clock += length
+        for step in list(running):
+            if running[step] <= length * speeds[step] * (1 + 1e-12):
+                del running[step]
+                done[step] = 1
+                times[step] = (times[step][0], clock)
+            else:
+                running[step] -= length * speeds[step]
+    spans = spans_of(program, costs, times)
+    return Timeline(spans, tuple(segments), clock, "estimated", device_sms, program.plan.lanes)
+
+
+def _speeds(together: Sequence[Running], rates: Rates) -> dict[Running, float]:
+    """How much of each is done in a second while all run."""
+    return {
+        each: rates.kept(each, [*together[:place], *together[place + 1 :]])
+        / rates.seconds(each.op, each.work, each.sms)
+        for place, each in enumerate(together)
+    }
+
+
+def _start(
+    program: Program,
+    queues: Mapping[str, list[int]],
+    done: bytearray,
+    running: dict[int, float],
+    costs: Sequence[Cost],
+    times: list[tuple[float, float]],
+    clock: float,
+) -> None:
+    """Start what may start at `clock`; what has nothing to do ends at once."""
+    moved = True
+    while moved:
+        moved = False
+        for queue in queues.values():
+            # A lane's next step has the one before among its predecessors, so a lane never runs two.
+            while queue and all(done[before] for before in program.predecessors[queue[-1]]):
+                step, moved = queue.pop(), True
+                times[step] = (clock, clock)
+                if costs[step] == Cost():
+                    done[step] = 1
+                else:
+                    running[step] = 1.0

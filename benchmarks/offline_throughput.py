@@ -33,7 +33,7 @@ from nanoflow.devices import choose_device
 from nanoflow.errors import UserError
 from nanoflow.loading import build_engine, open_model
 from nanoflow.report import SCHEMA_VERSION
-from nanoflow.writer import replace_file
+from nanoflow.search.files import replace_file
 
 RESULTS = Path(__file__).parent / "results" / "offline_throughput.json"
 MODEL = Path(__file__).parents[1] / "configs" / "models" / "llama-3-8b"

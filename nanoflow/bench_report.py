@@ -16,8 +16,8 @@ from nanoflow.devices import hardware
 from nanoflow.errors import OutputError
 from nanoflow.report import Percentiles, RunReport, versions
 from nanoflow.search.cost_model import Ceilings
+from nanoflow.search.files import replace_file
 from nanoflow.steady_state import Stretch
-from nanoflow.writer import replace_file
 
 __all__ = ["BenchReport", "Repetition", "Spread", "WarmUp", "make_bench_report"]
 

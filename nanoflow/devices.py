@@ -17,6 +17,7 @@ __all__ = [
     "choose_device",
     "device_sms",
     "driver_cuda_version",
+    "driver_version",
     "gpu_problem",
     "hardware",
     "memory_shortage",
@@ -97,6 +98,18 @@ def driver_cuda_version() -> tuple[int, int] | None:
     if library.cuDriverGetVersion(ctypes.byref(version)) != 0 or version.value == 0:
         return None
     return version.value // 1000, version.value % 1000 // 10
+
+
+def driver_version() -> str | None:
+    """The driver's own version, such as 580.65.06; None where it does not say."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(96)
+    if library.nvmlInit_v2() != 0 or library.nvmlSystemGetDriverVersion(text, len(text)) != 0:
+        return None
+    return text.value.decode()
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Every check stands alone: one that fails, or whose library is broken, becomes a line of the table and stops no other.
 """
 
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow import __version__
-from nanoflow.devices import driver_cuda_version, gpu_problem
+from nanoflow.devices import driver_cuda_version, driver_version, gpu_problem
 from nanoflow.memory import format_bytes, free_bytes
 
 __all__ = ["Check", "as_json", "examine", "print_checks"]
@@ -119,23 +118,11 @@ def _driver() -> Check:
     version = driver_cuda_version()
     if version is None:
         return Check("NVIDIA driver", "optional", "none", "a GPU needs the NVIDIA driver (in a container: its GPUs)")
-    found = f"{_nvml_driver() or 'version unknown'}, CUDA up to {version[0]}.{version[1]}"
+    found = f"{driver_version() or 'version unknown'}, CUDA up to {version[0]}.{version[1]}"
     built = torch.version.cuda
     if built is not None and version[0] < int(built.split(".")[0]):
         return Check("NVIDIA driver", "missing", found, f"torch is built for CUDA {built}: update the driver")
     return Check("NVIDIA driver", "ok", found)
-
-
-def _nvml_driver() -> str | None:
-    """The driver's own version, such as 580.65.06."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    text = ctypes.create_string_buffer(96)
-    if library.nvmlInit_v2() != 0 or library.nvmlSystemGetDriverVersion(text, len(text)) != 0:
-        return None
-    return text.value.decode()
 
 
 def _gpus() -> list[Check]:

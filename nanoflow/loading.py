@@ -1,14 +1,17 @@
 """From a configuration to an engine that is ready to run: checkpoint, graph, plan, weights, KV cache, executor."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 
 from nanoflow.checkpoints import Checkpoint, open_checkpoint
 from nanoflow.config_schema import EngineSection, ModelSection, PipelineSection
-from nanoflow.devices import check_head_size, choose_device
+from nanoflow.devices import check_head_size, choose_device, device_sms, driver_version
 from nanoflow.engine import Engine
 from nanoflow.errors import ConfigError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
@@ -19,12 +22,12 @@ from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import CaptureError, Executor, KVLayout, Weights
 from nanoflow.pipeline.partitions import PartitionError
-from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan import PlanError
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.pipeline.validate import validate
+from nanoflow.plan_choice import choose_plans
 from nanoflow.scheduler import Scheduler
-from nanoflow.search.store import find_plan
+from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.weights import load_weights, required_bytes
 
@@ -76,6 +79,7 @@ def build_engine(
     weights: Literal["load", "random"] = "load",
     job: Sequence[int] | None = None,
     more: bool = False,
+    quiet: bool = False,
 ) -> Engine:
     """Load the weights and make the engine.
 
@@ -83,12 +87,18 @@ def build_engine(
         job: for each completion of the job, the tokens of its prompt with its longest output. It bounds the KV cache of
             `kv_memory: auto` on a CPU; None if the job is not known.
         more: `job` is only the beginning of the job, and one longer request may follow.
+        quiet: do not say on standard error which plans `pipeline.plan: auto` found.
 
     Raises:
         OutOfMemoryError: the weights, or one request's pages, do not fit.
+        PlanError: the plan file cannot be used.
     """
-    plans = choose_plans(model, engine, pipeline or PipelineSection())
-    page_size = PAGE_SIZES[model.device.type] if engine.page_size == "auto" else int(engine.page_size)
+    asked = (pipeline or PipelineSection()).plan
+    chosen = choose_plans(asked, model.graph, run_fingerprint(model, engine), engine.max_batch_tokens)
+    if not quiet:
+        for note in chosen.notes:
+            print(note, file=sys.stderr, flush=True)
+    page_size = _page_size(model, engine)
     if model.device.type == "cuda":
         # Before minutes of loading: whether what the weights will leave holds the job's longest request.
         left = free_bytes(model.device) - required_bytes(model.graph, model.dtype)
@@ -97,7 +107,7 @@ def build_engine(
     loaded = load_weights(model.graph, model.checkpoint, model.dtype, model.device, weights)
     pages = _kv_pages(model, engine, page_size, job, more)
     pages_per_sequence = -(-model.max_model_len // page_size)
-    programs = [compile_program(plan, model.graph) for plan in plans]
+    programs = [compile_program(plan, model.graph) for plan in chosen.plans]
     executor = _executor(model, engine, programs, loaded, KVLayout(pages, page_size, pages_per_sequence))
     scheduler = Scheduler(
         kv=KVCache(pages, page_size, engine.max_running, pages_per_sequence),
@@ -118,37 +128,24 @@ def build_engine(
     )
 
 
-def choose_plans(model: Model, engine: EngineSection, pipeline: PipelineSection) -> list[Plan]:
-    """The plan that `pipeline.plan` asks for, and the sequential one for the batches that it is not meant for.
-
-    That is the sequential plan alone, the stored one (or sequential if none fits), or a file's. Raises PlanError.
-    """
-    sequential = Plan.sequential(model.graph, engine.max_batch_tokens)
-    plan = _asked_for(model, engine, pipeline, sequential)
-    covers_all = plan.least_rows <= 1 and plan.capacity >= engine.max_batch_tokens
-    return [plan] if covers_all else [plan, sequential]
+def machine_fingerprint(device: torch.device) -> Fingerprint:
+    """What plans that are measured on `device` depend on, as far as it is the machine's."""
+    here = Fingerprint(gpu=device_name(device), torch=torch.__version__.split("+")[0])
+    if device.type != "cuda":
+        return here
+    triton = version("triton") if find_spec("triton") else None
+    return replace(here, sms=device_sms(device), triton=triton, cuda=torch.version.cuda, driver=driver_version())
 
 
-def _asked_for(model: Model, engine: EngineSection, pipeline: PipelineSection, sequential: Plan) -> Plan:
-    if pipeline.plan == "sequential":
-        return sequential
-    if pipeline.plan == "auto":
-        found = find_plan(
-            model.graph, model=model.checkpoint.name, device=device_name(model.device), capacity=engine.max_batch_tokens
-        )
-        return found or sequential
-    plan = Plan.load(pipeline.plan, model.graph)
-    sms = torch.cuda.get_device_properties(model.device).multi_processor_count if model.device.type == "cuda" else None
-    try:
-        validate(plan, model.graph, model=model.checkpoint.name, gpu=device_name(model.device), sms=sms)
-    except PlanError as error:
-        raise PlanError(f"{pipeline.plan}: {error}") from None
-    if plan.capacity > engine.max_batch_tokens:
-        raise ConfigError(
-            f"pipeline.plan: {pipeline.plan} has a capacity of {plan.capacity} rows, more than "
-            f"engine.max_batch_tokens = {engine.max_batch_tokens}; raise max_batch_tokens or use another plan"
-        )
-    return plan
+def run_fingerprint(model: Model, engine: EngineSection) -> Fingerprint:
+    """What plans that are measured with this model and engine on this machine depend on."""
+    return replace(
+        machine_fingerprint(model.device),
+        model=model.checkpoint.name,
+        shape=graph_shape(model.graph),
+        dtype=str(model.dtype).removeprefix("torch."),
+        page_size=_page_size(model, engine),
+    )
 
 
 def _executor(
@@ -176,6 +173,11 @@ def _executor(
             "engine.max_batch_tokens or engine.max_running"
             + ("; cuda_graphs: false runs without graphs" if isinstance(error, CaptureError) else "")
         ) from None
+
+
+def _page_size(model: Model, engine: EngineSection) -> int:
+    """Tokens of a KV page."""
+    return PAGE_SIZES[model.device.type] if engine.page_size == "auto" else int(engine.page_size)
 
 
 def _page_bytes(model: Model, page_size: int) -> int:

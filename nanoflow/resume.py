@@ -16,7 +16,8 @@ from nanoflow.errors import CheckpointError, InputError, OutputError
 from nanoflow.input_files import InputFiles, file_identity
 from nanoflow.ledger import Ledger
 from nanoflow.loading import Model
-from nanoflow.writer import OutputWriter, replace_file
+from nanoflow.search.files import replace_file
+from nanoflow.writer import OutputWriter
 
 __all__ = ["Fingerprint", "check_same_run", "fingerprint", "read_output", "save_state"]
 

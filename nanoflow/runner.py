@@ -110,7 +110,7 @@ def run(
             if feed.exhausted:
                 _sort(config, writer, ledger, quiet)
                 return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
-            engine = engine_for(config, model, ahead, more=not feed.ended)
+            engine = engine_for(config, model, ahead, more=not feed.ended, quiet=quiet)
             feed.prepare = engine.check
             try:
                 began = time.perf_counter()
@@ -174,8 +174,8 @@ def _describe(config: RunConfig, identity: Fingerprint) -> None:
     save_config(config)
 
 
-def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool) -> Engine:
-    """The engine, its KV cache sized by the first prompts; `more` may follow."""
+def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool, quiet: bool = False) -> Engine:
+    """The engine, its KV cache sized by the first prompts; `more` may follow. `quiet` as `build_engine` has it."""
     # Those that are too long become error records.
     fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
     job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
@@ -186,6 +186,7 @@ def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool)
         weights=config.model.weights,
         job=job or [1],  # nothing but error records
         more=more,
+        quiet=quiet,
     )
 
 

@@ -23,9 +23,10 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from nanoflow.errors import OutputError
+from nanoflow.search.files import sync_folder
 from nanoflow.sorting import LineOrder, copy_in_order, find_order
 
-__all__ = ["SYNC_SECONDS", "OutputWriter", "encode", "replace_file"]
+__all__ = ["SYNC_SECONDS", "OutputWriter", "encode"]
 
 SYNC_SECONDS = 5.0
 _LONGEST_LINE = 2**30
@@ -256,33 +257,6 @@ class OutputWriter:
                     if self.regular:
                         self._sync_error = error
                     return
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Put a file with this text in the place of `path`, whose readers find the old text or the new. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where that can be asked for."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:

@@ -25,10 +25,24 @@ from typing import Generic, TypeVar
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan_mix import PlanMix
 
-__all__ = ["MAIN_LANE", "PLAN_FORMAT", "WHOLE", "Entry", "FrozenMapping", "NanoBatch", "Plan", "PlanError", "Stage"]
+__all__ = [
+    "FINGERPRINT_KEYS",
+    "MAIN_LANE",
+    "PLAN_FORMAT",
+    "WHOLE",
+    "Entry",
+    "FrozenMapping",
+    "NanoBatch",
+    "Plan",
+    "PlanError",
+    "Stage",
+]
 
 PLAN_FORMAT = 1
-"""Of the YAML. It grows when a key gets another meaning: a stored plan might then run otherwise than it was measured."""
+"""Of the YAML. It grows when a key gets another meaning: a stored plan might then run otherwise than was measured."""
+
+FINGERPRINT_KEYS = ("shape", "dtype", "page_size", "format", "torch", "triton", "cuda", "driver")
+"""What a stored plan says of its measurement, beside model, GPU and SMs: see `nanoflow.search.fingerprint`."""
 
 WHOLE = "whole"
 """The partition that every plan has: where `partitions` says nothing else of it, its lanes share the whole device."""
@@ -172,7 +186,7 @@ class Plan:
     mix: PlanMix | None = None
     """What it was tuned for: other mixes do not run it. None means any."""
     fingerprint: FrozenMapping[int | str] = field(default_factory=FrozenMapping)
-    """What else it was measured with, by the keys of `nanoflow.search.fingerprint`. Says nothing about how it runs."""
+    """What else it was measured with, by `FINGERPRINT_KEYS`. Says nothing about how it runs."""
 
     def __post_init__(self) -> None:
         partitions = FrozenMapping({name: tuple(sms) for name, sms in self.partitions.items()})

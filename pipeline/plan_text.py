@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
+from nanoflow.pipeline.plan import FINGERPRINT_KEYS, Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
 from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.strict_yaml import StrictDumper, YamlError, load_yaml
 
@@ -64,12 +64,7 @@ def parse_plan(text: str) -> Plan:
         sms=None if top.get("sms") is None else _integer(top["sms"], "sms"),
         least_rows=_integer(top.get("least_rows", 0), "least_rows"),
         mix=_mix(top["mix"]) if "mix" in top else None,
-        fingerprint=FrozenMapping(
-            {
-                key: _whole_or_word(value, key)
-                for key, value in _mapping(top.get("fingerprint", {}), "fingerprint").items()
-            }
-        ),
+        fingerprint=_fingerprint(top.get("fingerprint", {})),
     )
 
 
@@ -129,6 +124,17 @@ def _mix(value: object) -> PlanMix:
         if key not in fields:
             raise PlanError(f"mix.{key}: missing; a mix needs decode, prefill and context")
     return PlanMix(**{key: _integer(fields[key], f"mix.{key}") for key in _MIX_KEYS})
+
+
+def _fingerprint(value: object) -> FrozenMapping[int | str]:
+    fields = _mapping(value, "fingerprint")
+    _check_keys(fields, "fingerprint.", FINGERPRINT_KEYS)
+    for key, found in fields.items():
+        if not isinstance(found, int | str) or isinstance(found, bool):
+            raise PlanError(
+                f"fingerprint.{key}: expected a whole number or a word, not {found!r}; put a version in quotes"
+            )
+    return FrozenMapping(fields)
 
 
 def _stage(index: int, value: object) -> Stage:
@@ -201,12 +207,6 @@ def _value(value: object, key: str) -> float | int | str:
     if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value)):
         return value
     raise PlanError(f"measured.{key}: expected a finite number or a word, not {value!r}")
-
-
-def _whole_or_word(value: object, key: str) -> int | str:
-    if isinstance(value, int | str) and not isinstance(value, bool):
-        return value
-    raise PlanError(f"fingerprint.{key}: expected a whole number or a word, not {value!r}; put a version in quotes")
 
 
 def _check_keys(given: Mapping[str, object], prefix: str, known: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, PlanError
+from nanoflow.pipeline.plan import FINGERPRINT_KEYS, Entry, FrozenMapping, NanoBatch, Plan, PlanError
 from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.validate import validate
 from tests.unit.plan_graphs import FakeOperation, llama_graph, read, write
@@ -85,7 +85,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
     st.dictionaries(st.sampled_from([op.name for op in GRAPH.layer]), words, max_size=3),
     st.fractions(0, 1),
     st.none() | st.builds(PlanMix, st.integers(), st.integers(), st.integers()),
-    st.dictionaries(words, st.one_of(words, st.integers()), max_size=4),
+    st.dictionaries(st.sampled_from(FINGERPRINT_KEYS), st.one_of(words, st.integers()), max_size=4),
 )
 def test_any_plan_reads_back_equal(plan, model, gpu, measured, kernels, share, mix, fingerprint):
     first = dataclasses.replace(plan.nano_batches[0], decode=share)
@@ -208,6 +208,7 @@ def test_load_names_the_file(tmp_path):
         ("decode: 600, ", "decode: 600, prompts: 2, ", "mix.prompts: unknown key"),
         ("decode: 600, ", "decode: 0.5, ", "mix.decode: expected a whole number, not 0.5"),
         ("mix: {decode: 600, prefill: 680, context: 768}", "mix: 3", "mix: expected keys and values, not 3"),
+        ("page_size: 128", "pagesize: 128", "fingerprint.pagesize: unknown key; did you mean 'page_size'?"),
         ("'13.0'", "13.0", "fingerprint.cuda: expected a whole number or a word, not 13.0; put a version in quotes"),
         ("44.1", "[44.1]", "measured.iteration_ms: expected a finite number or a word, not [44.1]"),
     ],

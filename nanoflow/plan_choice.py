@@ -1,0 +1,87 @@
+"""The plans of a run: what `pipeline.plan` asks for, and what it becomes with this model on this machine."""
+
+from dataclasses import dataclass
+
+from nanoflow.errors import ConfigError
+from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.validate import validate
+from nanoflow.search.fingerprint import Fingerprint
+from nanoflow.search.store import StoredPlan, Verdict, judge, stored_plans
+
+__all__ = ["ChosenPlans", "choose_plans", "plan_text"]
+
+
+@dataclass(frozen=True)
+class ChosenPlans:
+    """The plans of a run, and what is to be said of the choice."""
+
+    plans: tuple[Plan, ...]
+    """In the order of preference. Of several, the last is sequential and takes what the others are not meant for."""
+    notes: tuple[str, ...] = ()
+    """For `auto`, a line that says what was chosen and why; before it one for each stored plan in doubt or damaged."""
+
+
+def choose_plans(asked: str, graph: Graph, here: Fingerprint, max_batch_tokens: int) -> ChosenPlans:
+    """The plans of a run, the sequential one among them where the others do not take every batch.
+
+    Args:
+        asked: `pipeline.plan`: ``sequential``, ``auto`` (all stored ones that fit), or a plan file.
+
+    Raises PlanError and ConfigError, for a file.
+    """
+    sequential = Plan.sequential(graph, max_batch_tokens)
+    if asked == "sequential":
+        return ChosenPlans((sequential,))
+    if asked == "auto":
+        return _stored(graph, here, sequential)
+    plan = Plan.load(asked)
+    try:
+        here.refuse(plan)  # first: another model's plan would fail for a less telling reason
+        validate(plan, graph)
+    except PlanError as error:
+        raise PlanError(f"{asked}: {error}") from None
+    if plan.capacity > max_batch_tokens:
+        raise ConfigError(
+            f"pipeline.plan: {asked} has a capacity of {plan.capacity} rows, more than "
+            f"engine.max_batch_tokens = {max_batch_tokens}; raise max_batch_tokens or use another plan"
+        )
+    takes_all = plan.mix is None and plan.least_rows <= 1 and plan.capacity >= max_batch_tokens
+    return ChosenPlans((plan,) if takes_all else (plan, sequential), tuple(_doubts(asked, here.doubts(plan))))
+
+
+def plan_text(stored: StoredPlan) -> str:
+    """What a stored plan is for and what it gained, in a line."""
+    assert stored.plan is not None
+    gain = "not measured" if stored.ratio is None else f"{stored.ratio:.3f} times as fast as in sequence"
+    return f"{stored.plan.mix or 'any mix'} ({gain}, {stored.file.name})"
+
+
+def _stored(graph: Graph, here: Fingerprint, sequential: Plan) -> ChosenPlans:
+    verdicts = judge(stored_plans(), here, graph, sequential.capacity)
+    used = [verdict.stored for verdict in verdicts if not verdict.against]
+    notes = [f"warning: {verdict.against[0].splitlines()[0]}; it is skipped" for verdict in verdicts if verdict.damaged]
+    for verdict in verdicts:
+        notes += _doubts(str(verdict.stored.file), verdict.doubts)
+    run = f"{here.model} on {here.gpu}"
+    if used:
+        notes.append(f"plan: {len(used)} stored for {run}: {'; '.join(map(plan_text, used))}; the rest in sequence")
+    else:
+        notes.append(f"plan: sequential, since {_why_none(verdicts, here, run)}")
+    plans = [stored.plan for stored in used if stored.plan is not None]
+    return ChosenPlans((*plans, sequential), tuple(notes))
+
+
+def _why_none(verdicts: list[Verdict], here: Fingerprint, run: str) -> str:
+    for verdict in verdicts:
+        plan = verdict.stored.plan
+        if plan is not None and (plan.model, plan.gpu) == (here.model, here.gpu):
+            why = verdict.against[0].splitlines()[0]
+            return f"no plan stored for {run} fits ({verdict.stored.file.name}: {why}; see `nanoflow plan list`)"
+    return f"none is stored for {run}"
+
+
+def _doubts(file: str, doubts: tuple[str, ...] | list[str]) -> list[str]:
+    if not doubts:
+        return []
+    return [f"warning: {file}: measured with {'; '.join(doubts)}: it may gain less than it says, or lose"]

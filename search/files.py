@@ -1,0 +1,35 @@
+"""Files that are replaced in one step: whatever ends the process, readers find the old content or the new."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["replace_file", "sync_folder"]
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put a file with this text in the place of `path`, whose readers find the old text or the new. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes that write the same file must not write into one another's.
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where that can be asked for."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

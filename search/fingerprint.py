@@ -1,0 +1,95 @@
+"""What a measurement of a plan depends on, written into the stored plan and compared before the plan is used again.
+
+Another model, another shape of it, another GPU, number of SMs or data type: the plan was made for something else, and
+is refused. Another page size or other versions: it can run, but what was measured may not hold any more.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+
+from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.plan import PLAN_FORMAT, FrozenMapping, Plan, PlanError
+
+__all__ = ["Fingerprint", "graph_shape"]
+
+OWN_KEYS = ("model", "gpu", "sms")
+"""Keys that every plan may have; the others stand under `fingerprint`."""
+REFUSED = (*OWN_KEYS, "shape", "dtype")
+"""Keys of which another value refuses the plan."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A run, or what a plan was measured with. None: not known, or of no meaning here; it is not compared."""
+
+    model: str | None = None
+    gpu: str | None = None
+    """The GPU's name, or ``cpu``."""
+    sms: int | None = None
+    shape: str | None = None
+    """As `graph_shape` gives it."""
+    dtype: str | None = None
+    page_size: int | None = None
+    """Tokens of a KV page."""
+    format: int = PLAN_FORMAT
+    """Of the plan's YAML."""
+    torch: str | None = None
+    triton: str | None = None
+    cuda: str | None = None
+    """That torch was built for."""
+    driver: str | None = None
+
+    def stamp(self, plan: Plan) -> Plan:
+        """`plan` as one that was measured here."""
+        known = {key: value for key, value in asdict(self).items() if value is not None}
+        rest = {key: value for key, value in known.items() if key not in OWN_KEYS}
+        return replace(
+            plan,
+            model=self.model or "",
+            gpu=self.gpu or "",
+            sms=plan.sms if self.sms is None else self.sms,
+            fingerprint=FrozenMapping(rest),
+        )
+
+    def refusals(self, plan: Plan) -> list[str]:
+        """Why `plan` is for something else than this run, one line a difference; nothing if it is for this."""
+        return [line for key, line in self._differences(plan) if key in REFUSED]
+
+    def doubts(self, plan: Plan) -> list[str]:
+        """What was otherwise when `plan` was measured, one line a difference; it can run all the same.
+
+        Nothing here measures it again. A caller that can should do so before it believes `plan.measured`.
+        """
+        return [line for key, line in self._differences(plan) if key not in REFUSED]
+
+    def refuse(self, plan: Plan) -> None:
+        """Raise PlanError, with every difference on a line, if `plan` is for something else than this run."""
+        lines = self.refusals(plan)
+        if lines:
+            raise PlanError(
+                "\n  ".join(["the plan was tuned for something else than this run", *lines])
+                + "\nuse `plan: sequential`, or a plan that was tuned for this: see `nanoflow plan list`"
+            )
+
+    def _differences(self, plan: Plan) -> list[tuple[str, str]]:
+        tuned = {"model": plan.model, "gpu": plan.gpu, "sms": plan.sms, **plan.fingerprint}
+        return [
+            (
+                key,
+                f"{key}: tuned for {tuned[key]}, here {here}" if key in REFUSED else f"{key} {tuned[key]}, here {here}",
+            )
+            for key, here in asdict(self).items()
+            if here is not None and tuned.get(key) not in (None, "", here)
+        ]
+
+
+def graph_shape(graph: Graph) -> str:
+    """What tells the graphs of two models of one name apart: sizes to read, and a hash of operations and columns."""
+    operations = [
+        (op.name, type(op).__name__, [(access.buffer, access.rows.name, access.write) for access in op.accesses],
+         [(weight.name, weight.shape) for weight in op.weights])
+        for op in (*graph.prologue, *graph.layer, *graph.epilogue)
+    ]  # fmt: skip
+    sizes = (graph.layers, graph.heads, graph.kv_heads, graph.head_dim, graph.vocab_size)
+    digest = hashlib.sha256(repr((sizes, sorted(graph.values.items()), operations)).encode()).hexdigest()[:12]
+    return f"{graph.layers} layers of {len(graph.layer)} operations, {digest}"

@@ -26,7 +26,7 @@ from nanoflow.config_schema import RunConfig
 from nanoflow.engine import Engine
 from nanoflow.errors import ConfigError, InputError, OutputError
 from nanoflow.feed import Feed
-from nanoflow.input_files import STDIN, InputFiles
+from nanoflow.input_files import once_only
 from nanoflow.interrupt import Interrupts
 from nanoflow.ledger import Ledger
 from nanoflow.loading import Model, open_model
@@ -240,12 +240,8 @@ def _count(config: RunConfig, model: Model, requests: int | None) -> int:
 
 def _check_workload(config: RunConfig) -> None:
     """Raises ConfigError for an input that can be read only once."""
-    inputs = config.workload.input
-    if inputs is None:
-        return
-    once = [STDIN] if STDIN in inputs else [str(path) for path in InputFiles(inputs).paths if not path.is_file()]
-    if once:
-        raise ConfigError(f"workload.input: {once[0]} can be read only once, and a bench repeats it; save it to a file")
+    if once := once_only(config.workload.input or ()):
+        raise ConfigError(f"workload.input: {once} can be read only once, and a bench repeats it; save it to a file")
 
 
 def _check_out(path: Path, config: RunConfig) -> None:

@@ -20,7 +20,17 @@ import zstandard
 
 from nanoflow.errors import InputError
 
-__all__ = ["LONGEST_LINE", "STDIN", "InputFiles", "InputLine", "Source", "expand", "file_identity", "reads"]
+__all__ = [
+    "LONGEST_LINE",
+    "STDIN",
+    "InputFiles",
+    "InputLine",
+    "Source",
+    "expand",
+    "file_identity",
+    "once_only",
+    "reads",
+]
 
 STDIN = "-"
 LONGEST_LINE = 2**26
@@ -105,6 +115,16 @@ def file_identity(path: Path) -> str:
                 file.seek(sample * (size - _PIECE) // (_SAMPLES - 1))
                 digest.update(file.read(_PIECE))
     return f"{size} bytes, {digest.hexdigest()}"
+
+
+def once_only(items: Sequence[str]) -> str | None:
+    """The first of what entries of `workload.input` name that cannot be read twice (standard input, a pipe), or None.
+
+    Raises InputError as `InputFiles` does.
+    """
+    if STDIN in items:
+        return STDIN
+    return next((str(path) for path in InputFiles(items).paths if not path.is_file()), None)
 
 
 class InputFiles:

@@ -31,11 +31,15 @@ from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.weights import load_weights, required_bytes
 
-__all__ = ["Model", "build_engine", "open_model"]
+__all__ = ["Model", "build_engine", "gpu_kv_tokens", "open_model"]
 
 PAGE_SIZES = {"cpu": 64, "cuda": 128}
 """Tokens of a KV page. On a CPU attention works page by page, and shorter pages cost more than they save; on an H100
 decode attention reads pages of 128 tokens 3% faster than pages of 64."""
+
+CONTEXT_BYTES = 600_000_000
+"""Of a GPU's memory, what CUDA and PyTorch take before the KV cache is made. With it, `gpu_kv_tokens` comes within 0.2%
+of the tokens that runs of Llama-3-8B had on an H100 (79.1 GiB; benchmarks/results/offline_throughput.json)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -166,8 +170,9 @@ def _executor(
         raise PlanError(f"partitions: {error}; change the plan's sizes, or use `plan: sequential`") from None
     except (CaptureError, torch.OutOfMemoryError) as error:
         what = str(error) if isinstance(error, CaptureError) else "memory ran out for the buffers of an iteration"
+        cache = format_bytes(kv.pages * _page_bytes(model.graph, model.dtype, kv.page_size))
         raise OutOfMemoryError(
-            f"engine.kv_memory: {what}: with the weights, {format_bytes(kv.pages * _page_bytes(model, kv.page_size))} "
+            f"engine.kv_memory: {what}: with the weights, {cache} "
             f"of KV cache and buffers for {max(p.plan.capacity for p in programs)} rows, "
             f"{format_bytes(free_bytes(model.device))} are left. Lower kv_memory (a fraction such as 0.85), "
             "engine.max_batch_tokens or engine.max_running"
@@ -175,14 +180,31 @@ def _executor(
         ) from None
 
 
+def gpu_kv_tokens(graph: Graph, engine: EngineSection, total: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """KV tokens that an engine would have on a GPU with `total` bytes of memory that nothing else uses; needs no GPU.
+
+    `total` is what the driver tells: 84.9e9 of an H100 with 80 GB. A job that can use less gets less. Raises
+    OutOfMemoryError if the model and two pages do not fit.
+    """
+    page_size = PAGE_SIZES["cuda"] if engine.page_size == "auto" else int(engine.page_size)
+    page_bytes = _page_bytes(graph, dtype, page_size)
+    free = total - CONTEXT_BYTES - required_bytes(graph, dtype)
+    size = kv_bytes(engine.kv_memory, device="cuda", job_bytes=0, free=free, total=total)
+    if size < 2 * page_bytes:
+        raise OutOfMemoryError(
+            f"engine.kv_memory: {engine.kv_memory} is {format_bytes(size)} on a GPU of {format_bytes(total)}, less "
+            f"than the {format_bytes(2 * page_bytes)} of two pages; raise kv_memory, or take a GPU with more memory"
+        )
+    return (size // page_bytes - 1) * page_size
+
+
 def _page_size(model: Model, engine: EngineSection) -> int:
     """Tokens of a KV page."""
     return PAGE_SIZES[model.device.type] if engine.page_size == "auto" else int(engine.page_size)
 
 
-def _page_bytes(model: Model, page_size: int) -> int:
-    graph = model.graph
-    return 2 * graph.layers * graph.kv_heads * graph.head_dim * page_size * model.dtype.itemsize
+def _page_bytes(graph: Graph, dtype: torch.dtype, page_size: int) -> int:
+    return 2 * graph.layers * graph.kv_heads * graph.head_dim * page_size * dtype.itemsize
 
 
 def _kv_pages(
@@ -197,7 +219,7 @@ def _kv_pages(
 
     `free` memory of the device is measured unless given. Raises OutOfMemoryError if the longest request does not fit.
     """
-    page_bytes = _page_bytes(model, page_size)
+    page_bytes = _page_bytes(model.graph, model.dtype, page_size)
     if job is None:
         each = [-(-model.max_model_len // page_size)] * engine.max_running
         needed = 1

@@ -110,7 +110,9 @@ class Rehearsal:
                 self.scheduler.finish(sequence, "stop")
 
 
-def least_iterations(lengths: Iterable[tuple[int, int]], kv: KVCache, max_batch_tokens: int, max_running: int) -> float:
+def least_iterations(
+    lengths: Iterable[tuple[float, float]], kv: KVCache, max_batch_tokens: int, max_running: int
+) -> float:
     """Iterations that requests of (prompt, output) tokens need at least: with the KV cache, the rows of the batches or
     the slots in full use from the first to the last, whichever is scarcest.
 

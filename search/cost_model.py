@@ -19,9 +19,10 @@ from itertools import pairwise
 import numpy as np
 
 from nanoflow.ops.batch import DenseBatch
-from nanoflow.ops.operation import Cost, Work
+from nanoflow.ops.graph import Graph
+from nanoflow.ops.operation import Cost, Operation, Work
 
-__all__ = ["Bounds", "Ceilings", "bounds", "optimal_tokens_per_second", "work_of", "works_of"]
+__all__ = ["Bounds", "Ceilings", "bounds", "optimal_tokens_per_second", "sequential_seconds", "work_of", "works_of"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,21 @@ def bounds(cost: Cost, ceilings: Ceilings, joules: float | None = None) -> Bound
     if joules is not None and ceilings.power_limit_watts:
         seconds["power"] = joules / ceilings.power_limit_watts
     return Bounds(seconds)
+
+
+def sequential_seconds(graph: Graph, work: Work, ceilings: Ceilings, itemsize: int) -> float:
+    """Seconds of an iteration with one operation after the other, each as long as its scarcest resource needs.
+
+    An estimate from below: launching, tiles that are not full and the power limit cost nothing. `itemsize`: bytes of an
+    element.
+    """
+
+    def needed(op: Operation, work: Work) -> float:
+        return max(bounds(op.cost(work, itemsize), ceilings).seconds.values())
+
+    outside = sum(needed(op, work) for op in graph.prologue)
+    outside += sum(needed(op, Work(prefill_rows=work.sampled_rows)) for op in graph.epilogue if work.sampled_rows)
+    return graph.layers * sum(needed(op, work) for op in graph.layer) + outside
 
 
 def optimal_tokens_per_second(parameters: int, ceilings: Ceilings) -> float:

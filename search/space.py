@@ -1,0 +1,234 @@
+"""The search space: what a tuner may choose of a plan, and the plan that a choice stands for.
+
+Contract: a `PlanChoice` is frozen data that says little; `build_plan` makes a plan of it, the same one every time, and
+every choice builds a plan that `nanoflow.pipeline.validate` accepts. `suggest` asks Optuna for one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from nanoflow.ops.graph import Graph
+from nanoflow.ops.operation import Cost, Work
+from nanoflow.pipeline.plan import WHOLE, FrozenMapping, NanoBatch, Plan
+from nanoflow.pipeline.split import UNITS
+from nanoflow.search.list_schedule import ATTENTION, PRODUCTS, SPLIT, Order, products_of, schedule
+from nanoflow.search.mix import Mix, mix_works
+from nanoflow.search.rates import Rates
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+__all__ = ["MOST_NANO_BATCHES", "SHARES", "PlanChoice", "build_plan", "suggest"]
+
+SHARES = 16
+"""Shares are counted in parts of so many."""
+MOST_NANO_BATCHES = 4
+NAMES = "abcd"
+GRANULE = 8
+"""The memory lane's SMs are a multiple of it."""
+LEAST_ROWS = 64
+"""Of a nano-batch, on average, for so many to be suggested."""
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A point of the search space. The default is the sequential plan."""
+
+    decode: tuple[int, ...] = (SHARES,)
+    """Each nano-batch's sixteenths of the decode rows."""
+    prefill: tuple[int, ...] = (SHARES,)
+    """The same of the prefill rows."""
+    row_unit: int = 128
+    """Rows of nano-batches are multiples of it, 128 or 64, if each of them gets one."""
+    whole: frozenset[str] = frozenset()
+    """Products over all rows at once."""
+    beside: tuple[bool, ...] = ()
+    """For each nano-batch, whether its decode attention runs in a memory lane, beside products of the others; left out:
+    none does."""
+    skew: int = 0
+    """Products of a nano-batch that come before the first of the next; beyond them the list scheduler decides."""
+    stages: Literal["one", "several"] = "one"
+    """One: the lanes go on side by side. Several: the device is split where an attention runs beside products, and
+    whole everywhere else."""
+    memory_sms: int | None = None
+    """SMs of the memory lane, the compute lane having the others; None: the lanes share the device."""
+    kernels: FrozenMapping[str] = field(default_factory=FrozenMapping)
+    """Kernel of a product, where it is not the device's default."""
+
+    def __post_init__(self) -> None:
+        count = len(self.decode)
+        if not 1 <= count <= MOST_NANO_BATCHES:
+            raise ValueError(f"decode: {self.decode} is of {count} nano-batches; give 1 to {MOST_NANO_BATCHES}")
+        object.__setattr__(self, "beside", self.beside or (False,) * count)
+        for key, value in (("prefill", self.prefill), ("beside", self.beside)):
+            if len(value) != count:
+                raise ValueError(f"{key}: {value} is not of {count} nano-batches, as decode is")
+        for key, shares in (("decode", self.decode), ("prefill", self.prefill)):
+            if min(shares) < 0 or sum(shares) != SHARES:
+                raise ValueError(f"{key}: {shares} are not sixteenths that add up to {SHARES}")
+        if any(not decode and not prefill for decode, prefill in zip(self.decode, self.prefill, strict=True)):
+            raise ValueError(f"decode, prefill: a nano-batch has no share of {self.decode} and {self.prefill}; drop it")
+        if self.row_unit not in UNITS[:2]:
+            raise ValueError(f"row_unit: {self.row_unit} is not {UNITS[0]} or {UNITS[1]}")
+        if unknown := self.whole - set(PRODUCTS):
+            raise ValueError(f"whole: {sorted(unknown)[0]!r} is none of {', '.join(PRODUCTS)}")
+        if self.skew < 0:
+            raise ValueError(f"skew: {self.skew} must be 0 or more")
+        if self.stages not in ("one", "several"):
+            raise ValueError(f"stages: {self.stages!r} is neither 'one' nor 'several'")
+        if self.memory_sms is not None and (self.memory_sms < GRANULE or self.memory_sms % GRANULE):
+            raise ValueError(f"memory_sms: {self.memory_sms} is no multiple of {GRANULE}")
+
+
+def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rates) -> Plan:
+    """The plan for dense batches of up to `rows` rows.
+
+    The order in the lanes is by what `mix` takes at `rates` (`nanoflow.search.list_schedule`). Nano-batches without
+    prefill rows come last: prefill attention waits for the keys of all nano-batches before its own.
+
+    Raises ValueError if `mix` has more than `rows` rows, if there are fewer rows than nano-batches, if the memory lane
+    would have all SMs, or if the graph has no products before or behind its decode attention.
+    """
+    count = len(choice.decode)
+    if mix.rows > rows:
+        raise ValueError(f"rows: the mix has {mix.rows:,}, more than {rows:,}; give more")
+    if rows < count:
+        raise ValueError(f"rows: {rows} cannot be cut into {count} nano-batches; choose fewer")
+    if count == 1:
+        return replace(Plan.sequential(graph, rows), kernels=choice.kernels)
+    sms = rates.device_sms
+    memory = choice.memory_sms if any(choice.beside) else None
+    if memory is not None and memory >= sms:
+        raise ValueError(f"memory_sms: {memory} of {sms} SMs leave none for the products; choose fewer")
+    ranks = sorted(range(count), key=lambda n: not choice.prefill[n])
+    decode, prefill = ([shares[n] for n in ranks] for shares in (choice.decode, choice.prefill))
+    nano_batches = tuple(
+        NanoBatch(NAMES[n], Fraction(decode[n], SHARES), Fraction(prefill[n], SHARES), own)
+        for n, own in enumerate(_rows(decode, prefill, mix, rows, choice.row_unit))
+    )
+    plan = Plan(rows, nano_batches, (), kernels=choice.kernels)
+    order = Order(
+        names=tuple(NAMES[:count]),
+        whole=choice.whole,
+        beside=tuple(choice.beside[n] for n in ranks),
+        skew=choice.skew,
+        several=choice.stages == "several",
+        partition=WHOLE if memory is None else SPLIT,
+    )
+    seconds = _Seconds(graph, mix_works(plan, mix), rates, None if memory is None else sms - memory, memory)
+    plan = replace(plan, period=schedule(graph, order, seconds))
+    if memory is None or all(stage.partition == WHOLE for stage in plan.period):
+        return plan
+    return replace(plan, partitions=FrozenMapping({SPLIT: (sms - memory, memory)}), sms=sms)
+
+
+class _Seconds:
+    """What the list scheduler asks: seconds of attention, and of products with all that stands behind them."""
+
+    def __init__(
+        self, graph: Graph, works: Sequence[Work], rates: Rates, compute: int | None, memory: int | None
+    ) -> None:
+        self.graph, self.works, self.rates = graph, works, rates
+        self.sms = {False: compute, True: memory}
+        self.behind: dict[str, list[str]] = {}
+        products = [op.name for op in graph.layer if op.name in PRODUCTS]
+        leader = products[-1]  # of what stands before the first: it follows the layer before
+        for op in graph.layer:
+            leader = op.name if op.name in products else leader
+            if op.name != ATTENTION:
+                self.behind.setdefault(leader, []).append(op.name)
+
+    def __call__(self, op: str, nano_batch: int | None, memory: bool) -> float:
+        work = sum(self.works, Work()) if nano_batch is None else self.works[nano_batch]
+        # Attention in the compute lane of a plan in stages has the whole device; elsewhere it does not. The difference
+        # only moves the order, and not by much.
+        names = (op,) if op == ATTENTION else self.behind[op]
+        operations = [self.graph.operation(name) for name in names]
+        return sum(
+            self.rates.seconds(each, work, self.sms[memory])
+            for each in operations
+            if each.cost(work, self.rates.itemsize) != Cost()
+        )
+
+
+def _rows(decode: Sequence[int], prefill: Sequence[int], mix: Mix, rows: int, unit: int) -> list[int]:
+    """Rows of each nano-batch: as the mix fills them, in multiples of `unit` or the next smaller one that gives each
+    nano-batch one. Those without prefill rows hold all their decode rows: what they could not would go to the others,
+    whose decode attention it would lengthen. What is no multiple goes to the last."""
+    prompts = sum(mix.prompts)
+    wanted = [d * mix.decode + p * prompts for d, p in zip(decode, prefill, strict=True)]  # in sixteenths of a row
+    for size in (*(each for each in UNITS if each <= unit), 1):
+        units = rows // size
+        fixed = {n: -(-wanted[n] // (SHARES * size)) for n, share in enumerate(prefill) if not share}
+        fixed = {n: max(1, own) for n, own in fixed.items()}
+        others = [n for n in range(len(decode)) if n not in fixed]
+        if units - sum(fixed.values()) >= len(others):
+            break
+    else:  # the decode rows alone fill them all
+        fixed, others = {}, list(range(len(decode)))
+    left = units - sum(fixed.values())
+    # Each gets one, and the rest goes by what is wanted: largest remainder, the earlier one winning a tie.
+    weights = [max(1, wanted[n]) for n in others]
+    quotas = [left * weight // sum(weights) for weight in weights]
+    by_remainder = sorted(range(len(others)), key=lambda i: (-(left * weights[i] % sum(weights)), i))
+    for i in by_remainder[: left - sum(quotas)]:
+        quotas[i] += 1
+    while 0 in quotas:
+        quotas[quotas.index(max(quotas))] -= 1
+        quotas[quotas.index(0)] += 1
+    result = [fixed.get(n, 0) * size for n in range(len(decode))]
+    for n, quota in zip(others, quotas, strict=True):
+        result[n] = quota * size
+    result[-1] += rows - sum(result)
+    return result
+
+
+def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -> PlanChoice:
+    """Ask `trial` for a choice for dense batches of `rows` rows on a device of `sms` SMs.
+
+    `kernels` are those that products may have beside the device's default, where they are among an operation's. The
+    parameters ``{"nano_batches": 1}`` are the sequential plan. Nano-batches that get no share are dropped.
+    """
+    chosen: dict[str, str] = {}
+    for op in graph.layer:
+        known = [kernel for kernel in kernels if op.name in PRODUCTS and kernel in op.kernels]
+        if known and (kernel := trial.suggest_categorical(f"kernel_{op.name}", ("", *known))):
+            chosen[op.name] = kernel
+    most = max(1, min(MOST_NANO_BATCHES, rows // LEAST_ROWS))
+    count = trial.suggest_int("nano_batches", 1, most)
+    if count == 1:
+        return PlanChoice(kernels=FrozenMapping(chosen))
+    shares = []
+    for key in ("decode", "prefill"):
+        cuts = sorted(trial.suggest_int(f"{key}_cut_{n}", 0, SHARES) for n in range(1, count))
+        shares.append([last - first for first, last in pairwise((0, *cuts, SHARES))])
+    filled = [n for n in range(count) if shares[0][n] or shares[1][n]]
+    before, behind = products_of(graph)
+    whole = {op for op in (*before, *behind) if trial.suggest_categorical(f"whole_{op}", (False, True))}
+    beside = [trial.suggest_categorical(f"beside_{n}", (True, False)) for n in range(count)]
+    row_unit = trial.suggest_categorical("row_unit", UNITS[:2])
+    skew = trial.suggest_int("skew", 0, len(before) + len(behind))
+    stages: Literal["one", "several"] = "one"
+    memory = None
+    largest = sms // 2 // GRANULE * GRANULE
+    if any(beside):
+        if trial.suggest_categorical("several_stages", (False, True)):
+            stages = "several"
+        if largest and trial.suggest_categorical("confined", (True, False)):
+            memory = trial.suggest_int("memory_sms", GRANULE, largest, step=GRANULE)
+    if len(filled) == 1:
+        return PlanChoice(kernels=FrozenMapping(chosen))
+    return PlanChoice(
+        decode=tuple(shares[0][n] for n in filled),
+        prefill=tuple(shares[1][n] for n in filled),
+        row_unit=row_unit,
+        whole=frozenset(whole),
+        beside=tuple(beside[n] for n in filled),
+        skew=skew,
+        stages=stages,
+        memory_sms=memory,
+        kernels=FrozenMapping(chosen),
+    )

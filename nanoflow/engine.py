@@ -14,7 +14,7 @@ Pseudo-code::
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence as ListLike
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +46,10 @@ class EngineStats:
     """Totals over all iterations so far."""
 
     iterations: int = 0
+    program_iterations: Counter[int] = field(default_factory=Counter)
+    """Iterations by the executor's program that they ran."""
     planned_iterations: int = 0
-    """Iterations that ran the plan asked for; the others were too small or too large for it."""
+    """Iterations that ran a plan asked for; the others had rows or a mix that none of them is for."""
     rows: int = 0
     """Rows of all dense batches, padding left out."""
     padding_rows: int = 0
@@ -257,7 +259,9 @@ class Engine:
         if stats.iterations:  # before the first, the device idled for whatever came before this engine
             stats.idle_seconds += output.idle_seconds
         stats.iterations += 1
-        stats.planned_iterations += batch.program == 0
+        stats.program_iterations[batch.program] += 1
+        # Of several programs, the last takes what is left over.
+        stats.planned_iterations += batch.program < max(1, len(self.executor.programs) - 1)
         stats.rows += batch.tokens
         stats.padding_rows += batch.rows - batch.tokens
         stats.largest_batch = max(stats.largest_batch, batch.tokens)

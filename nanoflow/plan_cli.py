@@ -1,4 +1,4 @@
-"""``nanoflow plan``: looking at a plan file before and after it runs, and measuring it."""
+"""``nanoflow plan``: looking at plan files before and after they run, and measuring them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from nanoflow.config import load_config
 from nanoflow.errors import InputError
 from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look at a plan file, and measure it.")
+app = typer.Typer(no_args_is_help=True, help="Look at plans, and measure them.")
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A plan file.")]
 ModelOption = Annotated[
@@ -60,6 +61,22 @@ def check(
     for finding in findings:
         typer.echo(f"{finding.name:<10} {finding.text}")
     typer.echo(f"{file} can run")
+
+
+@app.command("list")
+def list_plans(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A run's YAML: say which plans it would take.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show the stored plans, those that tuning stored here and those of the package, and which of them serve."""
+    with mistakes_as_messages(debug):
+        loaded = None if config is None else load_config(config)
+        from nanoflow.plans.stored import judge_stored, print_stored  # loads torch
+
+        here, verdicts = judge_stored(loaded)
+        print_stored(here, verdicts, Console())
 
 
 @app.command()

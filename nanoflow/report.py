@@ -159,7 +159,7 @@ class RunReport:
     dtype: str
     plan: str
     plan_text: str
-    """The plan that ran, in the form of a plan file."""
+    """The plan that ran, in the form of a plan file; of several, the one that most iterations ran."""
     plan_timeline: list[TimelineEntry]
     """One layer of the mean iteration, estimated from the operations' costs and the ceilings."""
     sizes: dict[str, int]
@@ -198,7 +198,7 @@ class RunReport:
         """The summary, line by line."""
         errors = f", {self.errors} with errors" if self.errors else ""
         earlier = f"; {self.earlier:,} were there from before" if self.earlier else ""
-        planned = "" if self.plan_share == 1 else f"{self.plan_share:.1%} of them by the plan, the others in sequence; "
+        planned = "" if self.plan_share == 1 else f"{self.plan_share:.1%} of them by a plan, the others in sequence; "
         idle = "" if self.device_idle_share is None else f"device {self.device_idle_share:.1%} idle in between, "
         rows = [
             ("requests", f"{self.completed:,} of {self.requests:,} completed{errors}{earlier}"),
@@ -262,7 +262,10 @@ def make_report(
     """
     tokens_in = int(recorder.column("prompt_tokens").sum())
     tokens_out = int(recorder.column("output_tokens").sum())
-    stats, program = engine.stats, engine.executor.programs[0]
+    stats, programs = engine.stats, engine.executor.programs
+    # Of several, the last is the sequential one, for what is left over.
+    planned = programs[:-1] or programs
+    program = max(enumerate(planned), key=lambda found: stats.program_iterations[found[0]])[1]
     if energy is not None:
         ceilings = replace(ceilings, power_limit_watts=energy.power_limit_watts)
         energy = replace(energy, joules_per_token=_rate(energy.joules, tokens_in + tokens_out))

@@ -1,6 +1,7 @@
 """The engine on a tiny model: a mix of everything gives each request what it gets alone, whatever memory and plan."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,18 @@ import pytest
 import torch
 
 from nanoflow import LLM, RequestOutput, SamplingParams
+from nanoflow.config_schema import EngineSection
 from nanoflow.errors import InputError, UserError
+from nanoflow.loading import run_fingerprint
 from nanoflow.ops.batch import RESERVED_PAGE, DenseBatch
 from nanoflow.ops.operation import NanoContext
+from nanoflow.pipeline.plan_mix import PlanMix
+from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import BatchCutter
 from nanoflow.report import idle_share
+from nanoflow.search.cost_model import work_of
+from nanoflow.search.store import store_plan
 from tests.unit.tiny_model import VOCAB, save_tiny_llama
 
 PAGE_BYTES = 2 * 2 * 2 * 16 * 4
@@ -178,6 +185,42 @@ def test_batches_that_a_plan_is_not_meant_for_run_in_sequence(
         assert max(rows for _, rows in seen) == 64
         stats = llm.engine.stats
         assert stats.iterations == len(seen) and stats.planned_iterations == sum(program == 0 for program, _ in seen)
+
+
+def test_auto_runs_all_stored_plans_each_for_its_mix(
+    folder: Path,
+    expected: list[RequestOutput],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with make_llm(folder, plan="auto", max_batch_tokens=64) as llm:
+        assert len(llm.engine.executor.programs) == 1
+        here = run_fingerprint(llm.model, EngineSection(page_size=8))
+    assert capsys.readouterr().err == f"plan: sequential, since none is stored for {here.model} on cpu\n"
+    mixes = [PlanMix(13, 49, 20), PlanMix(9, 0, 36)]
+    plan = parse_plan(TWO.replace("capacity: 32", "capacity: 64").replace("rows: 24", "rows: 40"))
+    for mix in mixes:
+        store_plan(replace(plan, mix=mix), here)
+    with make_llm(folder, plan="auto", max_batch_tokens=64) as llm:
+        assert capsys.readouterr().err.startswith(f"plan: 2 stored for {here.model} on cpu: ")
+        executor, seen = llm.engine.executor, []
+        assert {program.plan.mix for program in executor.programs} == {*mixes, None}
+        launch = executor.launch
+
+        def watched(batch: DenseBatch) -> None:
+            work = work_of(batch)
+            seen.append((batch.program, work.decode_rows, work.prefill_rows, work.decode_context))
+            launch(batch)
+
+        executor.launch = watched  # type: ignore[method-assign]
+        assert_same(run_all(llm), expected)
+        for number, *batch in seen:
+            assert number == executor.cut.choose(*batch), "the scheduler counts the tokens that decode rows attend to"
+        taken = Counter(number for number, *_ in seen)
+        assert set(taken) == {0, 1, 2} and taken == llm.engine.stats.program_iterations
+        assert llm.engine.stats.planned_iterations == taken[0] + taken[1]
 
 
 def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput]) -> None:

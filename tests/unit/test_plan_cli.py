@@ -10,13 +10,16 @@ from typer.testing import CliRunner, Result
 
 from nanoflow.cli import app
 from nanoflow.ops.graph import Graph
-from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.plan import FrozenMapping, Plan
+from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.plans import case as case_module, check as check_module
 from nanoflow.plans.case import open_case
 from nanoflow.plans.check import derived_waits, random_mixes
 from nanoflow.plans.chrome_trace import TraceInfo, read_trace, write_trace
+from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.mix import Mix, mix_works
+from nanoflow.search.store import store_plan
 
 SHAPES = Path(__file__).parents[2] / "configs" / "models"
 PLANS = Path(__file__).parents[1] / "models" / "plans"
@@ -236,6 +239,44 @@ def test_trace_runs_the_plan_here_and_plot_draws_it(tmp_path: Path, monkeypatch:
     assert drawn.exit_code == 0, drawn.output
     assert "more than the 4,096 of tiny-llama" in mistake("trace", file, *options, "--context", "9000")
     assert "--device gpu: it must be auto" in mistake("trace", file, *options, "--device", "gpu")
+
+
+def test_list_shows_every_stored_plan_and_what_is_against_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("nanoflow.loading.device_name", lambda device: "a-device")
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"model: {{path: {SHAPES / 'tiny-llama'}, weights: random}}\n"
+        "workload: {synthetic: {input_len: 8, output_len: 4, requests: 1}}\n"
+        "engine: {device: cpu, max_batch_tokens: 64}\n"
+    )
+    nothing = run("list")
+    assert nothing.exit_code == 0 and f"no plan is stored in {tmp_path / 'nanoflow' / 'plans'}" in nothing.output
+    skewed = replace(
+        Plan.load(PLANS / "skewed.yaml"), mix=PlanMix(20, 20, 128), measured=FrozenMapping({"ratio": 1.043})
+    )
+    here = Fingerprint(model="tiny-llama", gpu="a-device")
+    fits = store_plan(skewed, replace(here, torch="0.1"))
+    other = store_plan(skewed, replace(here, gpu="another", dtype="float16"))
+    store_plan(replace(skewed, measured=FrozenMapping({"ratio": 1.02})), replace(here, model="another"))
+    (fits.parent / "broken.yaml").write_text("capacity: [")
+    for arguments, state in (([], "a-device"), ([str(job)], "tiny-llama on a-device")):
+        result = run("list", *arguments)
+        assert result.exit_code == 0, result.output
+        title, files = result.output.partition("─")[0], result.output[result.output.index("1  /") :]
+        table = result.output.removesuffix(files)
+        assert f"stored plans, for {state}" in title
+        assert (
+            table.count("1.043") == 2
+            and "1.020" in table
+            and table.count("in doubt") == 1
+            and table.count("damaged") == 1
+        )
+        assert files.startswith(f"1  {fits}\n   measured with torch 0.1, here ")
+        assert f"{other}\n   gpu: tuned for another, here a-device\n" in files
+        assert "broken.yaml\n   line 1, column 12: " in files
+        assert ("   dtype: tuned for float16, here float32" in files) == bool(arguments)
+        assert ("   model: tuned for another, here tiny-llama" in files) == bool(arguments)
 
 
 def test_the_mix_of_each_nano_batch(plan: str) -> None:

@@ -100,7 +100,7 @@ def test_a_report_adds_up(report: RunReport) -> None:
     assert report.energy.joules_per_token == 500 / (report.input_tokens + report.output_tokens)
     assert parse_plan(report.plan_text).capacity == 32
     assert report.plan_share == 1 and "in sequence" not in shown(report)
-    assert "75.0% of them by the plan, the others in sequence" in shown(replace(report, plan_share=0.75))
+    assert "75.0% of them by a plan, the others in sequence" in shown(replace(report, plan_share=0.75))
     width = report.timeline["interval_seconds"]
     assert len({len(values) for name, values in report.timeline.items() if name != "interval_seconds"}) == 1
     assert sum(report.timeline["completed"]) == 7 and sum(report.timeline["errors"]) == 2

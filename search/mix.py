@@ -16,6 +16,17 @@ class Mix:
     decode: int
     context: int
     prompts: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+    """For each prompt, its tokens that earlier batches have computed; empty: all prompts begin here."""
+
+    def __post_init__(self) -> None:
+        if self.before and len(self.before) != len(self.prompts):
+            raise ValueError(f"before must have a number for each of {len(self.prompts)} prompts, not {self.before}")
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """`before`, with a number for each prompt."""
+        return self.before or (0,) * len(self.prompts)
 
     @property
     def rows(self) -> int:
@@ -24,7 +35,8 @@ class Mix:
     def __str__(self) -> str:
         parts = [f"{self.decode:,} decode rows of context {self.context:,}"] if self.decode else []
         if self.prompts:
-            parts.append(f"prompts of {', '.join(f'{tokens:,}' for tokens in self.prompts)} tokens")
+            behind = f" behind {', '.join(f'{tokens:,}' for tokens in self.before)}" if any(self.before) else ""
+            parts.append(f"prompts of {', '.join(f'{tokens:,}' for tokens in self.prompts)} tokens{behind}")
         return " and ".join(parts) or "nothing"
 
 
@@ -32,7 +44,7 @@ def mix_works(plan: Plan, mix: Mix) -> tuple[Work, ...]:
     """What `mix` asks of each nano-batch: prompts lie behind one another, and are cut where a nano-batch is full."""
     decode, prefill = split_rows(plan, mix.decode, sum(mix.prompts))
     works = []
-    left = [(tokens, 0) for tokens in reversed(mix.prompts)]  # tokens to come, tokens before them
+    left = [*zip(mix.prompts, mix.starts, strict=True)][::-1]  # tokens to come, tokens before them
     for rows, room in zip(decode, prefill, strict=True):
         work = Work(decode_rows=rows, decode_context=rows * mix.context)
         while room:

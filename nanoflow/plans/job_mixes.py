@@ -11,14 +11,15 @@ also what it weighs. The same job and limits give the same mixes.
     while the nearest two of a bucket are nearer than CLOSE:             join them
     while the heaviest `most` clusters hold less than HELD of the time:  join those that differ least, by weight
     of the heaviest that together hold HELD:
-        mix: the iteration nearest to the mean of those in the cluster's heaviest bucket
+        mix: the iteration nearest to the mean of those in the cluster's heaviest bucket; pairs of prefill attention
+            count too there, but not in clusters: the engine does not choose a plan by them
         weight: the cluster's share of the time of all that are kept
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence as Many
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from nanoflow.config_schema import RunConfig
 from nanoflow.loading import Model
 from nanoflow.ops.operation import Work
+from nanoflow.pipeline.plan_mix import NEAR_MIX, PlanMix
 from nanoflow.plans.job_sample import JobRequest, JobSample, job_requests, take_sample
 from nanoflow.rehearsal import Rehearsal, Rehearsed, rehearsal_scheduler
 from nanoflow.sampling_params import SamplingParams
@@ -46,8 +48,9 @@ UNBUCKETED = 128
 """Where batches are not padded, those whose rows round up to the same multiple of this count as of one bucket."""
 FLOOR = 1 / 16
 """Of the largest batch's rows: differences of fewer rows matter little, so relative ones are to at least so many."""
-TOKENS_A_ROW = 512
-"""KV tokens that are read in about the time in which the products of a row are computed (Llama-3-8B on an H100)."""
+TOKENS_A_ROW, PAIRS_A_ROW = 512, 13_000
+"""KV tokens that are read, and (query, key) pairs of prefill attention, in about the time in which the products of a
+row are computed (Llama-3-8B on an H100)."""
 _CELL = 0.05
 _MOST_CELLS = 256
 """Clusters to begin with; cells are made larger until there are no more."""
@@ -60,13 +63,15 @@ class WeightedMix:
     """One of the dense batches that were formed, and what it stands for."""
 
     mix: Mix
-    """Its prompts are the chunks of this iteration, each as if it began its prompt: a mix cannot say what is before."""
+    """Its prompts are the chunks of this iteration."""
     weight: float
     """Share of the job's time; those of all mixes add up to 1."""
     rows: float
     """Of the iterations that it stands for, on average, padding not counted."""
     bucket: int
     """Rows that it is padded to."""
+    near: float
+    """Share of the job's time in batches that would take a plan for this mix, were there one for each (`NEAR_MIX`)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class JobMixes:
     seconds: float
     """What these were estimated to take."""
     held: float
-    """Share of that time that the mixes hold."""
+    """Share of that time that the mixes stand for."""
     part: str
     """What of the job they are: ``whole``, ``steady`` (of its beginning, the steady state) or ``beginning``."""
 
@@ -89,6 +94,8 @@ class _Formed:
     work: Work
     padded: int
     chunks: tuple[int, ...]
+    starts: tuple[int, ...]
+    """Tokens of each chunk's prompt that were computed before."""
     seconds: float
     kv_pages: int
     waiting: int
@@ -165,14 +172,14 @@ def form_mixes(
         formed = formed if steady is None else formed[slice(*steady)]
     total = sum(f.seconds for f in formed)
     points = _points(formed)
-    clusters = _clusters(formed, points, bool(len(scheduler.row_buckets)), most)
+    clusters = _clusters(formed, points[:, :3], bool(len(scheduler.row_buckets)), most)
     weights = [sum(formed[n].seconds for n in cluster) / total for cluster in clusters]
     order = sorted(range(len(clusters)), key=lambda n: (-weights[n], clusters[n][0]))
     # Up to rounding, the loop above ends with enough of them.
     count = next((n for n in range(1, most) if sum(weights[c] for c in order[:n]) >= HELD), most)
     kept = order[:count]
     held = sum(weights[n] for n in kept)
-    mixes = tuple(_mix(formed, points, clusters[n], weights[n] / held) for n in kept)
+    mixes = _with_near([_mix(formed, points, clusters[n], weights[n] / held) for n in kept], formed)
     return JobMixes(mixes, len(formed), total, held, part)
 
 
@@ -219,6 +226,7 @@ def _measured(step: Rehearsed, seconds: Callable[[Work], float]) -> _Formed:
         work,
         batch.rows,
         tuple(batch.prefill_lengths.tolist()),
+        tuple((batch.prefill_context - batch.prefill_lengths).tolist()),
         seconds(work + Work(prefill_rows=batch.rows - work.rows)),
         step.kv_pages,
         step.waiting,
@@ -266,9 +274,12 @@ def _clusters(formed: Many[_Formed], points: Float, bucketed: bool, most: int) -
 
 
 def _points(formed: Many[_Formed]) -> Float:
-    """[I, 3] of each iteration: decode rows, prefill rows and KV tokens that decode attention reads, as logarithms,
-    so that distances are relative differences."""
-    each = [(f.work.decode_rows, f.work.prefill_rows, f.work.decode_context / TOKENS_A_ROW) for f in formed]
+    """[I, 4] of each iteration: decode rows, prefill rows, KV tokens that decode attention reads and pairs of prefill
+    attention, as logarithms, so that distances are relative differences."""
+    works = [f.work for f in formed]
+    each = [
+        (w.decode_rows, w.prefill_rows, w.decode_context / TOKENS_A_ROW, w.prefill_pairs / PAIRS_A_ROW) for w in works
+    ]
     floor = FLOOR * max(f.padded for f in formed)
     return np.asarray(np.log(np.array(each, np.float64) + floor))
 
@@ -297,4 +308,19 @@ def _mix(formed: Many[_Formed], points: Float, cluster: Many[int], weight: float
     work = typical.work
     context = max(1, round(work.decode_context / max(1, work.decode_rows)))
     rows = sum(formed[n].work.rows for n in cluster) / len(cluster)
-    return WeightedMix(Mix(work.decode_rows, context, typical.chunks), weight, rows, bucket)
+    before = typical.starts if any(typical.starts) else ()
+    return WeightedMix(Mix(work.decode_rows, context, typical.chunks, before), weight, rows, bucket, near=0.0)
+
+
+def _with_near(mixes: Many[WeightedMix], formed: Many[_Formed]) -> tuple[WeightedMix, ...]:
+    """The mixes, each with the time of the batches that are nearest to it, if they are near enough."""
+    plans = [PlanMix(each.mix.decode, sum(each.mix.prompts), each.mix.context) for each in mixes]
+    near = [0.0] * len(mixes)
+    for one in formed:
+        work = one.work
+        distances = [plan.distance(work.decode_rows, work.prefill_rows, work.decode_context) for plan in plans]
+        least = min(distances)
+        if least < NEAR_MIX:
+            near[distances.index(least)] += one.seconds
+    total = sum(one.seconds for one in formed)
+    return tuple(replace(each, near=seconds / total) for each, seconds in zip(mixes, near, strict=True))

@@ -40,7 +40,7 @@ def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
     capacity, mix = case.plan.capacity, case.mix
     section = EngineSection(device=device, max_batch_tokens=capacity)
     model = open_model(ModelSection(path=case.model_path, weights="random"), section)
-    longest = max([mix.context * 4 // 3 + 1, *mix.prompts])
+    longest = max([mix.context * 4 // 3 + 1, *map(sum, zip(mix.prompts, mix.starts, strict=True))])
     if longest > model.max_model_len:
         raise InputError(
             f"--context, --prompts: {longest:,} tokens of one request are more than the {model.max_model_len:,} of "
@@ -68,8 +68,8 @@ def mix_pages(mix: Mix, page_size: int) -> int:
 def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, vocab_size: int, program: int = 0) -> DenseBatch:
     """`mix` as a dense batch for plan `program` of `cut`, padded as that pads it.
 
-    Contexts are spread evenly from two thirds to four thirds of the mix's, in random order. Prompts are whole, of
-    random tokens. Every request is sampled greedily. KV pages are dealt out at random. It is the same at every call.
+    Contexts are spread evenly from two thirds to four thirds of the mix's, in random order. Prompts are
+    of random tokens. Every request is sampled greedily. KV pages are dealt out at random. It is the same at every call.
     """
     lengths = _lengths(mix)
     count, prompts = len(lengths), np.array(mix.prompts, np.int32)
@@ -91,7 +91,7 @@ def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, vocab_size: int, progr
         slots[: mix.decode],
         lengths[: mix.decode] - 1,
         slots[mix.decode :],
-        np.zeros(len(prompts), np.int32),
+        np.array(mix.starts, np.int32),
         prompts,
         np.random.default_rng(1).integers(0, vocab_size, rows[1]).astype(np.int32),
         _greedy(sampled, slots),
@@ -138,7 +138,7 @@ def _lengths(mix: Mix) -> NDArray[np.int32]:
     """Tokens of each request at the end of the iteration: those that decode, then the prompts."""
     spread = np.linspace(mix.context * 2 / 3, mix.context * 4 / 3, mix.decode).round().astype(np.int32)
     decode = np.random.default_rng(2).permutation(np.maximum(spread, 1))
-    return np.concatenate([decode, np.array(mix.prompts, np.int32)])
+    return np.concatenate([decode, np.array(mix.prompts, np.int32) + np.array(mix.starts, np.int32)])
 
 
 def _greedy(rows: NDArray[np.int32], slots: NDArray[np.int32]) -> SamplingBatch:

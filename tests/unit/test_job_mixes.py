@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,17 @@ from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Work
 from nanoflow.pipeline.cuda_executor import buckets
+from nanoflow.pipeline.plan import NanoBatch, Plan
+from nanoflow.pipeline.split import BatchCutter
 from nanoflow.plans import job_sample
 from nanoflow.plans.case import H100, shipped_shapes
 from nanoflow.plans.job_mixes import HELD, MOST_MIXES, JobMixes, form_mixes, job_mixes
 from nanoflow.plans.job_sample import JobRequest, JobSample, job_requests, take_sample
+from nanoflow.plans.running import mix_batch, mix_pages
 from nanoflow.rehearsal import rehearsal_scheduler
 from nanoflow.scheduler import Scheduler
-from nanoflow.search.cost_model import bounds, sequential_seconds
+from nanoflow.search.cost_model import bounds, sequential_seconds, work_of, works_of
+from nanoflow.search.mix import Mix, mix_works
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "benchmarks" / "results" / "offline_throughput.json").read_text(encoding="utf-8")
@@ -64,6 +69,7 @@ def check(found: JobMixes, scheduler: Scheduler) -> None:
         assert 1 <= each.mix.rows <= each.bucket <= scheduler.max_batch_tokens
         assert each.mix.decode <= scheduler.max_running and all(chunk > 0 for chunk in each.mix.prompts)
         assert each.mix.decode * each.mix.context <= scheduler.sizes["kv_tokens"] + each.mix.decode
+        assert 0 <= each.near <= 1 + 1e-9 and len(each.mix.starts) == len(each.mix.prompts)
         if len(scheduler.row_buckets):
             assert each.bucket == min(rows for rows in scheduler.row_buckets if rows >= each.mix.rows)
 
@@ -90,6 +96,7 @@ def test_the_steady_state_of_recorded_runs_is_found(name):
     assert decode == pytest.approx(steady["output_tokens"] / steady["iterations"], rel=0.025)
     assert rows == pytest.approx(steady["rows"] / steady["iterations"], rel=0.025)
     assert {each.mix.context for each in found.mixes} <= set(range(prompt + output // 2 - 8, prompt + output // 2 + 8))
+    assert sum(each.near for each in found.mixes) > 0.99, "a plan for each would serve all of the steady state"
     # The estimate stands beside what was measured: within a quarter, from below.
     assert 0.75 < found.seconds / found.iterations / (steady["seconds"] / steady["iterations"]) <= 1.0
 
@@ -116,6 +123,34 @@ def test_a_whole_job_counts_its_ramp_and_tail_and_a_longer_one_does_not():
     assert cut.iterations < long.iterations < short.iterations - 64
     least = [min(each.mix.decode for each in found.mixes) for found in (short, long)]
     assert least[0] < 0.8 * least[1]
+
+
+def test_a_mix_knows_what_of_its_prompts_came_before():
+    """Prompts of 900 tokens are cut into chunks: most of them have a good part of the prompt before them."""
+    scheduler = scheduler_of(kv_tokens=16_384)
+    found = form_mixes(JobSample((JobRequest(900, 20),) * 300, False, 1000), scheduler, seconds)
+    check(found, scheduler)
+    heaviest = found.mixes[0].mix
+    chunks = [*zip(heaviest.prompts, heaviest.starts, strict=True)]
+    assert all(tokens + before <= 900 for tokens, before in chunks)
+    assert 200 < sum(tokens * (before + tokens / 2) for tokens, before in chunks) / sum(heaviest.prompts) < 700
+    assert f"behind {heaviest.before[0]:,}" in str(heaviest)
+
+
+def test_a_batch_of_a_mix_has_its_prompts_behind_what_came_before():
+    plan = Plan(
+        256,
+        (NanoBatch("a", Fraction(1, 2), Fraction(1, 4), 128), NanoBatch("b", Fraction(1, 2), Fraction(3, 4), 128)),
+        (),
+    )
+    mix = Mix(9, 40, (70, 50), (0, 300))
+    batch = mix_batch(mix, BatchCutter([plan]), page_size=16, vocab_size=50)
+    for made, said in zip(works_of(batch), mix_works(plan, mix), strict=True):
+        assert replace(made, decode_context=0) == replace(said, decode_context=0)
+    assert work_of(batch).prefill_pairs == 70 * 71 // 2 + 50 * 300 + 50 * 51 // 2
+    assert mix_pages(mix, 16) > mix_pages(replace(mix, before=()), 16) + 300 // 16 - 2
+    with pytest.raises(ValueError, match="a number for each of 2 prompts"):
+        Mix(9, 40, (70, 50), (300,))
 
 
 def test_the_same_job_gives_the_same_mixes():

@@ -19,8 +19,7 @@ The families of candidates (a and b are nano-batches, of half of all rows each b
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -30,13 +29,14 @@ from benchmarks.kernels.__main__ import machine
 from nanoflow.devices import device_sms
 from nanoflow.loading import device_name
 from nanoflow.ops.graph import Graph
-from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, NanoBatch, Plan, Stage
+from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans.ablation import SEQUENTIAL
-from nanoflow.plans.case import PlanCase, known_device, open_graph
+from nanoflow.plans.case import H100, PlanCase, known_device, open_graph
 from nanoflow.plans.running import make_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.measure import Block, Comparison, compare, output_error
 from nanoflow.search.mix import Mix
+from nanoflow.search.space import PlanChoice, build_plan
 
 RESULTS = Path(__file__).parent / "results" / "lanes.json"
 RUNS = {
@@ -53,79 +53,30 @@ LARGEST_ERROR = 0.05
 """See `nanoflow.search.measure.output_error`; bfloat16 rounds another way where a product is cut another way."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Two nano-batches."""
-
-    name: str
-    a: NanoBatch
-    b: NanoBatch
-
-
-def cuts(rows: int) -> list[Cut]:
-    """Halves of `rows` rows: in whole tiles of 128 rows, and even in multiples of 64 where that is another cut."""
-    half = Fraction(1, 2)
-    found = {}
-    for unit in (128, 64):
-        first = -(-rows // 2 // unit) * unit
-        if first < rows and rows - first not in found.values():
-            found[unit] = rows - first
-    return [
-        Cut(f"{rows - second}+{second}", NanoBatch("a", half, half, rows - second), NanoBatch("b", half, half, second))
-        for second in found.values()
-    ]
-
-
 def candidates(graph: Graph, mix: Mix, rows: int, sms: int, kernels: tuple[str, ...]) -> dict[str, Plan]:
     """Plans by name; `kernels` are those of the products in confined lanes: "measured" or one kernel for all."""
+    # Halves in whole tiles of 128 rows, and even in multiples of 64 where that is another cut.
+    halves = [PlanChoice((8, 8), (8, 8), unit, beside=(True, True), skew=4) for unit in (128, 64)]
+    half = [replace(cut, whole=frozenset({"qkv"}), beside=(False, True), stages="several") for cut in halves]
+    # Prompts first: what comes after them may hold more of the same prompt, and would wait for their keys.
+    phase = PlanChoice((0, 16), (16, 0), 64, beside=(False, True), skew=4, stages="several")
+    families: list[tuple[str, PlanChoice, tuple[int, ...]]] = [
+        *(("skew", cut, SPLITS) for cut in halves),
+        *(("half", cut, SPLITS) for cut in half),
+        *(("streams", cut, ()) for cut in halves),
+    ]
+    if 0 < -(-mix.decode // 64) * 64 < rows:
+        families.append(("phase", phase, (*SPLITS[1:], 64)))
+    rates = replace(H100.rates, device_sms=sms)
     products = ("qkv", "o", "gate_up", "down")
-    skew = {
-        "compute": "o.a gate_up.a down.a qkv.a@1 o.b gate_up.b down.b qkv.b@1",
-        "memory": "decode_attention.b decode_attention.a@1",
-    }
     found: dict[str, Plan] = {}
-
-    def add(name: str, cut: Cut, stages: list[tuple[str, dict[str, str]]], memory: int | None, kernel: str) -> None:
-        period = tuple(Stage(partition, _lanes(lanes)) for partition, lanes in stages)
-        plan = Plan(
-            capacity=rows,
-            nano_batches=(cut.a, cut.b),
-            period=period,
-            partitions=FrozenMapping({} if memory is None else {"split": (sms - memory, memory)}),
-            kernels=FrozenMapping({} if kernel == "measured" else dict.fromkeys(products, kernel)),
-            sms=None if memory is None else sms,
-        )
-        found[name] = plan
-
-    for cut, memory, kernel in product(cuts(rows), SPLITS, kernels):
-        named = f"{cut.name} {sms - memory}/{memory} {kernel}"
-        add(f"skew {named}", cut, [("split", skew)], memory, kernel)
-        beside = {"compute": "o.a gate_up.a down.a", "memory": "decode_attention.b"}
-        half = [
-            (WHOLE, {"compute": "qkv decode_attention.a"}),
-            ("split", beside),
-            (WHOLE, {"compute": "o.b gate_up.b down.b"}),
-        ]
-        add(f"half {named}", cut, half, memory, kernel)
-    decode = -(-mix.decode // 64) * 64
-    if mix.decode and 0 < decode < rows:
-        # Prompts first: what comes after them may hold more of the same prompt, and would wait for their keys.
-        one, none = Fraction(1), Fraction(0)
-        phases = Cut(
-            f"{rows - decode}+{decode}", NanoBatch("a", none, one, rows - decode), NanoBatch("b", one, none, decode)
-        )
-        for memory, kernel in product((*SPLITS[1:], 64), kernels):
-            beside = {"compute": "o.a gate_up.a down.a qkv.a@1", "memory": "decode_attention.b"}
-            after = {"compute": "o.b gate_up.b down.b qkv.b@1 decode_attention.a@1"}
-            name = f"phase {phases.name} {sms - memory}/{memory} {kernel}"
-            add(name, phases, [("split", beside), (WHOLE, after)], memory, kernel)
-    for cut in cuts(rows):
-        add(f"streams {cut.name}", cut, [(WHOLE, skew)], None, "measured")
+    for family, cut, splits in families:
+        for memory, kernel in product(splits or (None,), kernels if splits else kernels[:1]):
+            named = {} if kernel == "measured" or memory is None else dict.fromkeys(products, kernel)
+            plan = build_plan(replace(cut, memory_sms=memory, kernels=FrozenMapping(named)), graph, mix, rows, rates)
+            where = "" if memory is None else f" {sms - memory}/{memory} {kernel}"
+            found[f"{family} {'+'.join(str(part.rows) for part in plan.nano_batches)}{where}"] = plan
     return found
-
-
-def _lanes(lanes: dict[str, str]) -> FrozenMapping[tuple[Entry, ...]]:
-    return FrozenMapping({name: tuple(map(Entry.parse, text.split())) for name, text in lanes.items()})
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:

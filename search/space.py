@@ -190,7 +190,9 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     """Ask `trial` for a choice for dense batches of `rows` rows on a device of `sms` SMs.
 
     `kernels` are those that products may have beside the device's default, where they are among an operation's. The
-    parameters ``{"nano_batches": 1}`` are the sequential plan. Nano-batches that get no share are dropped.
+    parameters ``{"nano_batches": 1}`` are the sequential plan. Nano-batches that get no share are dropped. What is
+    likely good is a parameter of its own before what else there is, so that samplers meet it often: all products cut,
+    all attention beside them, prefill rows shared out as decode rows are.
     """
     chosen: dict[str, str] = {}
     for op in graph.layer:
@@ -201,14 +203,16 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     count = trial.suggest_int("nano_batches", 1, most)
     if count == 1:
         return PlanChoice(kernels=FrozenMapping(chosen))
-    shares = []
-    for key in ("decode", "prefill"):
-        cuts = sorted(trial.suggest_int(f"{key}_cut_{n}", 0, SHARES) for n in range(1, count))
-        shares.append([last - first for first, last in pairwise((0, *cuts, SHARES))])
-    filled = [n for n in range(count) if shares[0][n] or shares[1][n]]
+    decode = _shares(trial, "decode", count)
+    prefill = decode if trial.suggest_categorical("alike", (True, False)) else _shares(trial, "prefill", count)
+    filled = [n for n in range(count) if decode[n] or prefill[n]]
     before, behind = products_of(graph)
-    whole = {op for op in (*before, *behind) if trial.suggest_categorical(f"whole_{op}", (False, True))}
-    beside = [trial.suggest_categorical(f"beside_{n}", (True, False)) for n in range(count)]
+    whole: set[str] = set()
+    if trial.suggest_categorical("any_whole", (False, True)):
+        whole = {op for op in (*before, *behind) if trial.suggest_categorical(f"whole_{op}", (True, False))}
+    beside = [True] * count
+    if not trial.suggest_categorical("all_beside", (True, False)):
+        beside = [trial.suggest_categorical(f"beside_{n}", (False, True)) for n in range(count)]
     row_unit = trial.suggest_categorical("row_unit", UNITS[:2])
     skew = trial.suggest_int("skew", 0, len(before) + len(behind))
     stages: Literal["one", "several"] = "one"
@@ -222,8 +226,8 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     if len(filled) == 1:
         return PlanChoice(kernels=FrozenMapping(chosen))
     return PlanChoice(
-        decode=tuple(shares[0][n] for n in filled),
-        prefill=tuple(shares[1][n] for n in filled),
+        decode=tuple(decode[n] for n in filled),
+        prefill=tuple(prefill[n] for n in filled),
         row_unit=row_unit,
         whole=frozenset(whole),
         beside=tuple(beside[n] for n in filled),
@@ -232,3 +236,8 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
         memory_sms=memory,
         kernels=FrozenMapping(chosen),
     )
+
+
+def _shares(trial: "Trial", key: str, count: int) -> list[int]:
+    cuts = sorted(trial.suggest_int(f"{key}_cut_{n}", 0, SHARES) for n in range(1, count))
+    return [last - first for first, last in pairwise((0, *cuts, SHARES))]

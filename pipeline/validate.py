@@ -15,31 +15,19 @@ from nanoflow.pipeline.program import compile_program
 __all__ = ["validate"]
 
 
-def validate(
-    plan: Plan, graph: Graph, *, model: str | None = None, gpu: str | None = None, sms: int | None = None
-) -> None:
+def validate(plan: Plan, graph: Graph, *, sms: int | None = None) -> None:
     """Raise PlanError if `plan` cannot run `graph`.
 
-    `model`, `gpu` and `sms` describe the run, where they are known: a plan tuned for another model or device, or for
-    another number of SMs, is refused.
+    `sms` are those of the device, where it is known and has any. What the plan was tuned for beyond that,
+    `nanoflow.search.fingerprint` compares.
     """
-    _check_identity(plan, model, gpu, sms)
+    if sms is not None and plan.sms is not None and plan.sms != sms:
+        raise PlanError(f"sms: the plan was tuned for {plan.sms} SMs, but this device has {sms}: use another plan")
     _check_nano_batches(plan)
     _check_mix(plan)
     _check_partitions(plan)
     _check_kernels(plan, graph)
     compile_program(plan, graph)
-
-
-def _check_identity(plan: Plan, model: str | None, gpu: str | None, sms: int | None) -> None:
-    for key, tuned, actual in (("model", plan.model, model), ("gpu", plan.gpu, gpu)):
-        if actual is not None and tuned and tuned != actual:
-            raise PlanError(
-                f"{key}: the plan was tuned for {tuned!r}, but this run's is {actual!r}: "
-                "use `plan: sequential` or a plan that was tuned for it"
-            )
-    if sms is not None and plan.sms is not None and plan.sms != sms:
-        raise PlanError(f"sms: the plan was tuned for {plan.sms} SMs, but this device has {sms}: use another plan")
 
 
 def _check_mix(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 Pseudo-code::
 
-    validate against the model, and against this machine's GPU if there is one
+    compare what it was tuned for with the model, and with this machine's GPU if there is one
     for some random batches that the plan takes, with and without padding:
         look for races with `check_program`, which knows nothing of how waits are derived
     say what was checked; the first fault ends it, with the nano-ops in question marked in a grid
@@ -10,23 +10,23 @@ Pseudo-code::
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
-from nanoflow.devices import device_sms, gpu_problem
-from nanoflow.loading import device_name
+from nanoflow.devices import gpu_problem
+from nanoflow.loading import machine_fingerprint
 from nanoflow.pipeline.checker import Violation, check_program
 from nanoflow.pipeline.dependencies import derive_dependencies, sequential_order
 from nanoflow.pipeline.grid import plain
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.split import BatchCutter
-from nanoflow.pipeline.validate import validate
 from nanoflow.plans.case import PlanCase
 from nanoflow.plans.running import mix_batch
 from nanoflow.plans.show import period_grid, stage_text
+from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.mix import Mix
 
 __all__ = ["Finding", "check", "check_races", "random_mixes"]
@@ -143,14 +143,16 @@ def _race(case: PlanCase, mix: Mix, violations: Sequence[Violation]) -> PlanErro
 
 
 def _check_identity(case: PlanCase) -> str:
-    """Compare the plan's model and device with what is here, and say what was compared."""
+    """Compare the plan's model and device with what is here, and say what was compared. Raises PlanError."""
+    gpu = gpu_problem(0) is None
+    here = machine_fingerprint(torch.device("cuda", 0)) if gpu else Fingerprint()
     try:
-        if gpu_problem(0) is not None:
-            validate(case.plan, case.graph, model=case.model)
-            return "no GPU here: the plan's was not compared"
-        here = torch.device("cuda", 0)
-        name, sms = device_name(here), device_sms(here)
-        validate(case.plan, case.graph, model=case.model, gpu=name, sms=sms)
+        replace(here, model=case.model).refuse(case.plan)
     except PlanError as error:
         raise PlanError(f"{case.file}: {error}") from None
-    return f"{name} with {sms} SMs, as the plan says" if case.plan.gpu else f"{name} with {sms} SMs; any will do"
+    if not gpu:
+        return "no GPU here: the plan's was not compared"
+    doubts = here.doubts(case.plan)
+    measured = f"; measured with {'; '.join(doubts)}" if doubts else ""
+    whose = "as the plan says" if case.plan.gpu else "any will do"
+    return f"{here.gpu} with {here.sms} SMs, {whose}{measured}"

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from nanoflow.config_schema import DEVICE, EngineSection, ModelSection
 from nanoflow.dense_batch import form_dense_batch, lay_out
-from nanoflow.devices import device_sms
 from nanoflow.errors import InputError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
-from nanoflow.loading import PAGE_SIZES, Model, device_name, open_model
+from nanoflow.loading import PAGE_SIZES, Model, machine_fingerprint, open_model
 from nanoflow.ops.batch import DenseBatch, SamplingBatch
 from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
 from nanoflow.pipeline.executor import CaptureError, KVLayout
@@ -22,7 +21,6 @@ from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import BatchCutter
-from nanoflow.pipeline.validate import validate
 from nanoflow.plans.case import PlanCase
 from nanoflow.search.mix import Mix
 from nanoflow.weights import load_weights
@@ -46,16 +44,11 @@ def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
             f"--context, --prompts: {longest:,} tokens of one request are more than the {model.max_model_len:,} of "
             f"{case.model}; give fewer (contexts are spread up to four thirds of --context)"
         )
-    on_gpu = model.device.type == "cuda"
-    try:
-        validate(
-            case.plan,
-            case.graph,
-            gpu=device_name(model.device) if on_gpu else None,
-            sms=device_sms(model.device) if on_gpu else None,
-        )
-    except PlanError as error:
-        raise PlanError(f"{case.file}: {error}") from None
+    if model.device.type == "cuda":
+        try:
+            machine_fingerprint(model.device).refuse(case.plan)
+        except PlanError as error:
+            raise PlanError(f"{case.file}: {error}") from None
     rows = next(rows for rows in buckets(capacity) if rows >= mix.rows)
     return replace(model, graph=case.graph), PAGE_SIZES[model.device.type], rows
 

@@ -308,16 +308,12 @@ def test_two_nano_batches_of_one_name_and_none_at_all():
         validate(dataclasses.replace(plan, nano_batches=()), GRAPH)
 
 
-def test_another_model_device_or_number_of_sms():
+def test_another_number_of_sms():
     plan = Plan.loads(TEXT)
-    validate(plan, GRAPH, model="llama-3-8b", gpu="NVIDIA H100 80GB HBM3", sms=132)
-    with pytest.raises(PlanError, match="model: the plan was tuned for 'llama-3-8b', but this run's is 'qwen'"):
-        validate(plan, GRAPH, model="qwen")
-    with pytest.raises(PlanError, match="gpu: the plan was tuned for 'NVIDIA H100 80GB HBM3'"):
-        validate(plan, GRAPH, gpu="NVIDIA H200")
+    validate(plan, GRAPH, sms=132)
     with pytest.raises(PlanError, match="tuned for 132 SMs, but this device has 114"):
         validate(plan, GRAPH, sms=114)
-    validate(Plan.sequential(GRAPH, 8), GRAPH, model="qwen", gpu="NVIDIA H200", sms=114)
+    validate(Plan.sequential(GRAPH, 8), GRAPH, sms=114)
 
 
 def test_a_plan_of_another_graph_is_refused():

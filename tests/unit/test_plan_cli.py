@@ -184,14 +184,22 @@ def test_check_says_what_was_checked(plan: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_check_compares_the_plan_with_this_machine(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "gpu_problem", lambda index: None)
-    monkeypatch.setattr(check_module, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(check_module, "device_sms", lambda device: 132)
-    assert "NVIDIA H100 80GB HBM3 with 132 SMs, as the plan says" in run("check", plan).output
-    monkeypatch.setattr(check_module, "device_sms", lambda device: 114)
-    assert "tuned.yaml: sms: the plan was tuned for 132 SMs, but this device has 114" in mistake("check", plan)
-    monkeypatch.setattr(check_module, "device_name", lambda device: "another")
-    assert "gpu: the plan was tuned for 'NVIDIA H100 80GB HBM3', but this run's is 'another'" in mistake("check", plan)
-    assert "model: the plan was tuned for 'llama-3-8b'" in mistake("check", plan, "--model", "llama-2-7b")
+
+    def device(gpu: str, sms: int) -> None:
+        here = Fingerprint(gpu=gpu, sms=sms, torch="9.9")
+        monkeypatch.setattr(check_module, "machine_fingerprint", lambda device: here)
+
+    device("NVIDIA H100 80GB HBM3", 132)
+    assert "NVIDIA H100 80GB HBM3 with 132 SMs, as the plan says\n" in run("check", plan).output
+    Path("older.yaml").write_text(EXAMPLE + "fingerprint: {torch: '1.0'}\n")
+    assert "as the plan says; measured with torch 1.0, here 9.9\n" in run("check", "older.yaml").output
+    device("another", 114)
+    refused = mistake("check", plan, "--model", "llama-2-7b")
+    assert (
+        "tuned.yaml: the plan was tuned for something else than this run\n  model: tuned for llama-3-8b, here"
+        in refused
+    )
+    assert "\n  gpu: tuned for NVIDIA H100 80GB HBM3, here another\n  sms: tuned for 132, here 114\n" in refused
 
 
 def test_check_marks_a_race_in_the_grid(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:

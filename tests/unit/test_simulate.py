@@ -12,7 +12,7 @@ from nanoflow.ops.operation import Operation, Work
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.program import compile_program
-from nanoflow.plans.case import H100, open_graph
+from nanoflow.plans.case import H100, open_case, open_graph
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.mix import Mix, mix_works, shared_works
 from nanoflow.search.rates import H100_ENERGY, CeilingRates, Energy, Running
@@ -168,3 +168,20 @@ def test_energy_goes_by_flops_and_bytes() -> None:
     assert (rates.idle_watts, rates.limit_watts) == (5.0, 50.0)
     unknown = replace(rates, energy=None)
     assert (unknown.idle_watts, unknown.joules(GRAPH.operation("o"), WORK, 8)) == (None, 0.0)
+
+
+def test_the_documentation_says_what_power_makes_of_its_plan(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    path = tmp_path / "tuned.yaml"
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    case = open_case(path)
+    found, sequential = case.simulation, case.sequential().simulation
+    text = " ".join(page.split())
+    assert (
+        f"{found.seconds * 1e3:.1f} ms if power limited nothing, where the sequential one takes "
+        f"{sequential.seconds * 1e3:.1f};"
+    ) in text
+    assert (
+        f"under 700 W it takes {found.limited_seconds * 1e3:.1f} ms and {found.joules:.1f} J, against "
+        f"{sequential.limited_seconds * 1e3:.1f} ms and {sequential.joules:.1f} J."
+    ) in text

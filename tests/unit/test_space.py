@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from benchmarks.lanes import candidates
 from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.checker import check_program
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, NanoBatch, Plan, Stage
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.validate import validate
@@ -19,6 +20,7 @@ from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.simulate import Simulation, simulate
 from nanoflow.search.space import PlanChoice, build_plan, suggest
 from tests.unit.plan_graphs import llama_graph
+from tests.unit.plan_strategies import full_batch
 
 LLAMA = replace(open_graph("llama-3-8b", Plan(1, (), ()), "test")[2], layers=4)
 QWEN = replace(open_graph("qwen2-7b", Plan(1, (), ()), "test")[2], layers=2)
@@ -117,6 +119,7 @@ def choices(draw: st.DrawFn) -> PlanChoice:
 def check(choice: PlanChoice, graph: Graph, mix: Mix, rows: int) -> Plan:
     plan = build_plan(choice, graph, mix, rows, H100.rates)
     validate(plan, graph, sms=132)
+    assert not check_program(compile_program(plan, graph), full_batch(len(plan.nano_batches)), 2)
     assert plan == build_plan(choice, graph, mix, rows, H100.rates) == Plan.loads(plan.dumps(), graph)
     assert plan.capacity == plan.rows == rows and min(nano_batch.rows for nano_batch in plan.nano_batches) > 0
     if len(choice.decode) > 1:
@@ -264,8 +267,8 @@ def test_what_cannot_be_built_is_refused() -> None:
 
 @pytest.mark.parametrize(("goal", "seed", "trials"), [("limited_seconds", 0, 150), ("seconds", 2, 300)])
 def test_random_search_finds_what_people_found(goal: str, seed: int, trials: int) -> None:
-    """On the simulator, and without the sequential plan. Under the power limit that is easy: fewer bytes do it. The best
-    overlap without it is in few of the choices, and random search needs some luck; hence its seed."""
+    """On the simulator, and without the sequential plan. Under the power limit that is easy: fewer bytes do it. The
+    best overlap without it is in few of the choices, and random search needs some luck; hence its seed."""
     wanted = min(getattr(simulated(plan), goal) for plan in candidates(LLAMA, MIX, 1152, 132, ("measured",)).values())
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
     found = []

@@ -26,17 +26,21 @@ from statistics import median
 from typing import Any
 
 from benchmarks.kernels.__main__ import machine
+from nanoflow.config_schema import EngineSection
 from nanoflow.devices import device_sms
-from nanoflow.loading import device_name
+from nanoflow.loading import run_fingerprint
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import FrozenMapping, Plan
+from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.plans.ablation import SEQUENTIAL
 from nanoflow.plans.case import H100, PlanCase, known_device, open_graph
 from nanoflow.plans.running import make_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
+from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.measure import Block, Comparison, compare, output_error
 from nanoflow.search.mix import Mix
 from nanoflow.search.space import PlanChoice, build_plan
+from nanoflow.search.store import store_plan
 
 RESULTS = Path(__file__).parent / "results" / "lanes.json"
 RUNS = {
@@ -119,7 +123,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     decided = last or first
     winner = max(best, key=lambda label: median(decided.ratios(SEQUENTIAL, label))) if best else None
     if winner and args.save is not None and median(decided.ratios(SEQUENTIAL, winner)) >= args.least_ratio:
-        save(plans[winner], decided, winner, mix, model_name, device_name(model.device), name, args.save)
+        here = run_fingerprint(model, EngineSection())
+        save(plans[winner], decided, winner, mix, here, args.save)
     return {
         "mix": asdict(mix), "rows": rows, "errors": errors, "winner": winner,
         "scan": blocks(first), "final": None if last is None else blocks(last),
@@ -151,21 +156,20 @@ def blocks(found: Comparison) -> dict[str, Any]:
     }
 
 
-def save(plan: Plan, found: Comparison, label: str, mix: Mix, model: str, device: str, run: str, folder: Path) -> None:
-    """The plan as a file, with what was measured."""
+def save(plan: Plan, found: Comparison, label: str, mix: Mix, here: Fingerprint, folder: Path) -> None:
+    """The plan as a stored one, with what was measured."""
     measured = {
-        "decode": mix.decode,
-        "context": mix.context,
-        "prefill": sum(mix.prompts),
         "iteration_ms": round(found.seconds(label) * 1e3, 3),
         "sequential_ms": round(found.seconds(SEQUENTIAL) * 1e3, 3),
         "ratio": round(median(found.ratios(SEQUENTIAL, label)), 4),
     }
-    kept = replace(plan, model=model, gpu=device, least_rows=plan.capacity * 7 // 8, measured=FrozenMapping(measured))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{model}-{run.replace(' ', '-')}.yaml"
-    path.write_text(kept.dumps(), encoding="utf-8")
-    print(f"saved {path}")
+    kept = replace(
+        plan,
+        mix=PlanMix(mix.decode, sum(mix.prompts), mix.context),
+        least_rows=min(plan.capacity * 7 // 8, mix.rows),
+        measured=FrozenMapping(measured),
+    )
+    print(f"saved {store_plan(kept, here, folder)}")
 
 
 def main() -> None:

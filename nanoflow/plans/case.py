@@ -12,6 +12,7 @@ from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Work
 from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.cost_model import Ceilings
@@ -104,8 +105,7 @@ class PlanCase:
 
 @dataclass(frozen=True)
 class MixOptions:
-    """What the user says of the mix; None: what the plan's `measured` says (`decode`, `context`, `prefill`), or what is
-    usual."""
+    """What the user says of the mix; None: what the plan says, or what is usual."""
 
     decode: int | None = None
     context: int | None = None
@@ -175,19 +175,14 @@ def known_device(plan: Plan) -> Device:
 def choose_mix(plan: Plan, options: MixOptions) -> Mix:
     """The mix that was asked for. Raises InputError if it holds nothing, or does not fit the plan."""
 
-    def said(key: str, usual: int) -> int:
-        value = plan.measured.get(key)
-        return round(value) if isinstance(value, int | float) and value >= 0 else usual
-
+    own = plan.mix or PlanMix(min(DECODE, (plan.capacity + 1) // 2), plan.capacity, CONTEXT)
     capacity, decode, context, prompts = plan.capacity, options.decode, options.context, options.prompts
     if decode is None:
-        usual = said("decode", min(DECODE, (capacity + 1) // 2))
-        decode = max(0, min(usual, capacity - sum(prompts or ())))
+        decode = max(0, min(own.decode, capacity - sum(prompts or ())))
     if context is None:
-        context = said("context", CONTEXT)
+        context = own.context or CONTEXT
     if prompts is None:
-        left = max(0, capacity - decode)
-        tokens = min(left, said("prefill", left))
+        tokens = min(max(0, capacity - decode), own.prefill)
         prompts = (PROMPT,) * (tokens // PROMPT) + ((tokens % PROMPT,) if tokens % PROMPT else ())
     mix = Mix(decode, context, prompts)
     for key, value, least in (("decode", decode, 0), ("context", context, 1), *(("prompts", p, 1) for p in prompts)):

@@ -62,6 +62,8 @@ def plan_lines(case: PlanCase) -> list[str]:
         lines.append(f"{'stages' if not index else '':<10} {stage_text(plan, index, stage.partition)}")
     if plan.kernels:
         lines.append(f"{'kernels':<10} {', '.join(f'{op}: {kernel}' for op, kernel in plan.kernels.items())}")
+    if plan.mix is not None:
+        lines.append(f"{'mix':<10} {plan.mix}")
     if plan.measured:
         lines.append(f"{'measured':<10} {', '.join(f'{key}: {value}' for key, value in plan.measured.items())}")
     return lines

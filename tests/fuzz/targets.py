@@ -145,7 +145,8 @@ def check_plan(content: bytes) -> None:
 GRAPH = llama_graph()
 PLANS = [path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("models/plans/*.yaml"))]
 PLAN_KEYS = ["capacity", "nano_batches.a", "nano_batches.a.rows", "nano_batches.a.decode", "nano_batches.1", "period"]
-PLAN_KEYS += ["partitions.split", "kernels.o", "kernels", "measured.x", "model", "gpu", "sms", "x"]
+PLAN_KEYS += ["partitions.split", "kernels.o", "kernels", "measured.x", "model", "gpu", "sms", "x", "mix", "mix.decode"]
+PLAN_KEYS += ["mix.context", "fingerprint", "fingerprint.torch"]
 PLAN = st.one_of(mutated(PLANS), *(nested(PLAN_KEYS, yaml.safe_load(plan)).map(as_yaml) for plan in PLANS))
 
 # JSONL

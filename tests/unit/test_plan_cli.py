@@ -37,7 +37,8 @@ period:
 - split:
     compute: [o.a, gate_up.a, down.a, qkv.a@1, o.b, gate_up.b, down.b, qkv.b@1]
     memory: [decode_attention.b, decode_attention.a@1]
-measured: {decode: 600, context: 700, prefill: 500}
+mix: {decode: 600, prefill: 500, context: 700}
+measured: {ratio: 1.02}
 """
 SHOWN = """\
 tuned.yaml for llama-3-8b on NVIDIA H100 80GB HBM3: at most 1,280 rows
@@ -47,7 +48,8 @@ a           1/2     1/2      640   300 decode + 250 prompt rows
 b           1/2     1/2      640   300 decode + 250 prompt rows
 
 stages     split: compute 92, memory 40 of 132 SMs
-measured   decode: 600, context: 700, prefill: 500
+mix        600 decode rows of context 700 and 500 prefill rows
+measured   ratio: 1.02
 
 split, layer 1
   compute 92 SMs |o.a|an.a|gate_up.a|down.a|add.a|il.a@1|qkv.a@1|ra.a@1|pa.a@1|o.b|an.b|gate_up.b|down.b|add.b|il.b@1|

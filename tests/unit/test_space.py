@@ -212,6 +212,22 @@ def test_each_attention_of_several_stages_has_a_stretch_for_itself() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shares", "memory"),
+    [
+        ((10, 3, 3), [["decode_attention.b"], []]),
+        ((3, 3, 10), [[], ["decode_attention.b@1"], []]),  # and then that of `a`, alone
+        ((6, 4, 6), [["decode_attention.b"], []]),  # of equals, the one just before it is needed
+    ],
+)
+def test_an_attention_has_the_longest_stretch(shares: tuple[int, ...], memory: list[list[str]]) -> None:
+    """`b`'s may run beside the products of `c`, which come before it, or of `a`, in the repetition after."""
+    choice = PlanChoice(shares, shares, 64, beside=(False, True, False), skew=4, stages="several", memory_sms=32)
+    plan = check(choice, LLAMA, Mix(1024, 768), 1024)
+    there = [[str(entry) for entry in each.lanes.get("memory", ())] for each in plan.period]
+    assert there == memory
+
+
+@pytest.mark.parametrize(
     ("choice", "mix", "rows", "expected"),
     [
         (PlanChoice((8, 8), (8, 8)), MIX, 1152, [640, 512]),

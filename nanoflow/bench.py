@@ -167,7 +167,7 @@ def bench(
         started = time.perf_counter()
         model = open_model(config.model, config.engine)
         total = _count(config, model, requests)
-        engine = _engine(config, model, requests)
+        engine = _engine(config, model, requests, quiet)
         load_seconds = time.perf_counter() - started
         with Bench(model, engine, load_seconds=load_seconds, interrupts=interrupts, quiet=quiet) as running:
             interrupts.drain()
@@ -224,12 +224,12 @@ class _Discard:
         encode(record)
 
 
-def _engine(config: RunConfig, model: Model, requests: int | None) -> Engine:
+def _engine(config: RunConfig, model: Model, requests: int | None, quiet: bool) -> Engine:
     """The engine, its KV cache sized by the first requests as that of a run is."""
     items = islice(read_workload(config, model.graph.vocab_size, model.tokenizer), requests)
     with Feed(items, Ledger(), model.tokenizer, model.checkpoint.path) as feed:
         ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
-        return engine_for(config, model, ahead, more=not feed.ended)
+        return engine_for(config, model, ahead, more=not feed.ended, quiet=quiet)
 
 
 def _count(config: RunConfig, model: Model, requests: int | None) -> int:

@@ -143,7 +143,7 @@ def test_an_ablation_on_a_cpu(tmp_path: Path) -> None:
     assert "nano-batches" in console.export_text()
     save_ablation({"date": "today", **found.to_dict()}, tmp_path / "new" / "a.json")
     saved = json.loads((tmp_path / "new" / "a.json").read_text())
-    assert saved["date"] == "today" and saved["mix"] == {"decode": 20, "context": 30, "prompts": [13, 20]}
+    assert saved["date"] == "today" and saved["mix"] == {"decode": 20, "context": 30, "prompts": [13, 20], "before": []}
     assert saved["plans"]["overlapped"]["ratio"]["median"] > 0
     assert Plan.loads(saved["plan"]) == case.plan
     options = ["--model", str(folder), "--decode", "9", "--context", "12", "--prompts", "5,4", "--device", "cpu"]

@@ -1,1 +1,1 @@
-"""What finds the fastest plan by measurement: cost model and plan store."""
+"""What finds the fastest plan: cost model, simulator, search space, measurement and plan store."""

@@ -7,9 +7,8 @@ iterations count, ramp and tail too; of a longer job only the steady state does,
 also what it weighs. The same job and limits give the same mixes.
 
     sample the job; rehearse it; leave out what a longer run would have little of
-    one cluster for each bucket of rows and each small cell of (decode rows, prefill rows, KV tokens read)
-    while the nearest two of a bucket are nearer than CLOSE:             join them
-    while the heaviest `most` clusters hold less than HELD of the time:  join those that differ least, by weight
+    cluster the iterations by bucket of rows, decode rows, prefill rows and KV tokens read (`clusters`), so that the
+    heaviest `most` clusters hold HELD of the time
     of the heaviest that together hold HELD:
         mix: the iteration nearest to the mean of those in the cluster's heaviest bucket; pairs of prefill attention
             count too there, but not in clusters: the engine does not choose a plan by them
@@ -28,6 +27,7 @@ from nanoflow.config_schema import RunConfig
 from nanoflow.loading import Model
 from nanoflow.ops.operation import Work
 from nanoflow.pipeline.plan_mix import NEAR_MIX, PlanMix
+from nanoflow.plans.clusters import cluster
 from nanoflow.plans.job_sample import JobRequest, JobSample, job_requests, take_sample
 from nanoflow.rehearsal import Rehearsal, Rehearsed, rehearsal_scheduler
 from nanoflow.sampling_params import SamplingParams
@@ -42,8 +42,6 @@ __all__ = ["JobMixes", "WeightedMix", "form_mixes", "job_mixes"]
 MOST_MIXES = 6
 HELD = 0.95
 """Share of the time that the mixes hold at least; the rest is left out."""
-CLOSE = 0.1
-"""Clusters of one bucket that are nearer are one: the root of the squared relative differences, about."""
 UNBUCKETED = 128
 """Where batches are not padded, those whose rows round up to the same multiple of this count as of one bucket."""
 FLOOR = 1 / 16
@@ -51,9 +49,6 @@ FLOOR = 1 / 16
 TOKENS_A_ROW, PAIRS_A_ROW = 512, 13_000
 """KV tokens that are read, and (query, key) pairs of prefill attention, in about the time in which the products of a
 row are computed (Llama-3-8B on an H100)."""
-_CELL = 0.05
-_MOST_CELLS = 256
-"""Clusters to begin with; cells are made larger until there are no more."""
 
 Float = NDArray[np.float64]
 
@@ -172,10 +167,11 @@ def form_mixes(
         formed = formed if steady is None else formed[slice(*steady)]
     total = sum(f.seconds for f in formed)
     points = _points(formed)
-    clusters = _clusters(formed, points[:, :3], bool(len(scheduler.row_buckets)), most)
-    weights = [sum(formed[n].seconds for n in cluster) / total for cluster in clusters]
+    seconds_each = np.array([f.seconds for f in formed])
+    clusters = cluster(points[:, :3], seconds_each, _groups(formed, len(scheduler.row_buckets) > 0), most, HELD)
+    weights = [float(seconds_each[members].sum()) / total for members in clusters]
     order = sorted(range(len(clusters)), key=lambda n: (-weights[n], clusters[n][0]))
-    # Up to rounding, the loop above ends with enough of them.
+    # Up to rounding, the heaviest `most` are always enough.
     count = next((n for n in range(1, most) if sum(weights[c] for c in order[:n]) >= HELD), most)
     kept = order[:count]
     held = sum(weights[n] for n in kept)
@@ -234,43 +230,10 @@ def _measured(step: Rehearsed, seconds: Callable[[Work], float]) -> _Formed:
     )
 
 
-def _clusters(formed: Many[_Formed], points: Float, bucketed: bool, most: int) -> list[list[int]]:
-    """Iterations that one mix stands for, each list ascending."""
-    weights = np.array([f.seconds for f in formed])
-    groups = np.array([f.padded if bucketed else -(-f.padded // UNBUCKETED) * UNBUCKETED for f in formed])
-    cell = _CELL
-    while True:
-        keys = np.column_stack([groups, np.floor(points / cell).astype(np.int64)])
-        cells, own = np.unique(keys, axis=0, return_inverse=True)
-        if len(cells) <= _MOST_CELLS or cell > 1:
-            break
-        cell *= 1.5
-    own = own.reshape(-1)
-    members = [np.flatnonzero(own == n).tolist() for n in range(len(cells))]
-    sums = np.array([weights[m].sum() for m in members])
-    centres = np.array([np.average(points[m], axis=0, weights=weights[m]) for m in members])
-    bucket = cells[:, 0]
-
-    def join(a: int, b: int) -> None:
-        nonlocal sums, centres, bucket
-        a, b = min(a, b), max(a, b)
-        members[a] = sorted(members[a] + members.pop(b))
-        centres[a] = (centres[a] * sums[a] + centres[b] * sums[b]) / (sums[a] + sums[b])
-        sums[a] += sums[b]
-        sums, bucket = np.delete(sums, b), np.delete(bucket, b)
-        centres = np.delete(centres, b, axis=0)
-
-    while len(sums) > 1:
-        distances = np.where(bucket[:, None] == bucket, _squares(centres), np.inf)
-        a, b, least = _nearest(distances)
-        if least >= CLOSE**2:
-            break
-        join(a, b)
-    while len(sums) > most and np.sort(sums)[-most:].sum() < HELD * weights.sum():
-        # Ward's criterion: by how much the weighted squares within clusters grow.
-        a, b, _ = _nearest(_squares(centres) * (sums[:, None] * sums / (sums[:, None] + sums)))
-        join(a, b)
-    return members
+def _groups(formed: Many[_Formed], bucketed: bool) -> NDArray[np.int64]:
+    """[I] the bucket of each iteration."""
+    padded = np.array([f.padded for f in formed], np.int64)
+    return padded if bucketed else -(-padded // UNBUCKETED) * UNBUCKETED
 
 
 def _points(formed: Many[_Formed]) -> Float:
@@ -284,30 +247,18 @@ def _points(formed: Many[_Formed]) -> Float:
     return np.asarray(np.log(np.array(each, np.float64) + floor))
 
 
-def _squares(centres: Float) -> Float:
-    return np.asarray(((centres[:, None] - centres) ** 2).sum(axis=2))
-
-
-def _nearest(costs: Float) -> tuple[int, int, float]:
-    """The two clusters with the least cost, the first of equal ones."""
-    costs = costs.copy()
-    np.fill_diagonal(costs, np.inf)
-    a, b = divmod(int(costs.argmin()), len(costs))
-    return a, b, float(costs[a, b])
-
-
-def _mix(formed: Many[_Formed], points: Float, cluster: Many[int], weight: float) -> WeightedMix:
+def _mix(formed: Many[_Formed], points: Float, members: Many[int], weight: float) -> WeightedMix:
     """The iteration that is nearest to the mean of those in the heaviest bucket of the cluster."""
     by_bucket: dict[int, float] = {}
-    for n in cluster:
+    for n in members:
         by_bucket[formed[n].padded] = by_bucket.get(formed[n].padded, 0.0) + formed[n].seconds
     bucket = max(by_bucket, key=lambda rows: (by_bucket[rows], rows))
-    own = [n for n in cluster if formed[n].padded == bucket]
+    own = [n for n in members if formed[n].padded == bucket]
     mean = np.average(points[own], axis=0, weights=[formed[n].seconds for n in own])
     typical = formed[own[int(((points[own] - mean) ** 2).sum(axis=1).argmin())]]
     work = typical.work
     context = max(1, round(work.decode_context / max(1, work.decode_rows)))
-    rows = sum(formed[n].work.rows for n in cluster) / len(cluster)
+    rows = sum(formed[n].work.rows for n in members) / len(members)
     before = typical.starts if any(typical.starts) else ()
     return WeightedMix(Mix(work.decode_rows, context, typical.chunks, before), weight, rows, bucket, near=0.0)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nanoflow import LLM, RequestOutput, SamplingParams
-from nanoflow.config_schema import EngineSection
+from nanoflow.config_schema import EngineSection, PipelineSection
 from nanoflow.errors import InputError, UserError
-from nanoflow.loading import run_fingerprint
+from nanoflow.loading import build_engine, run_fingerprint
 from nanoflow.ops.batch import RESERVED_PAGE, DenseBatch
 from nanoflow.ops.operation import NanoContext
 from nanoflow.pipeline.plan_mix import PlanMix
@@ -221,6 +221,11 @@ def test_auto_runs_all_stored_plans_each_for_its_mix(
         taken = Counter(number for number, *_ in seen)
         assert set(taken) == {0, 1, 2} and taken == llm.engine.stats.program_iterations
         assert llm.engine.stats.planned_iterations == taken[0] + taken[1]
+        capsys.readouterr()
+        sizes = EngineSection(max_batch_tokens=64, page_size=8, kv_memory="1MiB")
+        quiet = build_engine(llm.model, sizes, PipelineSection(plan="auto"), quiet=True)
+        assert len(quiet.executor.programs) == 3 and capsys.readouterr().err == ""
+        quiet.close()
 
 
 def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput]) -> None:

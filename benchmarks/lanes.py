@@ -51,7 +51,7 @@ RUNS = {
 }
 """Batches of the reference runs in steady state (`benchmarks/results/offline_throughput.json`), which end on a bucket:
 decode rows as they were on average, prompts to fill it. 512-512 takes 1,152 and 1,024 rows in turn."""
-SPLITS = (24, 32, 40, 48)
+SPLITS = (24, 32, 40, 48, 64)
 """SMs of the memory lane."""
 LARGEST_ERROR = 0.05
 """See `nanoflow.search.measure.output_error`; bfloat16 rounds another way where a product is cut another way."""
@@ -70,7 +70,7 @@ def candidates(graph: Graph, mix: Mix, rows: int, sms: int, kernels: tuple[str, 
         *(("streams", cut, ()) for cut in halves),
     ]
     if 0 < -(-mix.decode // 64) * 64 < rows:
-        families.append(("phase", phase, (*SPLITS[1:], 64)))
+        families.append(("phase", phase, SPLITS[1:]))
     rates = replace(H100.rates, device_sms=sms)
     products = ("qkv", "o", "gate_up", "down")
     found: dict[str, Plan] = {}

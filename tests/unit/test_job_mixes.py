@@ -26,10 +26,12 @@ from nanoflow.plans.case import H100, shipped_shapes
 from nanoflow.plans.job_mixes import HELD, MOST_MIXES, JobMixes, form_mixes, job_mixes
 from nanoflow.plans.job_sample import JobRequest, JobSample, job_requests, take_sample
 from nanoflow.plans.running import mix_batch, mix_pages
-from nanoflow.rehearsal import rehearsal_scheduler
+from nanoflow.rehearsal import Rehearsal, rehearsal_scheduler
+from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.cost_model import bounds, sequential_seconds, work_of, works_of
 from nanoflow.search.mix import Mix, mix_works
+from nanoflow.sequence import Sequence
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "benchmarks" / "results" / "offline_throughput.json").read_text(encoding="utf-8")
@@ -194,6 +196,16 @@ def test_outputs_that_may_stop_end_after_the_mean_that_was_seen():
     certain = form_mixes(whole([JobRequest(30, 100)] * 200), scheduler_of(**sizes), seconds, mean_output=10)
     assert stopped.iterations < to_the_limit.iterations / 2 < certain.iterations
     assert max(each.mix.context for each in stopped.mixes) <= 30 + 11 < max(each.mix.context for each in certain.mixes)
+
+
+def test_a_rehearsal_with_nothing_to_do_says_so():
+    rehearsal = Rehearsal(scheduler_of())
+    with pytest.raises(RuntimeError, match="0 sequences are unfinished and none can run"):
+        rehearsal.step()
+    rehearsal.scheduler.add(Sequence(0, np.zeros(5, np.int32), SamplingParams(max_tokens=1, ignore_eos=True), seed=0))
+    formed = rehearsal.step()
+    assert formed is not None and formed.batch.tokens == 5 and rehearsal.step() is None
+    assert rehearsal.scheduler.unfinished == 0
 
 
 def test_a_sample_is_as_long_as_the_iterations_need():

@@ -227,6 +227,15 @@ def test_any_other_warm_up_is_refused(text: str) -> None:
         parse_warm_up(text)
 
 
+@pytest.fixture
+def ctrl_c() -> Any:
+    """SIGINT as a terminal's program has it: what runs in the background of a shell may have inherited to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_ends_the_bench_and_keeps_what_was_repeated(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

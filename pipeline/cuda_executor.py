@@ -18,7 +18,6 @@ Pseudo-code::
 """
 
 import gc
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -26,27 +25,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from nanoflow.ops.batch import RESERVED_PAGE, DenseBatch, NanoBatchRows, StepOutput
+from nanoflow.ops.batch import DenseBatch, StepOutput
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.sampling import NOTHING_SAMPLED, Sampler, StepTensors
 from nanoflow.pipeline.bound_programs import BoundPrograms
+from nanoflow.pipeline.capture_batch import capture_batch
 from nanoflow.pipeline.clock import Mark, StepMarks
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.lanes import Lanes
-from nanoflow.pipeline.partitions import Partition, unavailable
-from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import Program
-from nanoflow.pipeline.split import BatchCutter, nano_batch_rows
+from nanoflow.pipeline.split import BatchCutter
 from nanoflow.pipeline.static_arrays import StaticArrays
 
 __all__ = ["CudaExecutor", "buckets"]
-
-log = logging.getLogger(__name__)
 
 SAMPLED_ROWS = 1024
 """The most rows whose logits are held at a time."""
@@ -142,7 +136,7 @@ class CudaExecutor:
         plans = [program.plan for program in programs]
         capacity = max(plan.capacity for plan in plans)
         sampled_rows = min(SAMPLED_ROWS, slots, capacity)
-        self._partitions = _partitions(programs, device)
+        self.lanes = Lanes(programs, device)
         self.bound = BoundPrograms(
             programs,
             weights,
@@ -150,9 +144,8 @@ class CudaExecutor:
             dtype=dtype,
             device=device,
             sampled_rows=sampled_rows,
-            confined=bool(self._partitions),
+            confined=self.lanes.confined,
         )
-        self.lanes = Lanes(programs, self._partitions, device)
         self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
         self.cut = BatchCutter(plans, buckets(capacity) if row_buckets is None else row_buckets)
         self.sampled_buckets = buckets(sampled_rows)
@@ -221,9 +214,7 @@ class CudaExecutor:
         self._in_flight.clear()
         self._layers.clear()
         self._heads.clear()
-        for partition in self._partitions.values():
-            partition.close()
-        self._partitions = {}
+        self.lanes.close()
         gc.unfreeze()
 
     @contextmanager
@@ -300,14 +291,14 @@ class CudaExecutor:
         plans = self.cut.plans
         try:
             for number, plan in enumerate(plans):
-                batch = self._device_batch(_capture_batch(plan, number, plan.capacity), self._static)
+                batch = self._device_batch(capture_batch(plan, number, plan.capacity), self._static)
                 self._queue_layers(batch)
                 self._note_sampled(batch)
             self._static.lay_out()
             sizes = [(rows, number) for number in range(len(plans)) for rows in self.cut.buckets(number)]
             for rows, number in sorted(sizes, reverse=True):
                 what = f"{rows} rows"
-                host = _capture_batch(plans[number], number, rows)
+                host = capture_batch(plans[number], number, rows)
                 marks = StepMarks(self.bound.device) if self._marked else None
                 self._static.take_room()
 
@@ -348,56 +339,3 @@ class CudaExecutor:
         finally:
             graph.capture_end()
         return graph
-
-
-def _partitions(programs: Sequence[Program], device: torch.device) -> dict[tuple[int, ...], Partition]:
-    """The partitions that the programs' lanes have, by the SMs of their parts; none if SMs cannot be set apart."""
-    plans = [program.plan for program in programs]
-    wanted = {plan.place(index, lane)[0] for plan in plans for index, s in enumerate(plan.period) for lane in s.lanes}
-    wanted.discard(())
-    if not wanted or device.type != "cuda":
-        return {}
-    reason = unavailable(device)
-    if reason:
-        log.warning("lanes share all SMs, on streams with priorities: SMs cannot be set apart (%s)", reason)
-        return {}
-    return {parts: Partition(parts, device) for parts in sorted(wanted)}
-
-
-def _capture_batch(plan: Plan, program: int, rows: int) -> DenseBatch:
-    """A batch of `rows` rows that makes every operation run on every nano-batch: a decode row, a prompt of one token,
-    padding. A nano-batch whose share of decode rows, or of prefill rows, is nothing gets none."""
-    parts = []
-    for nano_batch, count in zip(plan.nano_batches, nano_batch_rows(plan, rows), strict=True):
-        decode = min(count, int(nano_batch.decode > 0))
-        prefill = min(count - decode, int(nano_batch.prefill > 0))
-        parts.append((decode, prefill, count - decode - prefill))
-    starts = np.cumsum([0, *(sum(part) for part in parts)])
-    nano_batches = tuple(NanoBatchRows(int(start), *part) for start, part in zip(starts[:-1], parts, strict=True))
-    decode_rows = np.array([n.start for n in nano_batches if n.decode], np.int32)
-    prefill_rows = np.array([n.start + n.decode for n in nano_batches if n.prefill], np.int32)
-    total = int(starts[-1])
-
-    def splits(counts: list[int]) -> NDArray[np.int32]:
-        return np.cumsum([0, *counts]).astype(np.int32)
-
-    def pages(count: int) -> NDArray[np.int32]:
-        return np.full((count, 1), RESERVED_PAGE, np.int32)
-
-    return DenseBatch(
-        nano_batches=nano_batches,
-        token_ids=np.zeros(total, np.int32),
-        positions=np.zeros(total, np.int32),
-        slots=np.zeros(total, np.int32),
-        kv_index=np.zeros(total, np.int64),
-        decode_rows=decode_rows,
-        decode_context=np.ones(len(decode_rows), np.int32),
-        decode_pages=pages(len(decode_rows)),
-        decode_splits=splits([n.decode for n in nano_batches]),
-        prefill_rows=prefill_rows,
-        prefill_lengths=np.ones(len(prefill_rows), np.int32),
-        prefill_context=np.ones(len(prefill_rows), np.int32),
-        prefill_pages=pages(len(prefill_rows)),
-        prefill_splits=splits([n.prefill for n in nano_batches]),
-        program=program,
-    )

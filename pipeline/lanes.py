@@ -12,15 +12,18 @@ Pseudo-code of `launch_order`::
     the main stream, on which an iteration begins and ends, is let go by all others at the end
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nanoflow.pipeline.partitions import Partition
+from nanoflow.pipeline.partitions import Partition, unavailable
 from nanoflow.pipeline.program import Program
 
 __all__ = ["BEGIN", "Lanes", "Launch", "LaunchOrder", "launch_order"]
+
+log = logging.getLogger(__name__)
 
 BEGIN = -1
 """Stands for the begin of an iteration where a step to wait for is meant."""
@@ -101,23 +104,35 @@ def _merge(clock: dict[int, int], other: dict[int, int]) -> None:
 class Lanes:
     """The streams of some programs' lanes, and how a program's steps are launched on them.
 
-    Args:
-        partitions: by their parts, all that the programs' plans confine lanes to; none if SMs cannot be set apart. A
-            lane without a part has a plain stream, of higher priority the later it stands in its stage: compute comes
-            first there, and would take all SMs.
+    A lane without a part of the SMs has a plain stream, of higher priority the later it stands in its stage: compute
+    comes first there, and would take all SMs.
+
+    Attributes:
+        partitions: by the SMs of their parts, all that the programs' plans confine lanes to; none if SMs cannot be set
+            apart, which is said once.
+
+    Raises:
+        PartitionError: the device cannot be split as a plan says.
     """
 
-    def __init__(
-        self,
-        programs: Sequence[Program],
-        partitions: Mapping[tuple[int, ...], Partition],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, programs: Sequence[Program], device: torch.device) -> None:
         self.orders = tuple(launch_order(program) for program in programs)
+        self.partitions = _partitions(programs, device)
         self._streams: dict[Place, torch.cuda.Stream] = {}
         if device.type == "cuda":
             for place in sorted({place for order in self.orders for place in order.places[1:]}):
-                self._streams[place] = _stream(place, partitions, device)
+                self._streams[place] = _stream(place, self.partitions, device)
+
+    @property
+    def confined(self) -> bool:
+        """Whether lanes have the SMs that their plan gives them, and no others."""
+        return bool(self.partitions)
+
+    def close(self) -> None:
+        """Give the partitions back; nothing may be running on them, and their graphs must be gone."""
+        for partition in self.partitions.values():
+            partition.close()
+        self.partitions = {}
 
     def launch(self, program: int, run: Callable[[int], None]) -> None:
         """Call `run` for every step of a program, each with its stream current; all of it begins after what the
@@ -140,6 +155,20 @@ class Lanes:
                     events[launch.step] = stream.record_event()
         for step in order.ends:
             main.wait_event(events[step])
+
+
+def _partitions(programs: Sequence[Program], device: torch.device) -> dict[tuple[int, ...], Partition]:
+    """The partitions that the programs' lanes have, by the SMs of their parts; none if SMs cannot be set apart."""
+    plans = [program.plan for program in programs]
+    wanted = {plan.place(index, lane)[0] for plan in plans for index, s in enumerate(plan.period) for lane in s.lanes}
+    wanted.discard(())
+    if not wanted or device.type != "cuda":
+        return {}
+    reason = unavailable(device)
+    if reason:
+        log.warning("lanes share all SMs, on streams with priorities: SMs cannot be set apart (%s)", reason)
+        return {}
+    return {parts: Partition(parts, device) for parts in sorted(wanted)}
 
 
 def _stream(place: Place, partitions: Mapping[tuple[int, ...], Partition], device: torch.device) -> torch.cuda.Stream:

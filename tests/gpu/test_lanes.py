@@ -308,7 +308,7 @@ def test_every_node_of_a_graph_is_where_the_plan_says(folder: Path, name: str) -
     checked = 0
     for step, contexts in seen[-len(program.steps) :]:  # after the sequential plan's graph
         parts, part = plan.place(program.steps[step].stage, program.steps[step].lane)
-        expected = int(executor._partitions[parts].contexts[part]) if parts else primary
+        expected = int(executor.lanes.partitions[parts].contexts[part]) if parts else primary
         if contexts:  # a step that only copies has no kernel
             assert contexts <= ({expected, 0} if expected == primary else {expected}), program.name(step)
             checked += 1

@@ -132,5 +132,5 @@ def test_a_partition_of_one_part_with_all_sms_is_the_whole_device() -> None:
 def test_without_a_gpu_steps_run_in_the_order_of_their_launches() -> None:
     program = compile_program(Plan.loads(SKEWED, GRAPH), GRAPH)
     run: list[int] = []
-    Lanes([program], {}, torch.device("cpu")).launch(0, run.append)
+    Lanes([program], torch.device("cpu")).launch(0, run.append)
     assert run == list(range(len(program.steps)))

@@ -10,7 +10,6 @@ All that a run does for a request is done (tokenising, detokenising, a record as
 """
 
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from nanoflow.recording import Recorder
 from nanoflow.report import make_report
 from nanoflow.runner import LOOK_AHEAD_SECONDS, engine_for
 from nanoflow.search.ceilings import measure_ceilings
+from nanoflow.search.files import check_writable
 from nanoflow.serving import Serving
 from nanoflow.steady_state import EngineLog
 from nanoflow.workload import read_workload
@@ -250,10 +250,6 @@ def _check_out(path: Path, config: RunConfig) -> None:
     if path.suffix != ".json" or (trace is not None and path.absolute() == Path(trace.path)):
         raise ConfigError(f"--out: {path} is not for results; name a file that ends in .json and is no input")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        check_writable(path)
     except OSError as error:
         raise OutputError(f"--out: cannot write {path}: {error.strerror}; choose another file") from None

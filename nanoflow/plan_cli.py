@@ -165,7 +165,7 @@ def ablate(
 
         case = open_case(file, model, MixOptions(decode, context, _numbers(prompts)), layers=layers)
         if out is not None:
-            save_ablation({}, out)  # before minutes of measuring: whether it can be written
+            save_ablation(None, out)  # before minutes of measuring: whether it can be written
 
         def progress(name: str, milliseconds: float, watts: float | None) -> None:
             typer.echo(f"{name:<12} {milliseconds:9.3f} ms{'' if watts is None else f', {watts:.0f} W'}", err=True)

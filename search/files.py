@@ -1,10 +1,20 @@
 """Files that are replaced in one step: whatever ends the process, readers find the old content or the new."""
 
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["replace_file", "sync_folder"]
+__all__ = ["check_writable", "replace_file", "sync_folder"]
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError if `replace_file` could not write `path` now; what is there stays as it is."""
+    if path.is_dir():
+        raise IsADirectoryError(None, "it is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from nanoflow.pipeline.plan import MAIN_LANE, WHOLE, Entry, FrozenMapping, Plan,
 from nanoflow.plans.case import PlanCase
 from nanoflow.plans.running import make_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
+from nanoflow.search.files import check_writable, replace_file
 from nanoflow.search.measure import Block, Comparison, compare, output_error
 from nanoflow.search.mix import Mix
 
@@ -146,10 +147,12 @@ def print_ablation(found: Ablation, console: Console) -> None:
     console.print(table)
 
 
-def save_ablation(found: dict[str, Any], path: Path) -> None:
-    """Write `found` as JSON. Raises OutputError."""
+def save_ablation(found: dict[str, Any] | None, path: Path) -> None:
+    """Write `found` as JSON; None: only see whether it could be. Raises OutputError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if found is None:
+            check_writable(path)
+        else:
+            replace_file(path, json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise OutputError(f"--out {path}: cannot be written: {error.strerror}; give another place") from None

@@ -153,6 +153,8 @@ def test_an_ablation_on_a_cpu(tmp_path: Path) -> None:
     assert "9 decode rows of context 12" in result.output and "overlapped" in result.output
     saved = json.loads((tmp_path / "b.json").read_text())
     assert saved["mix"]["prompts"] == [5, 4] and "torch" in saved["versions"]
+    save_ablation(None, tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text()) == saved, "looking whether it can be written changes nothing"
     with pytest.raises(OutputError, match=r"--out .*cannot be written"):
         save_ablation({}, folder)
     with pytest.raises(InputError, match="--device gpu"):

@@ -59,15 +59,12 @@ PART_CANDIDATES = (
     DecodeConfig(64, stages=3, warps=2, programs_per_sm=3, tma=True),
     DecodeConfig(64, stages=3, warps=4, programs_per_sm=3, tma=True, max_registers=168),
     DecodeConfig(64, stages=2, warps=2, programs_per_sm=5, tma=True),
-    DecodeConfig(64, stages=2, warps=4, programs_per_sm=3, tma=True, max_registers=168),
-    DecodeConfig(64, stages=4, warps=2, programs_per_sm=2, tma=True),
     DecodeConfig(32, stages=3, warps=1, programs_per_sm=5, tma=True),
+    DecodeConfig(16, stages=4, warps=1, programs_per_sm=6, tma=True),
+    DecodeConfig(16, stages=5, warps=1, programs_per_sm=5, tma=True),
     DecodeConfig(32, stages=2, warps=1, programs_per_sm=8, tma=True),
     DecodeConfig(32, stages=3, warps=2, programs_per_sm=4, tma=True),
     DecodeConfig(32, stages=3, warps=2, programs_per_sm=5, tma=True, max_registers=168),
-    DecodeConfig(32, stages=4, warps=2, programs_per_sm=3, tma=True),
-    DecodeConfig(128, stages=2, warps=4, programs_per_sm=2, tma=True),
-    DecodeConfig(128, stages=3, warps=4, programs_per_sm=1, tma=True),
     DecodeConfig(64, stages=3, warps=4, programs_per_sm=2, tma=False),
 )
 """Of those that spill no registers for sm_90 and whose programs fit an SM side by side."""

@@ -161,7 +161,7 @@ def _sms(plan: Plan, parts: tuple[int, ...]) -> Iterator[str]:
     x = float(LEFT)
     yield _text(16, TOP + 16, f"{plan.sms} SMs", size=13, bold=True)
     yield _text(16, TOP + 31, "in one split")
-    for (count, rest), sms, fill in zip(allot(parts, plan.sms, GRANULE), parts, FILL.values(), strict=False):
+    for (count, rest), sms, fill in zip(allot(parts, *divmod(plan.sms, GRANULE), GRANULE), parts, FILL.values(), strict=False):
         begin = x
         for size in [GRANULE] * count + [plan.sms % GRANULE] * rest:
             for number in range(size):

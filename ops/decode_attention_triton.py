@@ -44,8 +44,9 @@ __all__ = [
 MAX_HEAD_DIM = 256
 FEW_SMS = 64
 """With so many SMs or fewer, an SM must fetch some 70 bytes a nanosecond, three times its share of the whole device's
-rate, and what it has under way should fill its shared memory: a program has two buffers (stages less one), so three of
-64 tokens keep 192 KiB on the way, four of 32 tokens 128 KiB, with 1.4 times the instructions a byte."""
+rate. Five programs of one warp, each with two buffers (stages less one) of 32 tokens, keep 160 KiB on the way and pass
+no scores from warp to warp: 2.62 TB/s on 24 SMs of an H100 and 2.82 on 32, where four programs of two warps read 1.85
+and 2.42 (benchmarks/results/decode_partitions.json)."""
 LOG2_E = 1.4426950408889634
 _HEADER = tl.constexpr(HEADER)
 
@@ -103,8 +104,8 @@ def decode_config(
     if dtype.itemsize > 2 or head_dim > 128 or group > 16:  # for being right; nobody runs these fast
         return DecodeConfig(block, stages=2, warps=4, programs_per_sm=2, tma=tma)
     few = sms is not None and sms <= FEW_SMS
-    if tma and few and 2 * block * row_bytes == 16 << 10 and page_size % (2 * block) == 0:
-        return DecodeConfig(2 * block, stages=3, warps=2, programs_per_sm=3, tma=True)
+    if tma and few:
+        return DecodeConfig(block, stages=3, warps=1, programs_per_sm=5, tma=True)
     if tma:
         return DecodeConfig(block, stages=3, warps=2, programs_per_sm=4, tma=True)
     return DecodeConfig(block, stages=3, warps=4, programs_per_sm=2, tma=False)

@@ -3,7 +3,9 @@
 A kernel that is launched on the stream of a part runs on that part's SMs and no others, alone or in a captured graph,
 whatever its grid. All parts come from one split of the device: contexts that were made apart can share SMs.
 
-The driver hands out SMs in granules (8 on Hopper); what is left over after the last whole granule can go to one part.
+The driver hands out SMs in groups (of 8 on Hopper); what is in no group can go to one part. How many groups there are
+differs from one GPU to the next of the same kind, with the SMs that each cluster has: of 132 SMs, 15 groups and 12
+over, or 16 and 4.
 Memory bandwidth, the second-level cache and the copy engines stay shared.
 """
 
@@ -41,20 +43,28 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def allot(parts: Sequence[int], total: int, granule: int) -> list[tuple[int, bool]]:
-    """For each part of `parts` SMs, how many whole granules it gets, and whether it gets what is left over besides.
+def allot(parts: Sequence[int], groups: int, over: int, granule: int) -> list[tuple[int, bool]]:
+    """For each part of `parts` SMs, how many whole groups it gets, and whether it gets what is left over besides.
 
-    Raises PartitionError if `total` SMs in granules of `granule` cannot be dealt out so.
+    Args:
+        parts: SMs of each.
+        groups: groups of `granule` SMs that the device has.
+        over: SMs that are in no group. They may be more than a group has: those of an SM cluster stay together.
+        granule: SMs of a group.
+
+    Raises PartitionError if they cannot be dealt out so.
     """
-    over = total % granule
-    found = [divmod(sms, granule) for sms in parts]
-    takers = [index for index, (_, rest) in enumerate(found) if rest]
-    sizes = f"multiples of {granule}" + (f", and one part may have {over} more" if over else "")
+    total = groups * granule + over
+    sizes = f"{groups} groups of {granule}" + (f", and one part can have {over} more" if over else "")
     if not parts or min(parts) < granule or sum(parts) > total:
         raise PartitionError(f"{total} SMs cannot be split into {_sum(parts)}; this device gives {sizes}")
-    if len(takers) > 1 or any(found[index][1] != over for index in takers):
-        raise PartitionError(f"a part of {parts[takers[-1]]} SMs, in {_sum(parts)}, cannot be had; parts are {sizes}")
-    return [(count, index in takers) for index, (count, _) in enumerate(found)]
+    takers = [index for index, sms in enumerate(parts) if sms % granule]
+    if not takers and over and over % granule == 0 and sum(parts) > groups * granule:
+        takers = [parts.index(max(parts))]
+    whole = [sms - over * (index in takers) for index, sms in enumerate(parts)]
+    if len(takers) > 1 or any(sms < 0 or sms % granule for sms in whole) or sum(whole) > groups * granule:
+        raise PartitionError(f"{total} SMs cannot be split into {_sum(parts)}: this device gives {sizes}")
+    return [(sms // granule, index in takers) for index, sms in enumerate(whole)]
 
 
 class Partition:
@@ -99,13 +109,9 @@ class Partition:
         whole = _check(driver, driver.cuDeviceGetDevResource(handle, kind))
         total = int(whole.sm.smCount)
         granule = GRANULE[torch.cuda.get_device_capability(index)[0]]
-        dealt = allot(sms, total, granule)
         groups, count, rest = _check(driver, driver.cuDevSmResourceSplitByCount(total // granule, whole, 0, granule))
         groups = list(groups)[: int(count)]
-        if sum(number for number, _ in dealt) > len(groups):
-            raise PartitionError(
-                f"the driver makes {len(groups)} groups of {granule} SMs, too few for {_sum(sms)}; ask for less"
-            )
+        dealt = allot(sms, len(groups), total - len(groups) * granule, granule)
         flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
         counts, taken = [], 0
         for number, with_rest in dealt:

@@ -78,7 +78,7 @@ def test_the_programs_of_an_sm_run_side_by_side_and_fill_it(sms: int | None, tmp
     assert config.programs_per_sm * (kernel.metadata.shared + 1024) <= 228 << 10
     # On a part of the SMs, the more has to be under way.
     under_way = config.programs_per_sm * (config.stages - 1) * 2 * config.block_tokens * 128 * 2
-    assert under_way == (192 << 10 if sms else 128 << 10)
+    assert under_way == (160 << 10 if sms else 128 << 10)
 
 
 @pytest.mark.parametrize(("page_size", "head_dim"), [(64, 128), (32, 128), (128, 64), (64, 64), (16, 128), (128, 96)])
@@ -90,9 +90,8 @@ def test_a_part_of_the_sms_has_a_config_for_every_shape(page_size: int, head_dim
             few, many, whole = (decode_config(page_size, head_dim, dtype, capability, 4, sms) for sms in (32, 92, None))
             assert many == whole
             assert page_size % few.block_tokens == 0 and few.tma == whole.tma
-            wider = page_size % (2 * whole.block_tokens) == 0
-            wide = few.tma and dtype != torch.float32 and wider
-            assert few.block_tokens == (2 if wide else 1) * whole.block_tokens
+            assert few.block_tokens == whole.block_tokens
+            assert (few.warps == 1) == (few.tma and dtype != torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 64])

@@ -13,45 +13,59 @@ from nanoflow.pipeline.partitions import Partition, PartitionError, allot, unava
 
 
 @pytest.mark.parametrize(
-    ("parts", "dealt"),
+    ("parts", "device", "dealt"),
     [
-        ((92, 40), [(11, True), (5, False)]),
-        ((40, 92), [(5, False), (11, True)]),
-        ((88, 40), [(11, False), (5, False)]),
-        ((64, 36, 32), [(8, False), (4, True), (4, False)]),
-        ((8,), [(1, False)]),
+        ((92, 40), (16, 4), [(11, True), (5, False)]),
+        ((92, 40), (15, 12), [(10, True), (5, False)]),
+        ((40, 92), (14, 20), [(5, False), (9, True)]),
+        ((88, 40), (16, 4), [(11, False), (5, False)]),
+        ((64, 36, 32), (16, 4), [(8, False), (4, True), (4, False)]),
+        ((96, 32), (14, 16), [(10, True), (4, False)]),
+        ((88, 24), (14, 16), [(11, False), (3, False)]),
+        ((8,), (15, 12), [(1, False)]),
     ],
 )
-def test_parts_are_granules_and_one_may_have_the_rest(parts: tuple[int, ...], dealt: list[tuple[int, bool]]) -> None:
-    assert allot(parts, 132, 8) == dealt
+def test_parts_are_groups_and_one_may_have_the_rest(
+    parts: tuple[int, ...], device: tuple[int, int], dealt: list[tuple[int, bool]]
+) -> None:
+    assert allot(parts, *device, 8) == dealt
 
 
 @given(
-    st.lists(st.integers(1, 16), min_size=1, max_size=4), st.booleans(), st.sampled_from([(132, 8), (128, 8), (108, 4)])
+    st.lists(st.integers(1, 16), min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from([(16, 4, 8), (15, 12, 8), (16, 0, 8), (14, 16, 8), (27, 0, 4), (25, 10, 4)]),
 )
-def test_what_is_dealt_adds_up(counts: list[int], rest: bool, device: tuple[int, int]) -> None:
-    total, granule = device
-    over = total % granule
+def test_what_is_dealt_adds_up(counts: list[int], rest: bool, device: tuple[int, int, int]) -> None:
+    groups, over, granule = device
     parts = [count * granule for count in counts]
     parts[0] += over if rest else 0
-    if sum(counts) * granule > total - over:
-        with pytest.raises(PartitionError, match="cannot be split into"):
-            allot(parts, total, granule)
-        return
-    dealt = allot(parts, total, granule)
+    if sum(counts) > groups:
+        try:
+            dealt = allot(parts, *device)
+        except PartitionError as error:
+            assert "cannot be split into" in str(error)
+            return
+    else:
+        dealt = allot(parts, *device)
     assert [count * granule + taken * over for count, taken in dealt] == parts
+    assert sum(count for count, _ in dealt) <= groups and sum(taken for _, taken in dealt) <= 1
 
 
 @pytest.mark.parametrize("parts", [(), (4, 128), (100, 40), (0,)])
 def test_parts_that_do_not_fit_are_refused(parts: tuple[int, ...]) -> None:
-    with pytest.raises(PartitionError, match=r"132 SMs cannot be split into .*multiples of 8, and one part may have 4"):
-        allot(parts, 132, 8)
+    message = r"132 SMs cannot be split into .*; this device gives 16 groups of 8, and one part can have 4 more"
+    with pytest.raises(PartitionError, match=message):
+        allot(parts, 16, 4, 8)
 
 
-@pytest.mark.parametrize("parts", [(90, 40), (92, 36), (12, 12)])
-def test_parts_between_granules_are_refused(parts: tuple[int, ...]) -> None:
-    with pytest.raises(PartitionError, match=r"a part of \d+ SMs, in .*, cannot be had; parts are multiples of 8"):
-        allot(parts, 132, 8)
+@pytest.mark.parametrize(
+    ("parts", "device"),
+    [((90, 40), (16, 4)), ((92, 36), (16, 4)), ((12, 12), (16, 4)), ((96, 32), (15, 12)), ((12, 84), (14, 20))],
+)
+def test_parts_that_the_groups_do_not_make_are_refused(parts: tuple[int, ...], device: tuple[int, int]) -> None:
+    with pytest.raises(PartitionError, match=r"cannot be split into \d+ \+ \d+: this device gives \d+ groups of 8"):
+        allot(parts, *device, 8)
 
 
 def test_a_cpu_has_no_sms_to_set_apart() -> None:
@@ -158,7 +172,7 @@ def test_all_parts_come_from_one_split_and_go_back(monkeypatch: pytest.MonkeyPat
     ("driver", "message"),
     [
         (FakeDriver(version=12030), "the driver supports CUDA 12.3, and green contexts need 12.4"),
-        (FakeDriver(groups=12), "the driver makes 12 groups of 8 SMs, too few for 92 \\+ 40"),
+        (FakeDriver(groups=9), "132 SMs cannot be split into 88 \\+ 40: this device gives 9 groups of 8, and one part"),
         (FakeDriver(refuses=1), "the CUDA driver refused to set SMs apart: CUDA_ERROR_OUT_OF_MEMORY"),
     ],
 )
@@ -167,5 +181,5 @@ def test_what_the_driver_cannot_do_is_said_and_undone(
 ) -> None:
     monkeypatch.setattr(partitions, "_driver", lambda: driver)
     with pytest.raises(PartitionError, match=message):
-        Partition([92, 40], torch.device("cuda", 0))
+        Partition([88, 40], torch.device("cuda", 0))
     assert not driver.streams and not driver.contexts

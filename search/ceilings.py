@@ -10,6 +10,8 @@ from typing import cast
 
 import torch
 
+from nanoflow.ops.device_arrays import DeviceArrays
+from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 from nanoflow.ops.linear import Linear
 from nanoflow.ops.operation import NanoContext
 from nanoflow.search.cost_model import Ceilings
@@ -53,12 +55,16 @@ def _gemm(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], N
     """A product of two [size, size] matrices through `Linear`."""
     linear = Linear("gemm", "source", "target", size, [size], ["gemm"])
     source, weight = (torch.empty(size, size, device=device, dtype=dtype).normal_() for _ in range(2))
-    context = SimpleNamespace(
+    context = NanoContext(
+        batch=cast(DeviceBatch, SimpleNamespace(arrays=DeviceArrays(device))),
+        part=cast(BatchPart, SimpleNamespace(rows=slice(None))),
+        layer=0,
+        buffers={"source": source, "target": torch.empty_like(source)},
         weights={"weight": linear.pack("weight", weight)},
-        rows={"source": source, "target": torch.empty_like(source)}.__getitem__,
+        kv=torch.empty(0, device=device),
     )
     kernel = linear.kernels[linear.preferred_kernel(device, dtype)]
-    return lambda: kernel(cast(NanoContext, context))
+    return lambda: kernel(context)
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -309,8 +309,8 @@ def test_every_node_of_a_graph_is_where_the_plan_says(folder: Path, name: str) -
     for step, contexts in seen[-len(program.steps) :]:  # after the sequential plan's graph
         parts, part = plan.place(program.steps[step].stage, program.steps[step].lane)
         expected = int(executor.lanes.partitions[parts].contexts[part]) if parts else primary
-        if contexts:  # a step that only copies has no kernel
+        if contexts:  # a step has no kernel if it only copies, or if the batch has no rows of its class
             assert contexts <= ({expected, 0} if expected == primary else {expected}), program.name(step)
             checked += 1
-    assert checked > 0.9 * len(program.steps)
+    assert checked > 0.8 * len(program.steps)
     executor.close()

@@ -16,14 +16,14 @@ import torch
 
 from nanoflow.ops.batch import TOKEN_ON_DEVICE
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
-from nanoflow.ops.graph import RESIDUAL
+from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.operation import Kernel, NanoContext, Operation
 from nanoflow.pipeline.buffers import assign_buffers
 from nanoflow.pipeline.executor import KVLayout, OpWeights, Weights
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program, Step
 
-__all__ = ["BoundPrograms"]
+__all__ = ["BoundPrograms", "make_caches"]
 
 
 _Key = tuple[int, str, int | None]
@@ -46,6 +46,7 @@ class BoundPrograms:
         dtype: of activations and KV cache.
         sampled_rows: the most rows that `head` takes at a time.
         confined: whether lanes have the SMs that their plan gives them, and no others; kernels are launched for those.
+        caches: the KV cache of each layer, where it is there already (`make_caches`); None: allocated here.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class BoundPrograms:
         device: torch.device,
         sampled_rows: int,
         confined: bool = False,
+        caches: Sequence[torch.Tensor] | None = None,
     ) -> None:
         graph = programs[0].graph
         self.graph = graph
@@ -74,8 +76,7 @@ class BoundPrograms:
             )
             for name in specs[0]
         }
-        page = (2, graph.kv_heads, kv.page_size, graph.head_dim)
-        self.kv = [_zeros((kv.pages, *page), dtype, device) for _ in range(graph.layers)]
+        self.kv = make_caches(graph, kv, dtype, device) if caches is None else list(caches)
         outer = (*graph.prologue, *graph.epilogue)
         self._outer_kernels = {op.name: op.kernels[_kernel(op, programs[0].plan, device, dtype, None)] for op in outer}
         self._kernels: dict[_Key, Kernel] = {}
@@ -143,6 +144,12 @@ class BoundPrograms:
             step.lane,
         )
         return self.graph.operation(nano_op.op), context
+
+
+def make_caches(graph: Graph, kv: KVLayout, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """The KV cache of each layer of `graph`, zeroed: [pages, keys and values, heads, tokens of a page, head size]."""
+    shape = (kv.pages, 2, graph.kv_heads, kv.page_size, graph.head_dim)
+    return [_zeros(shape, dtype, device) for _ in range(graph.layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -113,6 +113,7 @@ class CudaExecutor:
         row_buckets: numbers of rows to capture graphs for; by default `buckets` of the largest plan's capacity.
         marks: note when every step starts and ends, for `step_times`. It costs a microsecond or two a step.
         around_step: called around the launch of every step, with its index, on its stream: for tests.
+        caches: the KV cache of each layer, where several executors take one after the other; None: allocated here.
 
     Raises:
         CaptureError: memory ran out while graphs were captured.
@@ -132,20 +133,26 @@ class CudaExecutor:
         row_buckets: Sequence[int] | None = None,
         marks: bool = False,
         around_step: Callable[[int], AbstractContextManager[None]] | None = None,
+        caches: Sequence[torch.Tensor] | None = None,
     ) -> None:
         plans = [program.plan for program in programs]
         capacity = max(plan.capacity for plan in plans)
         sampled_rows = min(SAMPLED_ROWS, slots, capacity)
         self.lanes = Lanes(programs, device)
-        self.bound = BoundPrograms(
-            programs,
-            weights,
-            kv,
-            dtype=dtype,
-            device=device,
-            sampled_rows=sampled_rows,
-            confined=self.lanes.confined,
-        )
+        try:
+            self.bound = BoundPrograms(
+                programs,
+                weights,
+                kv,
+                dtype=dtype,
+                device=device,
+                sampled_rows=sampled_rows,
+                confined=self.lanes.confined,
+                caches=caches,
+            )
+        except BaseException:
+            self.lanes.close()  # a caller that goes on, with fewer plans, may ask for the same partitions
+            raise
         self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
         self.cut = BatchCutter(plans, buckets(capacity) if row_buckets is None else row_buckets)
         self.sampled_buckets = buckets(sampled_rows)
@@ -165,8 +172,12 @@ class CudaExecutor:
             self._stream.wait_stream(torch.cuda.current_stream(device))
         begun = time.perf_counter()
         if graphs and capacity > 1:
-            with self._on_device():
-                self._capture_all()
+            try:
+                with self._on_device():
+                    self._capture_all()
+            except BaseException:
+                self.close()
+                raise
         self.capture_seconds = time.perf_counter() - begun
         """What compiling kernels and capturing graphs took."""
         # Python's garbage collector would walk all that the libraries have loaded, again and again, and for a third of

@@ -53,6 +53,7 @@ class ReferenceExecutor:
         dtype: of activations and KV cache.
         seed: of the order drawn at each iteration. A plan with a single lane has only one order.
         marks: note when every step starts and ends, for `step_times`.
+        caches: the KV cache of each layer, where several executors take one after the other; None: allocated here.
     """
 
     def __init__(
@@ -66,8 +67,11 @@ class ReferenceExecutor:
         device: torch.device,
         seed: int = 0,
         marks: bool = False,
+        caches: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        self.bound = BoundPrograms(programs, weights, kv, dtype=dtype, device=device, sampled_rows=SAMPLED_ROWS)
+        self.bound = BoundPrograms(
+            programs, weights, kv, dtype=dtype, device=device, sampled_rows=SAMPLED_ROWS, caches=caches
+        )
         self.cut = BatchCutter([program.plan for program in programs])
         self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
         self._marks: StepMarks | None = StepMarks(device) if marks else None

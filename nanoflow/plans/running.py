@@ -14,8 +14,9 @@ from nanoflow.errors import InputError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
 from nanoflow.loading import PAGE_SIZES, Model, machine_fingerprint, open_model
 from nanoflow.ops.batch import DenseBatch, SamplingBatch
+from nanoflow.pipeline.bound_programs import make_caches
 from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
-from nanoflow.pipeline.executor import CaptureError, KVLayout
+from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import compile_program
@@ -25,7 +26,7 @@ from nanoflow.plans.case import PlanCase
 from nanoflow.search.mix import Mix
 from nanoflow.weights import load_weights
 
-__all__ = ["make_executor", "mix_batch", "mix_pages", "open_here"]
+__all__ = ["make_executor", "mix_batch", "mix_kv", "mix_pages", "open_here", "random_caches"]
 
 
 def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
@@ -99,16 +100,23 @@ def make_executor(
     *,
     row_buckets: Sequence[int] | None = None,
     marks: bool = False,
+    weights: Weights | None = None,
+    caches: Sequence[torch.Tensor] | None = None,
 ) -> CudaExecutor | ReferenceExecutor:
     """An executor of `plans` on the model's device, with random weights and a random KV cache of what `mix` takes.
 
     On a GPU it has graphs of `row_buckets` rows, and of each plan's capacity. Raises OutOfMemoryError or PlanError.
+
+    Args:
+        weights: those of another executor of the model; None: they are made.
+        caches: the KV cache of one of the same mix (`random_caches`); None: it is made.
     """
     programs = [compile_program(plan, model.graph) for plan in plans]
-    kv = KVLayout(mix_pages(mix, page_size), page_size, -(-model.max_model_len // page_size))
-    weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
+    kv = mix_kv(model, mix, page_size)
+    weights = weights or load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
     count = mix.decode + len(mix.prompts)
     sizes: dict[str, Any] = {"slots": count, "dtype": model.dtype, "device": model.device, "marks": marks}
+    sizes["caches"] = caches
     executor: CudaExecutor | ReferenceExecutor
     try:
         if model.device.type == "cuda":
@@ -122,9 +130,21 @@ def make_executor(
         ) from None
     except PartitionError as error:
         raise PlanError(f"partitions: {error}; change the plan's sizes") from None
-    for cache in executor.bound.kv:
-        cache.normal_()
+    if caches is None:
+        for cache in executor.bound.kv:
+            cache.normal_()
     return executor
+
+
+def mix_kv(model: Model, mix: Mix, page_size: int) -> KVLayout:
+    """The KV cache that `mix` takes."""
+    return KVLayout(mix_pages(mix, page_size), page_size, -(-model.max_model_len // page_size))
+
+
+def random_caches(model: Model, mix: Mix, page_size: int) -> list[torch.Tensor]:
+    """The KV cache that `mix` takes, for each layer, of random values; torch.OutOfMemoryError if it does not fit."""
+    caches = make_caches(model.graph, mix_kv(model, mix, page_size), model.dtype, model.device)
+    return [cache.normal_() for cache in caches]
 
 
 def _lengths(mix: Mix) -> NDArray[np.int32]:

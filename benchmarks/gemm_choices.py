@@ -30,13 +30,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.common import on_sms, time_interleaved
-from benchmarks.kernels.gemm import Case, compile_all
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
-from nanoflow.ops.gemm_choice import Choice, Choices, choice_file, choice_folders, choose, machine_of
-from nanoflow.ops.linear import Linear, LinearSilu
+from nanoflow.ops.gemm_choice import Choice, choice_file, choice_folders
 from nanoflow.ops.operation import device_sms
+from nanoflow.search.gemm_measure import (
+    CANDIDATES,
+    GemmBench as Bench,
+    GemmCase as Case,
+    compile_all,
+    linears_of,
+    machine,
+    measure_choice as measure,
+    stored_here,
+)
+from nanoflow.search.timing import on_sms
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "configs" / "models" / "llama-3-8b"
@@ -44,12 +52,6 @@ ROWS = (64, 128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536, 179
 HEAD = "lm_head"
 HEAD_ROWS = 1024
 """The head runs on sampled rows only: seldom more than these."""
-SLICE_SECONDS = 0.05
-CANDIDATES = 5
-"""Of our own configs, the likeliest: the best of those recorded were always among them."""
-FINALISTS = 2
-
-Calls = Sequence[Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -93,66 +95,8 @@ class Layer:
 
 
 def linears(model: Path) -> list[tuple[str, int, int, bool]]:
-    """Name, output columns, input columns and SiLU of each linear that a run of `model` has."""
-    graph = build_graph(ModelConfig.from_dict(json.loads((model / "config.json").read_text())))
-    found = []
-    for op in (*graph.layer, *graph.epilogue):
-        linear = op.linear if isinstance(op, LinearSilu) else op
-        if isinstance(linear, Linear):
-            found.append((linear.name, sum(linear.outputs), linear.inputs, isinstance(op, LinearSilu)))
-    return found
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """As the store names it; a CPU stands in for trying the benchmark out."""
-    return machine_of(device) if device.type == "cuda" else {"gpu": "CPU", "sms": device_sms(device)}
-
-
-def kept(here: Mapping[str, Any], files: Sequence[Path]) -> Choices:
-    """The first of `files` that was measured on this machine, to be added to; else nothing."""
-    for path in files:
-        try:
-            return Choices.load(path, here)
-        except (OSError, ValueError):
-            continue
-    return Choices(here)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where and how long is measured."""
-
-    device: torch.device
-    seconds: float
-    """Of each finalist."""
-    deep_gemm: bool = False
-    candidates: int = CANDIDATES
-    stream: torch.cuda.Stream | None = None
-    """Of a part of the SMs."""
-
-    def timed(self, calls: Mapping[str, Calls], seconds: float) -> dict[str, float]:
-        """Milliseconds by name, candidates in short turns."""
-        timings = time_interleaved(
-            calls, seconds, warmup_seconds=SLICE_SECONDS, slice_seconds=SLICE_SECONDS, device=self.device,
-            stream=self.stream,
-        )  # fmt: skip
-        return {name: timing.median_ms for name, timing in timings.items()}
-
-
-def measure(case: Case, bench: Bench) -> tuple[Choice, str]:
-    """The choice for one case, and a line that says what was compared."""
-    last: dict[str, float] = {}
-
-    def timer(calls: Mapping[str, Calls], seconds: float) -> dict[str, float]:
-        last.clear()
-        last.update(bench.timed(calls, seconds))
-        return last.copy()
-
-    x, weights = case.inputs_and_weights(str(bench.device))
-    runs = case.runs(x, weights, deep_gemm=bench.deep_gemm, most=bench.candidates)
-    choice = choose(runs, timer, seconds=bench.seconds, finalists=FINALISTS, part=not case.whole)
-    order = sorted(last, key=lambda name: last[name])
-    return choice, f"{case}: {', '.join(f'{name} {last[name]:.4g} ms' for name in order)}"
+    """See `linears_of`; of the model whose config is in the folder `model`."""
+    return linears_of(build_graph(ModelConfig.from_dict(json.loads((model / "config.json").read_text()))))
 
 
 def layer_times(cases: Sequence[Case], chosen: Mapping[str, Choice], bench: Bench) -> tuple[float, float]:
@@ -195,7 +139,7 @@ class Run:
         self.here = machine(device)
         files = [choice_file(folder, str(self.here["gpu"])) for folder in choice_folders()]
         self.out: Path = args.out or files[0]
-        self.choices = kept(self.here, [self.out, *files])
+        self.choices = stored_here(self.here, [self.out, *files])
         self.shapes = linears(args.model)
         self.ends = time.perf_counter() + args.time_limit
         self.layers: list[Layer] = []

@@ -20,7 +20,7 @@ import torch
 
 from nanoflow.ops.gemm_config import GemmConfig
 
-__all__ = ["Choice", "Choices", "choice_folders", "choose", "machine_of", "stored_choices"]
+__all__ = ["Choice", "Choices", "choice_folders", "choose", "forget_choices", "machine_of", "stored_choices"]
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +231,11 @@ def _stored(index: int, folders: Sequence[Path]) -> Choices:
             except ValueError as error:
                 log.warning("%s", error)
     return Choices(machine)
+
+
+def forget_choices() -> None:
+    """Have the files read again: choices were stored since."""
+    _stored.cache_clear()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,48 +6,26 @@ try``. What the engine takes is measured at more numbers of rows, by ``python -m
 """
 
 import math
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from benchmarks.kernels.common import check_row, on_sms, poisoned, randn, relative_error, time_interleaved, time_row
-from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.gemm import GemmKernel, matmul, unavailable
-from nanoflow.ops.gemm_choice import Choice, choose
-from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, candidates
+from nanoflow.ops.gemm_choice import choose
+from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig
 from nanoflow.ops.operation import device_sms
+from nanoflow.search.gemm_measure import GemmCase as Case, compile_all
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """Output and input columns."""
 ROWS = (640, 1280, 2048)
 PARTITION = 100
 """SMs of the small budget."""
-ROTATED_BYTES = 160e6
 LIMIT = 6e-3
 FINALISTS = 3
-
-
-def compile_all(device: str) -> None:
-    """Every config once, several at a time: compilation runs in threads of C++."""
-    inputs = 4096 if torch.device(device).type == "cuda" else 256  # steps enough for split configs to split
-
-    def launch(config: GemmConfig, silu: bool) -> None:
-        x, w = randn(256, inputs, device=device), randn(512, inputs, device=device)
-        matmul(x, w, poisoned(256, 256 if silu else 512, device=device), silu=silu, kernel="triton", config=config)
-
-    wanted = [(config, False) for config in TILES] + [(config, True) for config in SILU_TILES]
-    launch(*wanted[0])
-    with ThreadPoolExecutor(12 if torch.device(device).type == "cuda" else 1) as pool:  # the interpreter knows one
-        for done in [pool.submit(launch, *one) for one in wanted[1:]]:
-            done.result()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
 
 
 def check(device: str) -> list[dict[str, Any]]:
@@ -77,64 +55,6 @@ def check(device: str) -> list[dict[str, Any]]:
                 shape = f"{m}x{n}x{k} on {sms or 'all'} SMs"
                 rows.append(check_row("gemm", shape, relative_error(out, expected), LIMIT, label))
     return rows
-
-
-@dataclass(frozen=True)
-class Case:
-    """One weight of `columns` x `inputs` at one number of rows and SMs."""
-
-    name: str
-    columns: int
-    inputs: int
-    rows: int
-    sms: int
-    whole: bool
-    silu: bool
-
-    def __str__(self) -> str:
-        shape = f"{self.rows}x{self.columns}x{self.inputs}"
-        return f"{self.name}{' + silu_mul' if self.silu else ''} {shape} on {self.sms} SMs"
-
-    def inputs_and_weights(self, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Random rows, and as many weights as are needed to come from memory when they take turns."""
-        count = (
-            math.ceil(ROTATED_BYTES / (2 * self.columns * self.inputs)) if torch.device(device).type == "cuda" else 1
-        )
-        weights = [randn(self.columns, self.inputs, device=device) / self.inputs**0.5 for _ in range(count)]
-        return randn(self.rows, self.inputs, device=device), weights
-
-    def calls(
-        self, kernel: GemmKernel, config: GemmConfig | None, x: torch.Tensor, weights: list[torch.Tensor]
-    ) -> list[Callable[[], object]]:
-        """One call for each of the weights; with SiLU, all that makes the activated product."""
-        out = poisoned(self.rows, self.columns // 2 if self.silu else self.columns, device=x.device)
-        options: dict[str, Any] = {"silu": self.silu, "sms": self.sms, "kernel": kernel, "config": config}
-        if config:
-            # Its own: one that is made while a graph is captured would be cleared by every call.
-            options["scratch"] = DeviceArrays(x.device).kept
-        if self.silu and kernel != "triton":
-            options["intermediate"] = poisoned(self.rows, self.columns, device=x.device)
-        run = partial(matmul, x, out=out, **options)
-        return [partial(run, w) for w in weights]
-
-    def runs(
-        self, x: torch.Tensor, weights: list[torch.Tensor], *, deep_gemm: bool = True, most: int | None = None
-    ) -> dict[str, tuple[Choice, list[Callable[[], object]]]]:
-        """What can compute it here, by name: the choice that it stands for, and its calls.
-
-        `most` limits our own kernels to the configs that are likeliest to be fast.
-        """
-        named: list[tuple[str, GemmKernel, GemmConfig | None]] = [("cublas", "cublas", None)]
-        if deep_gemm:
-            named.append(("deep_gemm", "deep_gemm", None))
-        if x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-            found = candidates(self.rows, self.columns, self.inputs, self.sms, silu=self.silu)
-            named += [(str(config), "triton", config) for config in found[:most]]
-        return {
-            label: (Choice(kernel, config, 0.0, 0.0), self.calls(kernel, config, x, weights))  # type: ignore[arg-type]
-            for label, kernel, config in named
-            if unavailable(kernel, x, weights[0], x) is None
-        }
 
 
 def measure(case: Case, device: str, seconds: float) -> list[dict[str, Any]]:

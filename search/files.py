@@ -1,11 +1,12 @@
 """Files that are replaced in one step: whatever ends the process, readers find the old content or the new."""
 
 import os
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_writable", "replace_file", "sync_folder"]
+__all__ = ["check_writable", "replace_file", "slug", "sync_folder"]
 
 
 def check_writable(path: Path) -> None:
@@ -43,3 +44,8 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def slug(name: str) -> str:
+    """`name` as a part of a file's name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

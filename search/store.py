@@ -14,7 +14,6 @@ Pseudo-code of `judge`::
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.validate import validate
-from nanoflow.search.files import replace_file
+from nanoflow.search.files import replace_file, slug
 from nanoflow.search.fingerprint import Fingerprint
 
 __all__ = ["MOST_PLANS", "StoredPlan", "Verdict", "judge", "plan_folders", "store_plan", "stored_plans"]
@@ -105,7 +104,7 @@ def file_name(plan: Plan) -> str:
     mix = plan.mix
     what = "any-mix" if mix is None else f"{mix.decode}-decode-{mix.prefill}-prefill-{mix.context}-context"
     digest = hashlib.sha256(repr(_fits(plan)).encode()).hexdigest()[:6]
-    return f"{_slug(plan.model)}--{_slug(plan.gpu)}--{what}--{digest}.yaml"
+    return f"{slug(plan.model)}--{slug(plan.gpu)}--{what}--{digest}.yaml"
 
 
 def judge(
@@ -169,7 +168,3 @@ def _serve_the_same(first: StoredPlan, second: StoredPlan) -> bool:
     if a.mix is None or b.mix is None:
         return a.mix is b.mix
     return a.mix.distance(b.mix.decode, b.mix.prefill, b.mix.decode * b.mix.context) <= SAME_MIX
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

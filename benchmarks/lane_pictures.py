@@ -48,7 +48,8 @@ TITLES = {
     "stages.svg": "One iteration of a model with two layers: b's attention beside a's products, the rest on all SMs",
 }
 LAYERS = 2
-GRANULE = 8
+GROUPS, OVER, GROUP = 15, 12, 8
+"""SMs of the H100 that plans were measured on."""
 FILL = {"compute": "#cfe0f2", "memory": "#f6dcb4", "network": "#cfe8d2"}
 SHORT = {"input_layernorm", "rope_append", "prefill_attention", "add_norm", "add"}
 """Drawn without a name."""
@@ -161,14 +162,14 @@ def _sms(plan: Plan, parts: tuple[int, ...]) -> Iterator[str]:
     x = float(LEFT)
     yield _text(16, TOP + 16, f"{plan.sms} SMs", size=13, bold=True)
     yield _text(16, TOP + 31, "in one split")
-    for (count, rest), sms, fill in zip(allot(parts, *divmod(plan.sms, GRANULE), GRANULE), parts, FILL.values(), strict=False):
+    for (count, rest), sms, fill in zip(allot(parts, GROUPS, OVER, GROUP), parts, FILL.values(), strict=False):
         begin = x
-        for size in [GRANULE] * count + [plan.sms % GRANULE] * rest:
+        for size in [GROUP] * count + [OVER] * rest:
             for number in range(size):
                 left, top = x + 9 * (number // 2), TOP + 4 + 9 * (number % 2)
                 yield f'<rect x="{left:.0f}" y="{top}" width="8" height="8" fill="{fill}" stroke="#777"/>'
             x += 9 * (size // 2) + 5
-        made = f"{count} granules of {GRANULE}{f' and the {plan.sms % GRANULE} left over' if rest else ''}"
+        made = f"{count} groups of {GROUP}{f' and the {OVER} in none' if rest else ''}"
         yield _text(begin, TOP + 36, f"{sms} SMs: {made}")
         x += 20
 

@@ -11,10 +11,17 @@ of five seconds, eight pairs. Results go to benchmarks/results/lanes.json under 
 The families of candidates (a and b are nano-batches, of half of all rows each but for `phase`):
 
 - skew: one stage. b is half a layer behind a, and the decode attention of one runs beside the products of the other.
+- prefill, rope: skew, with prefill attention in the memory lane too, or all from RoPE on.
 - half: QKV and a's decode attention on the whole device; b's decode attention beside a's products; b's products on the
   whole device.
+- less: half, with down over all rows too, on the whole device.
+- inner: gate_up and down over all rows, on the whole device; the decode attention of one beside QKV and o of the other.
 - phase: a has the prompts' rows, b the decode rows. b's decode attention beside a's products, then b's products.
+- tilt: rope, with fewer decode rows and more of the prompts in the larger nano-batch: its attention runs beside the
+  products of the smaller one.
 - streams: skew without partitions, on two plain streams.
+- cut: nothing overlaps; the nano-batches one after the other on the whole device. In the last comparison beside the
+  best, it says what cutting costs and what overlapping wins.
 """
 
 import argparse
@@ -51,8 +58,9 @@ RUNS = {
 }
 """Batches of the reference runs in steady state (`benchmarks/results/offline_throughput.json`), which end on a bucket:
 decode rows as they were on average, prompts to fill it. 512-512 takes 1,152 and 1,024 rows in turn."""
-SPLITS = (24, 32, 40, 48, 64)
+SPLITS = (24, 28, 32, 36, 40)
 """SMs of the memory lane."""
+CUT = "cut"
 LARGEST_ERROR = 0.05
 """See `nanoflow.search.measure.output_error`; bfloat16 rounds another way where a product is cut another way."""
 
@@ -60,17 +68,26 @@ LARGEST_ERROR = 0.05
 def candidates(graph: Graph, mix: Mix, rows: int, sms: int, kernels: tuple[str, ...]) -> dict[str, Plan]:
     """Plans by name; `kernels` are those of the products in confined lanes: "measured" or one kernel for all."""
     # Halves in whole tiles of 128 rows, and even in multiples of 64 where that is another cut.
-    halves = [PlanChoice((8, 8), (8, 8), unit, beside=(True, True), skew=4) for unit in (128, 64)]
-    half = [replace(cut, whole=frozenset({"qkv"}), beside=(False, True), stages="several") for cut in halves]
+    cuts = [PlanChoice((8, 8), (8, 8), unit, beside=(True, True), skew=4) for unit in (128, 64)]
+    prefill = replace(cuts[0], with_attention=frozenset({"prefill_attention"}))
+    rope = replace(cuts[0], with_attention=frozenset({"rope_append", "prefill_attention"}))
+    half = replace(cuts[0], whole=frozenset({"qkv"}), beside=(False, True), stages="several")
     # Prompts first: what comes after them may hold more of the same prompt, and would wait for their keys.
-    phase = PlanChoice((0, 16), (16, 0), 64, beside=(False, True), skew=4, stages="several")
+    phase = PlanChoice((0, 16), (16, 0), 128, beside=(False, True), skew=4, stages="several")
     families: list[tuple[str, PlanChoice, tuple[int, ...]]] = [
-        *(("skew", cut, SPLITS) for cut in halves),
-        *(("half", cut, SPLITS) for cut in half),
-        *(("streams", cut, ()) for cut in halves),
+        *(("skew", cut, SPLITS) for cut in cuts),
+        ("prefill", prefill, SPLITS),
+        ("rope", rope, SPLITS),
+        ("half", half, SPLITS),
+        ("less", replace(half, whole=frozenset({"qkv", "down"})), SPLITS),
+        ("inner", replace(cuts[0], whole=frozenset({"gate_up", "down"}), stages="several"), SPLITS),
+        ("streams", cuts[0], ()),
+        (CUT, replace(cuts[0], beside=(False, False)), ()),
     ]
+    if rows % 256 and mix.prompts:
+        families.append(("tilt", replace(rope, decode=(7, 9), prefill=(11, 5)), SPLITS))
     if 0 < -(-mix.decode // 64) * 64 < rows:
-        families.append(("phase", phase, SPLITS[1:]))
+        families.append(("phase", phase, SPLITS))
     rates = replace(H100.rates, device_sms=sms)
     products = ("qkv", "o", "gate_up", "down")
     found: dict[str, Plan] = {}
@@ -110,10 +127,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         joules = EnergyMeter(model.device).joules
         first = compare(executor, right, seconds=args.seconds, pairs=args.pairs, joules=joules)
         table(first, mix)
-        best = sorted((label for label in right if label != SEQUENTIAL), key=first.seconds)[: args.keep]
+        overlapping = [label for label in right if label != SEQUENTIAL and not label.startswith(CUT)]
+        best = sorted(overlapping, key=first.seconds)[: args.keep]
         last = None
         if best and args.final_pairs:
-            finalists = {label: batches[label] for label in (SEQUENTIAL, *best)}
+            uncut = {f"{CUT} {label.split()[1]}" for label in best} & set(right)
+            finalists = {label: batches[label] for label in (SEQUENTIAL, *sorted(uncut), *best)}
             last = compare(
                 executor, finalists, seconds=args.final_seconds, pairs=args.final_pairs, joules=joules, progress=told
             )

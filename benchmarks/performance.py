@@ -1,11 +1,13 @@
-"""Write the tables of docs/performance.md and of README.md from what is recorded: no number there is typed by hand.
+"""Write the tables of docs/performance.md, docs/plans.md and README.md from what is recorded; nobody types them.
 
     python -m benchmarks.performance            # rewrites the parts between the pages' markers
     python -m benchmarks.performance --check    # status 1 if a page is not what the records say
 
 Records are in benchmarks/results: kernels.json (``python -m benchmarks.kernels``), gemm_choices.json (``python -m
-benchmarks.gemm_choices --record ...``), iteration.json (``python -m benchmarks.iteration --profile``) and
-offline_throughput.json. The pictures are drawn by ``python -m benchmarks.plots``.
+benchmarks.gemm_choices --record ...``), iteration.json (``python -m benchmarks.iteration --profile``),
+offline_throughput.json, and of lanes: lanes.json (``python -m benchmarks.lanes``), gemm_partitions.json (``python -m
+benchmarks.gemm_choices --sms ... --record ...``) and decode_partitions.json (``python -m benchmarks.decode_blocks --sms
+...``). The pictures are drawn by ``python -m benchmarks.plots``.
 """
 
 import argparse
@@ -17,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import whole_tables
+from benchmarks import lane_tables, whole_tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
+PAGES = (PAGE, ROOT / "docs" / "plans.md", README)
 RESULTS = ROOT / "benchmarks" / "results"
 CHOICES = RESULTS / "gemm_choices.json"
 NONE = "Nothing is recorded yet: run `python -m benchmarks.kernels` on a GPU, then `python -m benchmarks.performance`."
@@ -38,11 +41,23 @@ class Records:
     iteration: Record = None
     runs: Record = None
     """Whole runs by name."""
+    lanes: Record = None
+    """By mix."""
+    gemm_parts: Record = None
+    decode_parts: Record = None
 
     @classmethod
     def load(cls) -> "Records":
         runs = _load("offline_throughput")
-        return cls(_load("kernels"), _load("gemm_choices"), _load("iteration"), runs and runs["runs"])
+        return cls(
+            _load("kernels"),
+            _load("gemm_choices"),
+            _load("iteration"),
+            runs and runs["runs"],
+            _load("lanes"),
+            _load("gemm_partitions"),
+            _load("decode_partitions"),
+        )
 
 
 def _load(name: str) -> Record:
@@ -129,6 +144,10 @@ PARTS: dict[str, Callable[[Records], Iterator[str]]] = {
     "iteration": lambda records: whole_tables.iteration(records.iteration),
     "timeline": lambda records: whole_tables.timeline(records.iteration),
     "runs": lambda records: whole_tables.runs(records.runs),
+    "lanes": lambda records: lane_tables.against_sequence(records.lanes),
+    "scans": lambda records: lane_tables.scans(records.lanes),
+    "gemm_parts": lambda records: lane_tables.products(records.gemm_parts),
+    "decode_parts": lambda records: lane_tables.attention(records.decode_parts),
     "claims": lambda records: whole_tables.claims(records.runs),
 }
 MARKED = re.compile(r"(<!-- (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
@@ -144,7 +163,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     records, differs = Records.load(), False
-    for page in (PAGE, README):
+    for page in PAGES:
         text = page.read_text()
         made = render(text, records)
         differs |= made != text

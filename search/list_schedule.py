@@ -11,7 +11,7 @@ Pseudo-code. A nano-batch's window is the products behind decode attention, then
             # it may run when its decode attention is done; a product that is left whole waits for all nano-batches;
             # keys are appended in the nano-batches' order; the first of a nano-batch waits for `skew` of the one before
     decode attention that runs beside others goes to the memory lane behind its queries; the rest before what reads it
-    one stage: all lanes side by side throughout
+    one stage: all lanes side by side throughout; what shall run with attention comes beside it, in the layer's order
     several:   an attention of the memory lane has the longest stretch that it may run beside for itself, split between
                the two; all others run on the whole device
 """
@@ -23,11 +23,13 @@ from itertools import pairwise
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, Stage
 
-__all__ = ["ATTENTION", "COMPUTE", "MEMORY", "PRODUCTS", "SPLIT", "Order", "products_of", "schedule"]
+__all__ = ["ATTENTION", "COMPANIONS", "COMPUTE", "MEMORY", "PRODUCTS", "SPLIT", "Order", "products_of", "schedule"]
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 """The matrix products of a layer, as ports name them."""
 ATTENTION = "decode_attention"
+COMPANIONS = ("rope_append", "prefill_attention")
+"""What can run in the memory lane with decode attention, in the layer's order."""
 COMPUTE, MEMORY, SPLIT = "compute", "memory", "split"
 
 
@@ -41,6 +43,8 @@ class Order:
     """Products over all rows at once."""
     beside: tuple[bool, ...]
     """For each nano-batch, whether its decode attention runs in the memory lane."""
+    with_attention: frozenset[str]
+    """What runs in the memory lane with decode attention, of `COMPANIONS`; with one stage and all attention there."""
     skew: int
     several: bool
     """Stages on the split and on the whole device, not one."""
@@ -87,7 +91,8 @@ def schedule(graph: Graph, order: Order, seconds: Seconds) -> tuple[Stage, ...]:
         own = sorted((n for n, there in enumerate(order.beside) if there), key=lambda n: (behind[n], n))
         lanes = {COMPUTE: [item.entry for item in lone.insert(items, order.beside)]}
         if own:
-            lanes[MEMORY] = [Entry(ATTENTION, order.names[n], 1) for n in own]
+            there = [op.name for op in graph.layer if op.name == ATTENTION or op.name in order.with_attention]
+            lanes[MEMORY] = [Entry(name, order.names[n], 1) for n in own for name in there]
         return (_stage(order.partition if own else WHOLE, lanes),)
     beside = list(order.beside)
     while True:

@@ -14,7 +14,7 @@ from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost, Work
 from nanoflow.pipeline.plan import WHOLE, FrozenMapping, NanoBatch, Plan
 from nanoflow.pipeline.split import UNITS
-from nanoflow.search.list_schedule import ATTENTION, PRODUCTS, SPLIT, Order, products_of, schedule
+from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, PRODUCTS, SPLIT, Order, products_of, schedule
 from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.rates import Rates
 
@@ -27,8 +27,10 @@ SHARES = 16
 """Shares are counted in parts of so many."""
 MOST_NANO_BATCHES = 4
 NAMES = "abcd"
-GRANULE = 8
-"""The memory lane's SMs are a multiple of it."""
+GRANULE = 4
+"""The memory lane's SMs are a multiple of it: one of the lanes gets those that are in no group of 8, of 132 4 or 12."""
+LEAST_SMS = 8
+"""Of the memory lane."""
 LEAST_ROWS = 64
 """Of a nano-batch, on average, for so many to be suggested."""
 
@@ -48,6 +50,9 @@ class PlanChoice:
     beside: tuple[bool, ...] = ()
     """For each nano-batch, whether its decode attention runs in a memory lane, beside products of the others; left out:
     none does."""
+    with_attention: frozenset[str] = frozenset()
+    """What runs in the memory lane too, beside the decode attention of the same nano-batch, of `COMPANIONS`: on few SMs
+    they take longer, but products need not wait for them. For plans of one stage with all decode attention there."""
     skew: int = 0
     """Products of a nano-batch that come before the first of the next; beyond them the list scheduler decides."""
     stages: Literal["one", "several"] = "one"
@@ -75,12 +80,18 @@ class PlanChoice:
             raise ValueError(f"row_unit: {self.row_unit} is not {UNITS[0]} or {UNITS[1]}")
         if unknown := self.whole - set(PRODUCTS):
             raise ValueError(f"whole: {sorted(unknown)[0]!r} is none of {', '.join(PRODUCTS)}")
+        if unknown := self.with_attention - set(COMPANIONS):
+            raise ValueError(f"with_attention: {sorted(unknown)[0]!r} is none of {', '.join(COMPANIONS)}")
+        if self.with_attention and (self.stages != "one" or not all(self.beside)):
+            raise ValueError(
+                "with_attention: is for one stage with all decode attention in the memory lane; leave it out"
+            )
         if self.skew < 0:
             raise ValueError(f"skew: {self.skew} must be 0 or more")
         if self.stages not in ("one", "several"):
             raise ValueError(f"stages: {self.stages!r} is neither 'one' nor 'several'")
-        if self.memory_sms is not None and (self.memory_sms < GRANULE or self.memory_sms % GRANULE):
-            raise ValueError(f"memory_sms: {self.memory_sms} is no multiple of {GRANULE}")
+        if self.memory_sms is not None and (self.memory_sms < LEAST_SMS or self.memory_sms % GRANULE):
+            raise ValueError(f"memory_sms: {self.memory_sms} is no multiple of {GRANULE} from {LEAST_SMS} on")
 
 
 def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rates) -> Plan:
@@ -114,11 +125,13 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         names=tuple(NAMES[:count]),
         whole=choice.whole,
         beside=tuple(choice.beside[n] for n in ranks),
+        with_attention=choice.with_attention,
         skew=choice.skew,
         several=choice.stages == "several",
         partition=WHOLE if memory is None else SPLIT,
     )
-    seconds = _Seconds(graph, mix_works(plan, mix), rates, None if memory is None else sms - memory, memory)
+    parts = (None, None) if memory is None else (sms - memory, memory)
+    seconds = _Seconds(graph, mix_works(plan, mix), rates, parts, choice.with_attention)
     plan = replace(plan, period=schedule(graph, order, seconds))
     if memory is None or all(stage.partition == WHOLE for stage in plan.period):
         return plan
@@ -129,23 +142,29 @@ class _Seconds:
     """What the list scheduler asks: seconds of attention, and of products with all that stands behind them."""
 
     def __init__(
-        self, graph: Graph, works: Sequence[Work], rates: Rates, compute: int | None, memory: int | None
+        self,
+        graph: Graph,
+        works: Sequence[Work],
+        rates: Rates,
+        parts: tuple[int | None, int | None],
+        with_attention: frozenset[str],
     ) -> None:
         self.graph, self.works, self.rates = graph, works, rates
-        self.sms = {False: compute, True: memory}
+        self.sms = dict(zip((False, True), parts, strict=True))
+        self.attention = (ATTENTION, *with_attention)
         self.behind: dict[str, list[str]] = {}
         products = [op.name for op in graph.layer if op.name in PRODUCTS]
         leader = products[-1]  # of what stands before the first: it follows the layer before
         for op in graph.layer:
             leader = op.name if op.name in products else leader
-            if op.name != ATTENTION:
+            if op.name not in self.attention:
                 self.behind.setdefault(leader, []).append(op.name)
 
     def __call__(self, op: str, nano_batch: int | None, memory: bool) -> float:
         work = sum(self.works, Work()) if nano_batch is None else self.works[nano_batch]
         # Attention in the compute lane of a plan in stages has the whole device; elsewhere it does not. The difference
         # only moves the order, and not by much.
-        names = (op,) if op == ATTENTION else self.behind[op]
+        names = self.attention if op == ATTENTION else self.behind[op]
         operations = [self.graph.operation(name) for name in names]
         return sum(
             self.rates.seconds(each, work, self.sms[memory])
@@ -217,12 +236,17 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     skew = trial.suggest_int("skew", 0, len(before) + len(behind))
     stages: Literal["one", "several"] = "one"
     memory = None
+    beside_it: frozenset[str] = frozenset()
     largest = sms // 2 // GRANULE * GRANULE
     if any(beside):
         if trial.suggest_categorical("several_stages", (False, True)):
             stages = "several"
-        if largest and trial.suggest_categorical("confined", (True, False)):
-            memory = trial.suggest_int("memory_sms", GRANULE, largest, step=GRANULE)
+        if largest >= LEAST_SMS and trial.suggest_categorical("confined", (True, False)):
+            memory = trial.suggest_int("memory_sms", LEAST_SMS, largest, step=GRANULE)
+        known = [op.name for op in graph.layer if op.name in COMPANIONS]
+        if known and stages == "one" and all(beside):
+            count_of = trial.suggest_int("with_attention", 0, len(known))
+            beside_it = frozenset(known[len(known) - count_of :])
     if len(filled) == 1:
         return PlanChoice(kernels=FrozenMapping(chosen))
     return PlanChoice(
@@ -231,6 +255,7 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
         row_unit=row_unit,
         whole=frozenset(whole),
         beside=tuple(beside[n] for n in filled),
+        with_attention=beside_it,
         skew=skew,
         stages=stages,
         memory_sms=memory,

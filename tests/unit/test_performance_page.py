@@ -62,7 +62,7 @@ def recorded() -> dict[str, Any]:
 
 def test_the_pages_are_what_the_records_say() -> None:
     records, used = performance.Records.load(), set()
-    for page in (performance.PAGE, performance.README):
+    for page in performance.PAGES:
         text = page.read_text()
         assert performance.render(text, records) == text, "run python -m benchmarks.performance"
         used |= {match[2] for match in performance.MARKED.finditer(text)}

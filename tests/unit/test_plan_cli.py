@@ -254,6 +254,12 @@ def test_trace_runs_the_plan_here_and_plot_draws_it(tmp_path: Path, monkeypatch:
 def test_list_shows_every_stored_plan_and_what_is_against_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("nanoflow.loading.device_name", lambda device: "a-device")
+    with_shipped = run("list")
+    assert with_shipped.exit_code == 0 and "package" in with_shipped.output
+    assert "gpu: tuned for NVIDIA H100 80GB HBM3, here a-device" in with_shipped.output
+    folders = tmp_path / "nanoflow" / "plans", tmp_path / "shipped"
+    for module in ("search.store", "plans.stored"):
+        monkeypatch.setattr(f"nanoflow.{module}.plan_folders", lambda: folders)
     job = tmp_path / "job.yaml"
     job.write_text(
         f"model: {{path: {SHAPES / 'tiny-llama'}, weights: random}}\n"

@@ -4,6 +4,8 @@ import json
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,12 @@ from nanoflow.config import load_config, shipped_configs
 from nanoflow.grammars import Grammars
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
+from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.plan_mix import PlanMix
+from nanoflow.pipeline.validate import validate
+from nanoflow.plans.case import open_graph
+from nanoflow.search.fingerprint import graph_shape
+from nanoflow.search.store import file_name
 from nanoflow.workload import read_workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -108,3 +116,27 @@ def test_the_commands_of_the_workloads_page_load(monkeypatch: pytest.MonkeyPatch
         overrides = options[1::2]
         assert options[::2] == ["--set"] * len(overrides)
         load_config(config, overrides)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_plan_fits_its_model_and_was_measured_to_win(path: Path) -> None:
+    plan = Plan.load(path)
+    shape = open_graph(plan.model, plan, str(path))[2]
+    validate(plan, shape, sms=plan.sms)
+    assert plan.fingerprint["shape"] == graph_shape(shape)
+    assert path.name == file_name(plan) and plan.mix is not None
+    assert float(plan.measured["ratio"]) >= 1.01
+    recorded = json.loads((CONFIGS.parent / "benchmarks" / "results" / "lanes.json").read_text()).values()
+    (run,) = (run for run in recorded if run["final"] and mix_of(run["mix"]) == plan.mix)
+    assert Plan.loads(run["plan"], shape).period == plan.period
+    ratios = [
+        first["seconds"] / second["seconds"]
+        for first, second in zip(
+            run["final"]["sequential"]["blocks"], run["final"][run["winner"]]["blocks"], strict=True
+        )
+    ]
+    assert len(ratios) >= 8 and min(ratios) > 1 and median(ratios) == pytest.approx(plan.measured["ratio"], abs=1e-4)
+
+
+def mix_of(recorded: dict[str, Any]) -> PlanMix:
+    return PlanMix(recorded["decode"], sum(recorded["prompts"]), recorded["context"])

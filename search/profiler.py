@@ -1,0 +1,151 @@
+"""Filling a profile: which cases are measured, in which order, and what is kept when it ends early.
+
+Contract: a case that was measured is in the file before the next one begins, so a second start goes on where the first
+one was stopped; nothing is measured twice. What cannot be measured is noted and left out, and the others are measured.
+The measuring itself is the caller's (`Bench`): on a GPU, on a CPU, or made up.
+
+Pseudo-code::
+
+    for every case, in the order given:
+        take the points of it that the profile lacks; without any, go on
+        if the time is up, stop
+        measure; add; save
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from nanoflow.search.profile import At, Pair, Point, Profile, Solo
+
+__all__ = ["Bench", "PairCase", "Profiled", "SoloCase", "Unmeasurable", "fill_profile", "splits"]
+
+LEAST_SHARE, MOST_SHARE = 1 / 8, 3 / 8
+"""Of a device's SMs, what the memory lanes that are measured have."""
+CLOSE_SHARE = 1 / 6, 0.3
+"""Where the best plans were found: measured in steps of 4, else of 8."""
+
+
+class Unmeasurable(Exception):
+    """A case cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True)
+class SoloCase:
+    """One operation with nothing beside it, at some coordinates (`nanoflow.search.profile`)."""
+
+    op: str
+    kind: str
+    sms: int | None
+    at: tuple[At, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op} on {'all' if self.sms is None else self.sms} SMs, {len(self.at)} sizes"
+
+
+@dataclass(frozen=True)
+class PairCase:
+    """Two operations at once, on so many SMs each, or for None on streams that share all."""
+
+    op: str
+    at: At
+    sms: int | None
+    other: str
+    other_at: At
+    other_sms: int | None
+
+    def __str__(self) -> str:
+        where = "" if self.sms is None else f" on {self.sms} and {self.other_sms} SMs"
+        return f"{self.op} beside {self.other}{where}"
+
+
+Case = SoloCase | PairCase
+
+
+class Bench(Protocol):
+    """What measures."""
+
+    def solo(self, case: SoloCase) -> Sequence[Point]:
+        """The points of a case. Raises Unmeasurable."""
+
+    def pair(self, case: PairCase) -> tuple[float, float]:
+        """Shares of their solo speeds that the two keep. Raises Unmeasurable."""
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What came of it."""
+
+    profile: Profile
+    measured: int
+    """Cases that were measured now."""
+    left: int
+    """Cases that the time was too short for."""
+    notes: tuple[str, ...]
+    """What could not be measured, and why."""
+
+
+def fill_profile(
+    profile: Profile,
+    cases: Sequence[Case],
+    bench: Bench,
+    path: Path,
+    *,
+    until: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
+    progress: Callable[[Case, int], None] = lambda case, left: None,
+) -> Profiled:
+    """Measure what `profile` lacks of `cases`, and keep it at `path`.
+
+    Args:
+        until: on `clock`; no case is begun later.
+        progress: told of every case before it is measured, and how many are still to come, itself included.
+
+    Raises ProfileError if the file cannot be written.
+    """
+    missing = [left for case in cases if (left := _missing(profile, case)) is not None]
+    notes: list[str] = []
+    for number, case in enumerate(missing):
+        if clock() >= until:
+            return Profiled(profile, number - len(notes), len(missing) - number, tuple(notes))
+        progress(case, len(missing) - number)
+        try:
+            profile = _measured(profile, case, bench)
+        except Unmeasurable as error:
+            notes.append(f"{case}: {error}")
+            continue
+        profile.save(path)
+    return Profiled(profile, len(missing) - len(notes), 0, tuple(notes))
+
+
+def splits(device_sms: int) -> list[tuple[int, int]]:
+    """SMs of the compute lane and of the memory lane, of the partitions that are measured.
+
+    92 to 116 and 16 to 40 of 132, among others.
+    """
+    memory = {sms for sms in range(8, device_sms, 8) if LEAST_SHARE * device_sms - 1 < sms < MOST_SHARE * device_sms}
+    close = range(4, device_sms, 4)
+    memory |= {sms for sms in close if CLOSE_SHARE[0] * device_sms < sms < CLOSE_SHARE[1] * device_sms}
+    return [(device_sms - sms, sms) for sms in sorted(memory)]
+
+
+def _missing(profile: Profile, case: Case) -> Case | None:
+    """The case, with the points that are still to be measured; None if there is none."""
+    if isinstance(case, PairCase):
+        wanted = Pair(case.op, case.at, case.sms, 1.0, case.other, case.other_at, case.other_sms, 1.0).what
+        return None if any(pair.what == wanted for pair in profile.pairs) else case
+    known = profile.solo(case.op, case.sms)
+    have = {point.at for point in known.points} if known is not None else set()
+    left = tuple(at for at in dict.fromkeys(case.at) if at not in have)
+    return replace(case, at=left) if left else None
+
+
+def _measured(profile: Profile, case: Case, bench: Bench) -> Profile:
+    if isinstance(case, SoloCase):
+        points = tuple(bench.solo(case))
+        return profile.with_solo(Solo(case.op, case.kind, case.sms, points)) if points else profile
+    kept, other_kept = bench.pair(case)
+    pair = Pair(case.op, case.at, case.sms, kept, case.other, case.other_at, case.other_sms, other_kept)
+    return profile.with_pair(pair)

@@ -1,0 +1,57 @@
+"""Where a search begins: the families of plans that have won, or nearly, wherever plans were measured.
+
+On an H100 the best plans have one stage, two nano-batches half a layer apart, and the decode attention of one beside
+the products of the other on a fourth of the SMs: that many read nearly as fast as all do, and products lose least.
+"""
+
+from typing import Any
+
+from nanoflow.ops.graph import Graph
+from nanoflow.search.list_schedule import COMPANIONS, products_of
+from nanoflow.search.space import GRANULE, LEAST_ROWS, LEAST_SMS, SHARES
+
+__all__ = ["favourites"]
+
+EVEN = 8
+"""SMs of a group, whose whole multiples every device can set apart."""
+
+
+def favourites(graph: Graph, rows: int, sms: int) -> list[dict[str, Any]]:
+    """Parameters of `nanoflow.search.space.suggest`, the most promising first; none for a model or for batches that
+    are not cut."""
+    try:
+        before, behind = products_of(graph)
+    except ValueError:
+        return []
+    if rows < 2 * LEAST_ROWS:
+        return []
+    skew = min(4, len(before) + len(behind))
+    companions = sum(op.name in COMPANIONS for op in graph.layer)
+    base = {
+        "nano_batches": 2, "decode_cut_1": SHARES // 2, "alike": True, "any_whole": False, "all_beside": True,
+        "row_unit": 128, "skew": skew, "several_stages": False, "with_attention": companions,
+    }  # fmt: skip
+    fourth = round(sms / 4 / EVEN) * EVEN
+    found: list[dict[str, Any]] = []
+    for memory in _sizes(sms, fourth, (0, -GRANULE, GRANULE, -2 * GRANULE, 2 * GRANULE)):
+        found += [{**base, **memory, "with_attention": count} for count in dict.fromkeys((companions, 0))]
+    for memory in _sizes(sms, fourth, (0, -GRANULE)):
+        # Fewer decode rows and more of the prompts in the larger nano-batch: its attention runs beside the smaller one.
+        found.append({**base, **memory, "decode_cut_1": 7, "alike": False, "prefill_cut_1": 11})
+        found.append({**base, **memory, "row_unit": 64})
+    for memory in _sizes(sms, fourth, (0,)):
+        # What runs on the whole device is not slowed down by lanes; there is less beside which attention runs.
+        halves = {**base, **memory, "several_stages": True, "any_whole": True, "all_beside": False}
+        halves |= {f"whole_{op}": op in before for op in (*before, *behind)}
+        found.append({**halves, "beside_0": False, "beside_1": True})
+    found.append({**base, "confined": False} if sms else base)  # two plain streams
+    return found
+
+
+def _sizes(sms: int, fourth: int, steps: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Parameters of a memory lane of about a fourth of the SMs; none where SMs cannot be set apart."""
+    largest = sms // 2 // GRANULE * GRANULE
+    if largest < LEAST_SMS:
+        return []
+    sizes = dict.fromkeys(min(largest, max(LEAST_SMS, fourth + step)) for step in steps)
+    return [{"confined": True, "memory_sms": size} for size in sizes]

@@ -31,7 +31,7 @@ from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.weights import load_weights, required_bytes
 
-__all__ = ["Model", "build_engine", "gpu_kv_tokens", "open_model"]
+__all__ = ["Model", "build_engine", "gpu_kv_tokens", "here_kv_tokens", "open_model"]
 
 PAGE_SIZES = {"cpu": 64, "cuda": 128}
 """Tokens of a KV page. On a CPU attention works page by page, and shorter pages cost more than they save; on an H100
@@ -196,6 +196,17 @@ def gpu_kv_tokens(graph: Graph, engine: EngineSection, total: int, dtype: torch.
             f"than the {format_bytes(2 * page_bytes)} of two pages; raise kv_memory, or take a GPU with more memory"
         )
     return (size // page_bytes - 1) * page_size
+
+
+def here_kv_tokens(model: Model, engine: EngineSection) -> int:
+    """KV tokens that an engine would have on the model's device, with a job that uses all of them; nothing is loaded.
+
+    Raises OutOfMemoryError.
+    """
+    if model.device.type == "cuda":
+        return gpu_kv_tokens(model.graph, engine, int(torch.cuda.mem_get_info(model.device)[1]), model.dtype)
+    page_size = _page_size(model, engine)
+    return (_kv_pages(model, engine, page_size, None) - 1) * page_size
 
 
 def _page_size(model: Model, engine: EngineSection) -> int:

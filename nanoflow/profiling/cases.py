@@ -1,0 +1,151 @@
+"""What is measured for a job: the sizes that its batches and their nano-batches have, on the SMs that lanes may have.
+
+Contract: the cases follow from the job's mixes, the model and the device alone. Those that plans need most come first:
+all of the whole device, then each split of it, nearest to a fourth for the memory lane first, then what runs beside
+what, then what takes little time anyway. On a device without partitions there is the whole device alone.
+
+    rows                the buckets that the job's batches are padded to, their quarters, halves and three quarters in
+                        whole units, and on the whole device powers of two below, for the tail of a run
+    requests x context  of the job's mixes, a half and a quarter of the requests, half and twice the context
+    rows x start        of the job's longest piece of a prompt, a half and a quarter of it; where pieces begin
+"""
+
+from collections.abc import Iterable, Sequence
+
+from nanoflow.ops.graph import Graph
+from nanoflow.ops.linear import Linear, LinearSilu
+from nanoflow.ops.operation import Operation
+from nanoflow.pipeline.split import UNITS
+from nanoflow.plans.job_mixes import WeightedMix
+from nanoflow.search.list_schedule import ATTENTION, COMPANIONS
+from nanoflow.search.profile import At, axes_of
+from nanoflow.search.profiler import PairCase, SoloCase, splits
+
+__all__ = ["job_cases", "part_rows"]
+
+LEAST_ROWS = 8
+"""Of the whole device's smaller sizes."""
+APART = 1.06
+"""Sizes of attention that are closer are measured once: in between, interpolation tells."""
+MOST_SAMPLED = 1024
+"""Rows of the head; a run takes more in several turns."""
+SHARE = 1 / 4
+"""Of the SMs, what the memory lane of a good plan has, about."""
+
+
+def job_cases(
+    graph: Graph, mixes: Sequence[WeightedMix], *, max_model_len: int, kv_tokens: int, sms: int | None
+) -> list[SoloCase | PairCase]:
+    """All cases of a job, in order.
+
+    Args:
+        max_model_len: of a request, in tokens.
+        kv_tokens: that the KV cache holds: no larger contexts are measured.
+        sms: of the device, if it can be split into parts; None: it cannot.
+    """
+    parts = part_rows(mixes)
+    whole = sorted({*parts, *_smaller(max(parts))})
+    decode, prefill = _decode(mixes, max_model_len, kv_tokens), _prefill(mixes, max_model_len)
+    sampled = [min(each.mix.decode + len(each.mix.prompts), MOST_SAMPLED) for each in mixes]
+    head = _apart([1, *(max(1, count // 2) for count in sampled), *sampled])
+    sizes = {"decode": decode, "prefill": prefill}
+
+    def solo(op: Operation, budget: int | None, rows: Iterable[int]) -> SoloCase:
+        kind = axes_of(op)
+        at = sizes[kind] if kind in sizes else tuple((count,) for count in rows)
+        return SoloCase(op.name, kind, budget, at)
+
+    heavy = [op for op in graph.layer if _is_product(op) or axes_of(op) != "rows"]
+    light = [op for op in graph.layer if op not in heavy]
+    found: list[SoloCase | PairCase] = [solo(op, None, whole) for op in (*heavy, *light, *graph.prologue)]
+    found += [solo(op, None, head) for op in graph.epilogue]
+    if sms is not None:
+        ordered = sorted(splits(sms), key=lambda split: (abs(split[1] - SHARE * sms), split))
+        for compute, memory in ordered:
+            found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
+            found += [solo(op, memory, parts) for op in graph.layer if op.name in (ATTENTION, *COMPANIONS)]
+        found += _pairs(graph, mixes[0], decode, prefill, [*(s for s in ordered if s[1] % 8 == 0), (None, None)])
+        for compute, _ in ordered:
+            found += [solo(op, compute, parts) for op in light]
+    return [case for case in found if isinstance(case, PairCase) or case.at]
+
+
+def part_rows(mixes: Sequence[WeightedMix]) -> list[int]:
+    """Rows of a nano-batch, or of a product over all rows: what lanes on a part of the SMs get."""
+    found = set()
+    for each in mixes:
+        bucket = each.bucket
+        unit = next((unit for unit in UNITS if bucket >= 4 * unit), 1)
+        for quarters in (1, 2, 3):
+            exact = bucket * quarters / 4
+            found |= {int(exact // unit) * unit, -int(-exact // unit) * unit}
+        found.add(bucket)
+    return sorted(rows for rows in found if rows)
+
+
+def _smaller(most: int) -> list[int]:
+    rows, found = LEAST_ROWS, []
+    while rows < most:
+        found.append(rows)
+        rows *= 2
+    return found
+
+
+def _decode(mixes: Sequence[WeightedMix], max_model_len: int, kv_tokens: int) -> tuple[At, ...]:
+    """Requests and contexts. Contexts are spread up to four thirds around their mean, in pages of their own."""
+    own = [each.mix for each in mixes if each.mix.decode]
+    if not own:
+        return ()
+    requests = _apart([max(1, mix.decode * quarters // 4) for mix in own for quarters in (1, 2, 4)])
+    around = [context for mix in own for context in (mix.context // 2, mix.context, 2 * mix.context)]
+    longest = max_model_len * 3 // 4 - 1
+    contexts = _apart([min(max(1, context), max(1, longest)) for context in around])
+    most = max([kv_tokens, *(mix.decode * mix.context for mix in own)])
+    return tuple((count, context) for count in requests for context in contexts if count * context <= most)
+
+
+def _prefill(mixes: Sequence[WeightedMix], max_model_len: int) -> tuple[At, ...]:
+    pieces = [piece for each in mixes for piece in each.mix.prompts]
+    if not pieces:
+        return ()
+    rows = _apart([max(1, max(pieces) * quarters // 4) for quarters in (1, 2, 4)])
+    latest = max(start for each in mixes for start in (*each.mix.starts, 0))
+    starts = _apart([latest // 2, latest]) if latest else []
+    return tuple((count, start) for count in rows for start in (0, *starts) if count + start <= max_model_len)
+
+
+def _pairs(
+    graph: Graph,
+    heaviest: WeightedMix,
+    decode: Sequence[At],
+    prefill: Sequence[At],
+    where: Sequence[tuple[int | None, int | None]],
+) -> list[PairCase]:
+    """Each product, and prefill attention, beside decode attention, of one of two nano-batches each."""
+    if not decode or ATTENTION not in {op.name for op in graph.layer}:
+        return []
+    half = heaviest.mix.decode // 2
+    attended = min(decode, key=lambda at: (abs(at[0] - half), abs(at[1] - heaviest.mix.context)))
+    rows = part_rows([heaviest])
+    own = (min(rows, key=lambda count: abs(count - heaviest.bucket / 2)),)
+    found = []
+    for compute, memory in where:
+        for op in graph.layer:
+            if _is_product(op):
+                found.append(PairCase(op.name, own, compute, ATTENTION, attended, memory))
+            elif axes_of(op) == "prefill" and prefill:
+                found.append(PairCase(op.name, max(prefill), compute, ATTENTION, attended, memory))
+    return found
+
+
+def _is_product(op: Operation) -> bool:
+    return isinstance(op, Linear | LinearSilu)
+
+
+def _apart(values: Iterable[int]) -> list[int]:
+    """Ascending, without those that are hardly larger than the one before."""
+    found: list[int] = []
+    for value in sorted(set(values)):
+        if not found or value > APART * found[-1]:
+            found.append(value)
+    return found

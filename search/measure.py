@@ -18,10 +18,13 @@ from nanoflow.ops.graph import RESIDUAL
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 
-__all__ = ["Block", "Comparison", "compare", "output_error", "run_block"]
+__all__ = ["LARGEST_ERROR", "Block", "Comparison", "compare", "output_error", "run_block"]
 
 SETTLING = 0.2
 """Share of a block that is not counted."""
+LARGEST_ERROR = 0.05
+"""Of the outputs of a plan that is right, see `output_error`: bfloat16 rounds otherwise where a product is cut
+otherwise."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,18 @@ Shape legend: T rows, H query heads, K key/value heads, G query heads a key/valu
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
 from nanoflow.ops.attention_cpu import decode_blocks, paged_decode, segment_mask, segment_prefill
 from nanoflow.ops.operation import KV, Access, Cost, Kernel, NanoContext, Operation, RowClass, Work
 
-__all__ = ["DecodeAttention", "PrefillAttention"]
+__all__ = ["FEWER_PROGRAMS", "DecodeAttention", "PrefillAttention"]
+
+FEWER_PROGRAMS = {f"triton_{count}": count for count in (2, 3, 4)}
+"""Decode attention with so many programs an SM, by the kernel's name: in a lane they leave memory bandwidth to the
+products beside it, which the measured choice, the fastest alone, does not."""
 
 
 class _Attention(Operation):
@@ -108,27 +113,33 @@ class DecodeAttention(_Attention):
             context, self.queries(context), self.output(context), self.kv_heads, self.scale, self.windows[context.layer]
         )
 
-    def triton(self, context: NanoContext) -> None:
+    def triton(self, context: NanoContext, programs_per_sm: int | None = None) -> None:
         """GPU: equal stretches of blocks a program; see `decode_attention_triton`."""
         from nanoflow.ops.decode_attention_triton import paged_decode_triton
 
         paged_decode_triton(
-            context, self.queries(context), self.output(context), self.scale, self.windows[context.layer]
+            context,
+            self.queries(context),
+            self.output(context),
+            self.scale,
+            self.windows[context.layer],
+            programs_per_sm=programs_per_sm,
         )
 
     @property
     def kernels(self) -> Mapping[str, Kernel]:
-        return {"reference": self.reference, "paged": self.paged, "triton": self.triton}
+        kernels: dict[str, Kernel] = {"reference": self.reference, "paged": self.paged, "triton": self.triton}
+        return kernels | {name: partial(self.triton, programs_per_sm=count) for name, count in FEWER_PROGRAMS.items()}
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return {"cpu": "paged", "cuda": "triton"}.get(device.type, "reference")
 
     def prepare(self, context: NanoContext, kernel: str) -> None:
         """The lists of what is read, one for every window that layers have."""
-        if kernel == "triton":
+        if kernel == "triton" or kernel in FEWER_PROGRAMS:
             from nanoflow.ops.decode_attention_triton import prepare_decode
 
-            prepare_decode(context, self.heads, self.windows)
+            prepare_decode(context, self.heads, self.windows, programs_per_sm=FEWER_PROGRAMS.get(kernel))
         elif kernel == "paged":
             for window in dict.fromkeys(self.windows):
                 decode_blocks(context, self.heads, window)

@@ -17,7 +17,7 @@ DP), B tokens a block (padded to BP), P programs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -326,25 +326,33 @@ def paged_decode_triton(
     window: int | None,
     *,
     config: DecodeConfig | None = None,
+    programs_per_sm: int | None = None,
 ) -> None:
-    """Attention of the nano-batch's decode rows on the SMs of its lane."""
+    """Attention of the nano-batch's decode rows on the SMs of its lane.
+
+    Args:
+        config: by default the measured choice.
+        programs_per_sm: another number than the configuration has; fewer leave bandwidth to what runs beside it.
+    """
     if context.part.decode.start == context.part.decode.stop:
         return
-    chosen, workspace = _launch_of(context, q_THD.shape[1], config)
+    chosen, workspace = _launch_of(context, q_THD.shape[1], config, programs_per_sm)
     work = _work_list(context, chosen.block_tokens, window)
     decode_attention(q_THD, context.kv, out_THD, work, workspace, scale=scale, config=chosen)
 
 
 def prepare_decode(
-    context: NanoContext, heads: int, windows: Sequence[int | None], *, config: DecodeConfig | None = None
+    context: NanoContext, heads: int, windows: Sequence[int | None], *, programs_per_sm: int | None = None
 ) -> None:
     """Make the lists that `paged_decode_triton` reads in layers of these windows, and the lane's workspace."""
-    chosen, _ = _launch_of(context, heads, config)
+    chosen, _ = _launch_of(context, heads, None, programs_per_sm)
     for window in dict.fromkeys(windows):
         _work_list(context, chosen.block_tokens, window)
 
 
-def _launch_of(context: NanoContext, heads: int, config: DecodeConfig | None) -> tuple[DecodeConfig, DecodeWorkspace]:
+def _launch_of(
+    context: NanoContext, heads: int, config: DecodeConfig | None, programs_per_sm: int | None
+) -> tuple[DecodeConfig, DecodeWorkspace]:
     """The lane's configuration and workspace, made once."""
     _, _, kv_heads, page_size, head_dim = context.kv.shape
     device = context.kv.device
@@ -353,9 +361,10 @@ def _launch_of(context: NanoContext, heads: int, config: DecodeConfig | None) ->
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
         sms, group = context.sms or device_sms(device), heads // kv_heads
         chosen = config or decode_config(page_size, head_dim, context.kv.dtype, capability, group, context.sms)
+        chosen = replace(chosen, programs_per_sm=programs_per_sm or chosen.programs_per_sm)
         return chosen, DecodeWorkspace(sms * chosen.programs_per_sm, group, head_dim, device)
 
-    return context.scratch(("decode_attention", heads, config), make)
+    return context.scratch(("decode_attention", heads, config, programs_per_sm), make)
 
 
 def _work_list(context: NanoContext, block_tokens: int, window: int | None) -> torch.Tensor:

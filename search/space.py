@@ -61,7 +61,7 @@ class PlanChoice:
     memory_sms: int | None = None
     """SMs of the memory lane, the compute lane having the others; None: the lanes share the device."""
     kernels: FrozenMapping[str] = field(default_factory=FrozenMapping)
-    """Kernel of a product, where it is not the device's default."""
+    """Kernel of a product or of decode attention, where it is not the device's default."""
 
     def __post_init__(self) -> None:
         count = len(self.decode)
@@ -208,14 +208,14 @@ def _rows(decode: Sequence[int], prefill: Sequence[int], mix: Mix, rows: int, un
 def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -> PlanChoice:
     """Ask `trial` for a choice for dense batches of `rows` rows on a device of `sms` SMs.
 
-    `kernels` are those that products may have beside the device's default, where they are among an operation's. The
-    parameters ``{"nano_batches": 1}`` are the sequential plan. Nano-batches that get no share are dropped. What is
-    likely good is a parameter of its own before what else there is, so that samplers meet it often: all products cut,
-    all attention beside them, prefill rows shared out as decode rows are.
+    `kernels` are those that products and decode attention may have beside the device's default, where they are among an
+    operation's. The parameters ``{"nano_batches": 1}`` are the sequential plan. Nano-batches that get no share are
+    dropped. What is likely good is a parameter of its own before what else there is, so that samplers meet it often:
+    all products cut, all attention beside them, prefill rows shared out as decode rows are.
     """
     chosen: dict[str, str] = {}
     for op in graph.layer:
-        known = [kernel for kernel in kernels if op.name in PRODUCTS and kernel in op.kernels]
+        known = [kernel for kernel in kernels if op.name in (*PRODUCTS, ATTENTION) and kernel in op.kernels]
         if known and (kernel := trial.suggest_categorical(f"kernel_{op.name}", ("", *known))):
             chosen[op.name] = kernel
     most = max(1, min(MOST_NANO_BATCHES, rows // LEAST_ROWS))

@@ -88,6 +88,15 @@ period:
       compute: [qkv.a, qkv.b, qkv.c, o.a, gate_up.a, down.a, o.b, gate_up.b, down.b, o.c, gate_up.c, down.c]
       memory: [decode_attention.a, decode_attention.b, decode_attention.c]
 """,
+    "all attention": HALVES
+    + """
+period:
+  - split:
+      compute: [o.a, gate_up.a, down.a, qkv.a@1, o.b, gate_up.b, down.b, qkv.b@1]
+      memory: [rope_append.a@1, decode_attention.a@1, prefill_attention.a@1, rope_append.b@1, decode_attention.b@1,
+               prefill_attention.b@1]
+kernels: {decode_attention: triton_3}
+""",
 }
 
 

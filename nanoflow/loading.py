@@ -31,7 +31,7 @@ from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.weights import load_weights, required_bytes
 
-__all__ = ["Model", "build_engine", "gpu_kv_tokens", "here_kv_tokens", "kv_tokens_here", "open_model"]
+__all__ = ["Model", "build_engine", "gpu_kv_tokens", "here_kv_tokens", "open_model"]
 
 PAGE_SIZES = {"cpu": 64, "cuda": 128}
 """Tokens of a KV page. On a CPU attention works page by page, and shorter pages cost more than they save; on an H100
@@ -207,17 +207,6 @@ def here_kv_tokens(model: Model, engine: EngineSection) -> int:
         return gpu_kv_tokens(model.graph, engine, int(torch.cuda.mem_get_info(model.device)[1]), model.dtype)
     page_size = _page_size(model, engine)
     return (_kv_pages(model, engine, page_size, None) - 1) * page_size
-
-
-def kv_tokens_here(model: Model, engine: EngineSection) -> int:
-    """KV tokens that an engine of `model` would have on its device, where nothing is loaded yet and the job is not
-    known. Raises OutOfMemoryError if the model does not fit."""
-    if model.device.type == "cuda":
-        total = int(torch.cuda.mem_get_info(model.device)[1])
-        return gpu_kv_tokens(model.graph, engine, total, model.dtype)
-    free = free_bytes(model.device) - required_bytes(model.graph, model.dtype)
-    page_size = _page_size(model, engine)
-    return (_kv_pages(model, engine, page_size, None, free=max(0, free)) - 1) * page_size
 
 
 def _page_size(model: Model, engine: EngineSection) -> int:

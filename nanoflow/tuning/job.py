@@ -11,7 +11,7 @@ import torch
 from nanoflow.config_schema import DEVICE, RunConfig
 from nanoflow.devices import device_sms
 from nanoflow.errors import InputError, OutputError
-from nanoflow.loading import Model, device_name, kv_tokens_here, open_model, run_fingerprint
+from nanoflow.loading import Model, device_name, here_kv_tokens, open_model, run_fingerprint
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.pipeline.partitions import unavailable
 from nanoflow.pipeline.plan import Plan
@@ -103,7 +103,7 @@ def open_job(config: RunConfig, device: str | None, folder: Path) -> TuningJob:
     mixes = job_mixes(
         config,
         model,
-        kv_tokens=kv_tokens_here(model, config.engine),
+        kv_tokens=here_kv_tokens(model, config.engine),
         page_size=here.page_size,
         row_buckets=row_buckets,
         ceilings=rates.ceilings,

@@ -1,0 +1,156 @@
+"""One profiling run: from a job's configuration to a profile file that holds all that there was time for."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanoflow.config_schema import RunConfig
+from nanoflow.loading import Model, here_kv_tokens, open_model, run_fingerprint
+from nanoflow.pipeline.cuda_executor import buckets
+from nanoflow.pipeline.partitions import unavailable
+from nanoflow.plans.job_mixes import JobMixes, job_mixes
+from nanoflow.power import EnergyMeter
+from nanoflow.profiling.cases import job_cases, part_rows
+from nanoflow.profiling.device_bench import DeviceBench, few_layers
+from nanoflow.profiling.gemm_choices import measure_choices
+from nanoflow.search.ceilings import measure_ceilings
+from nanoflow.search.cost_model import Ceilings
+from nanoflow.search.fingerprint import Fingerprint
+from nanoflow.search.profile import Profile, ProfileError, layer_shape, profile_file
+from nanoflow.search.profiler import Profiled, fill_profile, splits
+
+__all__ = ["ProfileRun", "profile_job"]
+
+CHOICE_SHARE = 0.5
+"""Of the time, what measuring kernels of products may take."""
+IDLE_SECONDS = 1.5
+"""Of nothing, to see what the card draws: some ten steps of its energy counter."""
+
+Progress = Callable[[str, int], None]
+"""Told what is measured next, and how many cases are still to come, that one included."""
+
+
+@dataclass(frozen=True)
+class ProfileRun:
+    """What a run has measured, and where it is."""
+
+    path: Path
+    profile: Profile
+    mixes: JobMixes
+    measured: int
+    """Cases that were measured now."""
+    left: int
+    """Cases, kernels to choose among them, that the time was too short for."""
+    notes: tuple[str, ...]
+    """What could not be measured, and why."""
+
+
+def profile_job(
+    config: RunConfig,
+    *,
+    out: Path | None = None,
+    minutes: float,
+    device: str | None = None,
+    progress: Progress = lambda what, left: None,
+) -> ProfileRun:
+    """Profile the model of `config` at the sizes of its job, or go on with it.
+
+    Args:
+        out: the file; None: that of the user's store for this model and machine.
+        minutes: after which no case is begun; what is missing then is measured by the same call, made again.
+        device: in place of the configuration's.
+
+    Raises UserError and ProfileError. Every case that was measured before is in the file.
+    """
+    until = time.monotonic() + 60 * minutes
+    engine = config.engine if device is None else config.engine.model_copy(update={"device": device})
+    section = config.model.model_copy(update={"weights": "random"})  # times do not depend on what is learnt
+    config = config.model_copy(update={"engine": engine, "model": section})
+    model = open_model(section, engine)
+    stamp = replace(run_fingerprint(model, engine), shape=layer_shape(model.graph))
+    path = out or profile_file(stamp)
+    profile = _begun(path, stamp)
+    if profile is None:
+        profile = Profile(stamp, *_measured_device(model))
+        profile.save(path)  # before minutes of measuring: whether it can be written
+    mixes = _mixes(config, model, stamp, profile.ceilings)
+    sms = _split_sms(model.device)
+    cases = job_cases(
+        model.graph,
+        mixes.mixes,
+        max_model_len=model.max_model_len,
+        kv_tokens=here_kv_tokens(model, engine),
+        sms=sms,
+    )
+    left, notes = 0, []
+    if sms is not None and model.dtype.itemsize == 2:
+        ordered = list(dict.fromkeys(case.sms for case in cases if case.sms in {c for c, _ in splits(sms)}))
+        left, notes = measure_choices(
+            model.graph,
+            part_rows(mixes.mixes),
+            [budget for budget in ordered if budget is not None],
+            device=model.device,
+            dtype=model.dtype,
+            until=until - 60 * minutes * (1 - CHOICE_SHARE),
+            progress=lambda case, more: progress(f"kernel of {case}", more),
+        )
+    bench = DeviceBench(few_layers(model), cases, _page_size(stamp), EnergyMeter(model.device).joules)
+    try:
+        done: Profiled = fill_profile(
+            profile, cases, bench, path, until=until, progress=lambda case, more: progress(str(case), more)
+        )
+    finally:
+        bench.close()
+    return ProfileRun(path, done.profile, mixes, done.measured, left + done.left, (*notes, *done.notes))
+
+
+def _begun(path: Path, stamp: Fingerprint) -> Profile | None:
+    """What was measured before; None if there is no file."""
+    if not path.exists():
+        return None
+    profile = Profile.load(path)
+    profile.refuse(path, stamp)
+    return profile
+
+
+def _measured_device(model: Model) -> tuple[Ceilings, float | None]:
+    """Ceilings, and the watts of a card that is hot and has nothing to do."""
+    ceilings = measure_ceilings(str(model.device), model.dtype)
+    meter = EnergyMeter(model.device)
+    ceilings = replace(ceilings, power_limit_watts=meter.power_limit_watts())
+    first, begun = meter.joules(), time.perf_counter()
+    if first is None:
+        return ceilings, None
+    time.sleep(IDLE_SECONDS)
+    last = meter.joules()
+    watts = None if last is None else (last - first) / (time.perf_counter() - begun)
+    return ceilings, watts or None
+
+
+def _mixes(config: RunConfig, model: Model, stamp: Fingerprint, ceilings: Ceilings) -> JobMixes:
+    on_gpu = model.device.type == "cuda"
+    return job_mixes(
+        config,
+        model,
+        kv_tokens=here_kv_tokens(model, config.engine),
+        page_size=_page_size(stamp),
+        row_buckets=buckets(config.engine.max_batch_tokens) if on_gpu else (),
+        ceilings=ceilings,
+        itemsize=model.dtype.itemsize,
+    )
+
+
+def _split_sms(device: torch.device) -> int | None:
+    """SMs of a device that can be split; None of one that cannot."""
+    if device.type != "cuda" or unavailable(device):
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _page_size(stamp: Fingerprint) -> int:
+    if stamp.page_size is None:
+        raise ProfileError("a run's fingerprint has no page size")
+    return stamp.page_size

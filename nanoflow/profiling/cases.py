@@ -25,8 +25,8 @@ __all__ = ["job_cases", "part_rows"]
 
 LEAST_ROWS = 8
 """Of the whole device's smaller sizes."""
-APART = 1.06
-"""Sizes of attention that are closer are measured once: in between, interpolation tells."""
+APART = 1.4
+"""Of sizes of attention, and of the head, that are closer the larger is measured: in between, interpolation tells."""
 MOST_SAMPLED = 1024
 """Rows of the head; a run takes more in several turns."""
 SHARE = 1 / 4
@@ -143,9 +143,9 @@ def _is_product(op: Operation) -> bool:
 
 
 def _apart(values: Iterable[int]) -> list[int]:
-    """Ascending, without those that are hardly larger than the one before."""
+    """Ascending, the largest and of the others those that are far enough below the next."""
     found: list[int] = []
-    for value in sorted(set(values)):
-        if not found or value > APART * found[-1]:
+    for value in sorted(set(values), reverse=True):
+        if not found or value * APART <= found[-1]:
             found.append(value)
-    return found
+    return found[::-1]

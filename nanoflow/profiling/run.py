@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from nanoflow.config_schema import RunConfig
+from nanoflow.config_schema import DEVICE, RunConfig
+from nanoflow.errors import InputError
 from nanoflow.loading import Model, here_kv_tokens, open_model, run_fingerprint
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.pipeline.partitions import unavailable
@@ -66,6 +67,8 @@ def profile_job(
     Raises UserError and ProfileError. Every case that was measured before is in the file.
     """
     until = time.monotonic() + 60 * minutes
+    if device is not None and not DEVICE.fullmatch(device):
+        raise InputError(f"--device {device}: it must be auto, cpu, cuda or cuda:N")
     engine = config.engine if device is None else config.engine.model_copy(update={"device": device})
     section = config.model.model_copy(update={"weights": "random"})  # times do not depend on what is learnt
     config = config.model_copy(update={"engine": engine, "model": section})
@@ -85,7 +88,8 @@ def profile_job(
         kv_tokens=here_kv_tokens(model, engine),
         sms=sms,
     )
-    left, notes = 0, []
+    left = 0
+    notes: list[str] = []
     if sms is not None and model.dtype.itemsize == 2:
         ordered = list(dict.fromkeys(case.sms for case in cases if case.sms in {c for c, _ in splits(sms)}))
         left, notes = measure_choices(

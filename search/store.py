@@ -20,11 +20,12 @@ from pathlib import Path
 
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.files import replace_file, slug
 from nanoflow.search.fingerprint import Fingerprint
 
-__all__ = ["MOST_PLANS", "StoredPlan", "Verdict", "judge", "plan_folders", "store_plan", "stored_plans"]
+__all__ = ["MOST_PLANS", "StoredPlan", "Verdict", "judge", "plan_folders", "same_mix", "store_plan", "stored_plans"]
 
 MOST_PLANS = 8
 """Plans of a run: for each of them every bucket of rows is captured, which takes seconds and memory."""
@@ -167,4 +168,9 @@ def _serve_the_same(first: StoredPlan, second: StoredPlan) -> bool:
         return False
     if a.mix is None or b.mix is None:
         return a.mix is b.mix
-    return a.mix.distance(b.mix.decode, b.mix.prefill, b.mix.decode * b.mix.context) <= SAME_MIX
+    return same_mix(a.mix, b.mix)
+
+
+def same_mix(first: PlanMix, second: PlanMix) -> bool:
+    """Whether plans for either mix are for the same: a job that is tuned twice has mixes that differ a little."""
+    return first.distance(second.decode, second.prefill, second.decode * second.context) <= SAME_MIX

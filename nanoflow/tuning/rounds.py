@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from nanoflow.errors import OutOfMemoryError
-from nanoflow.loading import PAGE_SIZES, Model
+from nanoflow.loading import Model
 from nanoflow.ops.batch import DenseBatch
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import Weights
@@ -77,20 +77,27 @@ class MixRounds:
         model: its graph and device.
         weights: of the model, loaded.
         rows: that the mix is padded to.
+        page_size: tokens of a KV page.
         stopping: asked between two blocks whether to end, by `Stopped`.
 
     Raises OutOfMemoryError if the mix does not fit the device even in sequence.
     """
 
     def __init__(
-        self, model: Model, weights: Weights, mix: Mix, rows: int, stopping: Callable[[], bool] = lambda: False
+        self,
+        model: Model,
+        weights: Weights,
+        mix: Mix,
+        rows: int,
+        page_size: int,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.mix, self.rows = mix, rows
         # Contexts are spread around their mean, and where all of the job's are long, beyond what the model would allow:
         # that changes nothing of the time, but page tables must have room.
         self._model = replace(model, max_model_len=max(model.max_model_len, mix.context * 4 // 3 + 1))
         self._weights, self._stopping = weights, stopping
-        self._page_size = PAGE_SIZES[model.device.type]
+        self._page_size = page_size
         self._joules = EnergyMeter(model.device).joules
         self._caches: list[torch.Tensor] = []
         self._sequential = Plan.sequential(model.graph, rows)

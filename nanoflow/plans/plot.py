@@ -1,12 +1,12 @@
 """``nanoflow plan plot``: one period of a plan as a picture, with what the device does at each moment below it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow.errors import ConfigError, InputError, OutputError
+from nanoflow.errors import InputError
+from nanoflow.pictures import DPI, FORMATS, pyplot_here, save_picture
 from nanoflow.pipeline.plan import Plan
 from nanoflow.plans.case import PlanCase
 from nanoflow.plans.chrome_trace import read_trace
@@ -18,26 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "plot_plan"]
 
-FORMATS = (".png", ".svg")
 RESOURCE_COLOURS = {"compute": "#4878a8", "memory": "#dd8f3d", "network": "#5d9e67"}
 LANE_COLOURS = ("#35506b", "#e2b27a", "#8ab894", "#a58bc0")
 PANEL_INCHES = 11.0
-DPI = 120
 LETTER_INCHES = 0.062
 """Width of a letter of the names, which have `NAME_SIZE` points."""
 NAME_SIZE = 7.5
 SMALL_SIZE = 6.0
 LANE_HEIGHT = 0.5
-STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "svg.hashsalt": "nanoflow",
-    "svg.fonttype": "path",
-}
 
 
 @dataclass(frozen=True)
@@ -71,10 +59,10 @@ def plot_plan(case: PlanCase, out: Path | None, *, trace: Path | None = None, co
         panels.append(_estimated(case.sequential(), "in sequence"))
     name = Path(case.file).stem
     targets = [out] if out is not None else [Path(f"{name}{suffix}") for suffix in FORMATS]
-    with _matplotlib() as pyplot:
+    with pyplot_here() as pyplot:
         figure = draw(panels, pyplot)
         for target in targets:
-            _save(figure, target)
+            save_picture(figure, target)
         pyplot.close(figure)
     return targets
 
@@ -266,29 +254,3 @@ def _draw_rate(axes: "Axes", timeline: Timeline, attribute: str, unit: float, na
         most = max(most, ceiling / unit)
     axes.set_ylim(0, max(most * 1.08, axes.get_ylim()[1] if axes.lines else 0.0))
     axes.set_ylabel(name)
-
-
-@contextmanager
-def _matplotlib() -> Iterator[Any]:
-    """pyplot without a display, in this module's style. Raises ConfigError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "nanoflow[plots]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    settings: Any = matplotlib.rcParams
-    with matplotlib.rc_context():
-        settings.update(matplotlib.rcParamsDefault)
-        settings.update(backend="Agg", **STYLE)
-        yield pyplot
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    metadata = {"Date": None, "Creator": "NanoFlow"} if path.suffix.lower() == ".svg" else {"Software": "NanoFlow"}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, metadata=metadata)
-    except OSError as error:
-        raise OutputError(f"{path}: the picture cannot be written: {error.strerror}; choose another --out") from None

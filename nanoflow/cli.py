@@ -22,6 +22,7 @@ from nanoflow.config import RunConfig, dump_config, load_config
 from nanoflow.errors import ConfigError
 from nanoflow.mistakes import EXIT_FAILED, DebugOption, mistakes_as_messages, short
 from nanoflow.plan_cli import app as plan_app
+from nanoflow.profile_cli import profile
 
 __all__ = ["app", "main"]
 
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(plan_app, name="plan")
+app.command()(profile)
 
 
 class ReportFormat(StrEnum):

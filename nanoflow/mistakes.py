@@ -49,7 +49,11 @@ def _is_mistake(error: Exception) -> bool:
     """Whether the error's message is meant for the user. The parts below the engine have error classes of their own."""
     if isinstance(error, UserError):
         return True
-    below = (("nanoflow.pipeline.plan", "PlanError"), ("nanoflow.models.config", "UnsupportedModel"))
+    below = (
+        ("nanoflow.pipeline.plan", "PlanError"),
+        ("nanoflow.models.config", "UnsupportedModel"),
+        ("nanoflow.search.profile", "ProfileError"),
+    )
     for module, name in below:
         # A module that is not loaded has raised nothing.
         kind = getattr(sys.modules.get(module), name, None)

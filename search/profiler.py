@@ -85,6 +85,8 @@ class Profiled:
     """Cases that the time was too short for."""
     notes: tuple[str, ...]
     """What could not be measured, and why."""
+    stopped: bool = False
+    """Whether Ctrl-C ended it."""
 
 
 def fill_profile(
@@ -116,6 +118,8 @@ def fill_profile(
         except Unmeasurable as error:
             notes.append(f"{case}: {error}")
             continue
+        except KeyboardInterrupt:
+            return Profiled(profile, number - len(notes), len(missing) - number, tuple(notes), stopped=True)
         profile.save(path)
     return Profiled(profile, len(missing) - len(notes), 0, tuple(notes))
 

@@ -47,6 +47,8 @@ class ProfileRun:
     """Cases, kernels to choose among them, that the time was too short for."""
     notes: tuple[str, ...]
     """What could not be measured, and why."""
+    stopped: bool
+    """Whether Ctrl-C ended it."""
 
 
 def profile_job(
@@ -92,15 +94,18 @@ def profile_job(
     notes: list[str] = []
     if sms is not None and model.dtype.itemsize == 2:
         ordered = list(dict.fromkeys(case.sms for case in cases if case.sms in {c for c, _ in splits(sms)}))
-        left, notes = measure_choices(
-            model.graph,
-            part_rows(mixes.mixes),
-            [budget for budget in ordered if budget is not None],
-            device=model.device,
-            dtype=model.dtype,
-            until=until - 60 * minutes * (1 - CHOICE_SHARE),
-            progress=lambda case, more: progress(f"kernel of {case}", more),
-        )
+        try:
+            left, notes = measure_choices(
+                model.graph,
+                part_rows(mixes.mixes),
+                [budget for budget in ordered if budget is not None],
+                device=model.device,
+                dtype=model.dtype,
+                until=until - 60 * minutes * (1 - CHOICE_SHARE),
+                progress=lambda case, more: progress(f"kernel of {case}", more),
+            )
+        except KeyboardInterrupt:
+            return ProfileRun(path, profile, mixes, 0, len(cases), (), stopped=True)
     bench = DeviceBench(few_layers(model), cases, _page_size(stamp), EnergyMeter(model.device).joules)
     try:
         done: Profiled = fill_profile(
@@ -108,7 +113,7 @@ def profile_job(
         )
     finally:
         bench.close()
-    return ProfileRun(path, done.profile, mixes, done.measured, left + done.left, (*notes, *done.notes))
+    return ProfileRun(path, done.profile, mixes, done.measured, left + done.left, (*notes, *done.notes), done.stopped)
 
 
 def _begun(path: Path, stamp: Fingerprint) -> Profile | None:

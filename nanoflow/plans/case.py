@@ -17,7 +17,9 @@ from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.mix import Mix, mix_works
-from nanoflow.search.rates import H100_ENERGY, CeilingRates, Energy
+from nanoflow.search.profile import Profile, find_profile, layer_shape
+from nanoflow.search.profile_rates import profile_rates
+from nanoflow.search.rates import H100_ENERGY, CeilingRates, Energy, Rates
 from nanoflow.search.simulate import Simulation, simulate
 from nanoflow.search.timeline import Timeline
 
@@ -25,23 +27,30 @@ __all__ = ["Device", "MixOptions", "PlanCase", "known_device", "open_case"]
 
 DECODE, CONTEXT, PROMPT = 600, 768, 512
 """The mix where neither the plan nor the user says one: decode rows, their context, and the longest prompt."""
-ITEMSIZE = 2
-"""Bytes of an element: bfloat16."""
+ITEMSIZE, DTYPE = 2, "bfloat16"
+"""Bytes of an element where nothing says another data type than this."""
+ITEMSIZES = {"float32": 4}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device for estimates. Ceilings as `benchmarks/kernels` recorded them."""
+    """A device for estimates. Ceilings as `benchmarks/kernels` recorded them, or those of its profile."""
 
     name: str
     sms: int
     ceilings: Ceilings
-    energy: Energy
+    energy: Energy | None
+    profile: Profile | None = None
+    """What was measured of the model's operations there."""
+    profile_file: Path | None = None
 
     @property
-    def rates(self) -> CeilingRates:
-        """Of sm_90 in bfloat16."""
-        return CeilingRates(self.ceilings, self.sms, ITEMSIZE, tiles=True, energy=self.energy)
+    def rates(self) -> Rates:
+        """By the profile; without one, by the ceilings of sm_90 in bfloat16."""
+        if self.profile is None:
+            return CeilingRates(self.ceilings, self.sms, ITEMSIZE, tiles=True, energy=self.energy)
+        itemsize = ITEMSIZES.get(str(self.profile.fingerprint.dtype), ITEMSIZE)
+        return profile_rates(self.profile, itemsize, self.energy)
 
 
 H100 = Device(
@@ -134,7 +143,9 @@ def open_case(
         validate(plan, graph)
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from None
-    return PlanCase(str(file), plan, name, path, graph, choose_mix(plan, mix or MixOptions()), known_device(plan))
+    return PlanCase(
+        str(file), plan, name, path, graph, choose_mix(plan, mix or MixOptions()), known_device(plan, graph)
+    )
 
 
 def open_graph(model: str | None, plan: Plan, file: str) -> tuple[str, str, Graph]:
@@ -166,9 +177,22 @@ def shipped_shapes() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
 
 
-def known_device(plan: Plan) -> Device:
-    """The device that the plan was tuned for, if its ceilings are known, else an H100; the plan's SMs win."""
-    device = DEVICES.get(plan.gpu, H100)
+def known_device(plan: Plan, graph: Graph | None = None) -> Device:
+    """The device that the plan was tuned for, if its ceilings are known or it was profiled, else an H100.
+
+    With a `graph`, and a profile of that model's layer on the device, it has that profile, and its ceilings; the plan's
+    SMs and data type must be the profile's.
+    """
+    known = DEVICES.get(plan.gpu)
+    gpu = plan.gpu or H100.name
+    if graph is not None:
+        dtype = str(plan.fingerprint.get("dtype") or DTYPE)
+        found = find_profile(gpu, layer_shape(graph), dtype, sms=plan.sms)
+        if found is not None:
+            file, profile = found
+            energy = (known or H100).energy if gpu in DEVICES else None
+            return Device(gpu, profile.fingerprint.sms or 1, profile.ceilings, energy, profile, file)
+    device = known or H100
     return device if plan.sms is None else replace(device, sms=plan.sms)
 
 

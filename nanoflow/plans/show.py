@@ -86,7 +86,8 @@ def summary_lines(case: PlanCase) -> list[str]:
     layers = f"{case.graph.layers} layer{'s' if case.graph.layers > 1 else ''}"
     lines = [f"{case.model}, {layers}: {found.seconds * 1e3:,.2f} ms estimated, lanes busy: {busy}"]
     limit = case.device.ceilings.power_limit_watts
-    limited = f"under {limit:g} W: {_limited(found)}"
+    under = "with no power limit known" if limit is None else f"under {limit:g} W"
+    limited = f"{under}: {_limited(found)}"
     if len(case.program.lanes) > 1 or len(case.plan.nano_batches) > 1:
         sequential = case.sequential().simulation
         ratio = _times(sequential.seconds, found.seconds)
@@ -95,8 +96,12 @@ def summary_lines(case: PlanCase) -> list[str]:
         limited += f"; in sequence {_limited(sequential)}, {ratio}"
     lines.append(limited)
     lines.append(f"mix: {case.mix}")
-    lines.append(f"ceilings: {case.ceilings_text}")
-    lines.append("(at best: launches cost nothing here, and tiles are all that keeps kernels from scaling)")
+    if case.device.profile_file is not None:
+        lines.append(f"profile: {case.device.profile_file}")
+        lines.append("(what operations take was measured; that lanes wait for each other costs nothing here)")
+    else:
+        lines.append(f"ceilings: {case.ceilings_text}")
+        lines.append("(at best: launches cost nothing here, and tiles are all that keeps kernels from scaling)")
     return lines
 
 

@@ -23,6 +23,7 @@ from nanoflow.errors import ConfigError
 from nanoflow.mistakes import EXIT_FAILED, DebugOption, mistakes_as_messages, short
 from nanoflow.plan_cli import app as plan_app
 from nanoflow.profile_cli import profile
+from nanoflow.tune_cli import tune
 
 __all__ = ["app", "main"]
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(plan_app, name="plan")
 app.command()(profile)
+app.command()(tune)
 
 
 class ReportFormat(StrEnum):

@@ -70,7 +70,11 @@ class Target:
     def predict(self, plan: Plan) -> float:
         """Seconds of a layer in steady state, under the power limit."""
         short, long = (self.simulate(plan, layers) for layers in (SHORT, LONG))
-        return (long.limited_seconds - short.limited_seconds) / (LONG - SHORT)
+        seconds, watts, limit = long.seconds - short.seconds, self.rates.idle_watts, self.rates.limit_watts
+        if watts is not None and limit is not None:
+            work = (found.joules - watts * found.limited_seconds for found in (long, short) if found.joules is not None)
+            seconds = max(seconds, (next(work) - next(work)) / (limit - watts))
+        return seconds / (LONG - SHORT)
 
     def simulate(self, plan: Plan, layers: int | None = None) -> Simulation:
         """All layers of an iteration, or so many."""
@@ -166,8 +170,6 @@ class PlanSearch:
         asked = 0
         while len(certain) < count and len(fresh) + len(certain) < ASKED * count and asked < MOST_ASKED:
             likely = bool(self._first)
-            if certain and not likely:
-                break  # a last round of likely plans is filled up by the next ones
             trial = self._study.ask()
             asked += 1
             if likely:

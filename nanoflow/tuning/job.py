@@ -20,7 +20,7 @@ from nanoflow.plans.case import DEVICES, known_device
 from nanoflow.plans.job_mixes import UNBUCKETED, JobMixes, WeightedMix, job_mixes
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.search.cost_model import Ceilings
-from nanoflow.search.files import replace_file
+from nanoflow.search.files import replace_file, slug
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.mix import Mix
 from nanoflow.search.rates import CeilingRates, Rates
@@ -65,7 +65,7 @@ class TuningJob:
         limits = engine.max_batch_tokens, engine.max_running, engine.max_model_len, engine.kv_memory, engine.page_size
         known = json.dumps([asdict(self.here), limits, asdict(mix.mix), self.rows(mix)], sort_keys=True)
         digest = hashlib.sha256(known.encode()).hexdigest()[:12]
-        return folder / f"{_slug(str(self.here.model))}--{_slug(str(self.here.gpu))}--{digest}.journal"
+        return folder / f"{slug(str(self.here.model))}--{slug(str(self.here.gpu))}--{digest}.journal"
 
 
 def tuning_folder() -> Path:
@@ -97,7 +97,7 @@ def open_job(config: RunConfig, device: str | None, folder: Path) -> TuningJob:
     here = run_fingerprint(model, config.engine)
     on_gpu = model.device.type == "cuda"
     row_buckets = buckets(config.engine.max_batch_tokens) if on_gpu and config.engine.cuda_graphs else ()
-    rates = rates_of(model, folder)
+    rates, ceilings = rates_of(model, folder)
     sms = device_sms(model.device) if on_gpu and not unavailable(model.device) else 0
     assert here.page_size is not None
     mixes = job_mixes(
@@ -106,22 +106,24 @@ def open_job(config: RunConfig, device: str | None, folder: Path) -> TuningJob:
         kv_tokens=here_kv_tokens(model, config.engine),
         page_size=here.page_size,
         row_buckets=row_buckets,
-        ceilings=rates.ceilings,
+        ceilings=ceilings,
         itemsize=model.dtype.itemsize,
     )
     return TuningJob(config, model, here, mixes, rates, sms, row_buckets)
 
 
-def rates_of(model: Model, folder: Path) -> CeilingRates:
+def rates_of(model: Model, folder: Path) -> tuple[Rates, Ceilings]:
     """Estimates for the model's device: what is known of its kind, else its own ceilings.
 
     These are measured once and kept: the mixes of a job depend on them, and a search could not go on with others.
+    Raises OutputError if they cannot be.
     """
     name = device_name(model.device)
     if name in DEVICES:
-        return known_device(Plan(1, (), (), gpu=name, sms=device_sms(model.device))).rates
+        device = known_device(Plan(1, (), (), gpu=name, sms=device_sms(model.device)))
+        return device.rates, device.ceilings
     dtype = str(model.dtype).removeprefix("torch.")
-    path = folder / f"{_slug(name)}--{dtype}.ceilings.json"
+    path = folder / f"{slug(name)}--{dtype}.ceilings.json"
     try:
         ceilings = Ceilings(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # not there, or damaged
@@ -135,7 +137,7 @@ def rates_of(model: Model, folder: Path) -> CeilingRates:
         and model.dtype.itemsize == 2
         and torch.cuda.get_device_capability(model.device)[0] == 9
     )
-    return CeilingRates(ceilings, device_sms(model.device), model.dtype.itemsize, tiles=tiles)
+    return CeilingRates(ceilings, device_sms(model.device), model.dtype.itemsize, tiles=tiles), ceilings
 
 
 def deal(seconds: float, mixes: Sequence[WeightedMix], least_seconds: float) -> list[float]:
@@ -149,7 +151,3 @@ def deal(seconds: float, mixes: Sequence[WeightedMix], least_seconds: float) -> 
         count -= 1
     total = sum(mix.weight for mix in mixes[:count])
     return [seconds * mix.weight / total if place < count else 0.0 for place, mix in enumerate(mixes)]
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

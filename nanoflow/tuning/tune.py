@@ -49,7 +49,7 @@ class MixResult:
 
     mix: WeightedMix
     measured: int
-    """Plans, over all starts; 0 if the mix got no time."""
+    """Plans, over all starts; 0 if the mix got no time, or has too few rows to be cut."""
     final: Final | None = None
     """The last comparison of the plan that was stored, or of the best that lost; None if there was none."""
     stored: Path | None = None
@@ -70,7 +70,7 @@ class TuneOutcome:
     device: str
     mixes: JobMixes
     results: tuple[MixResult, ...]
-    """Of the mixes that were come to, the heaviest first."""
+    """Of all mixes, the heaviest first."""
     folder: Path
     """Where the searches are kept."""
     failures: tuple[str, ...]
@@ -110,7 +110,9 @@ def tune(
     progress = progress or TuneProgress(quiet=True)
     job = open_job(config, device, folder)
     model, mixes = job.model, job.mixes.mixes
-    journals = [Journal(job.journal(mix, folder)) for mix in mixes]  # before loading: whether they can be written
+    least = LEAST_SECONDS[model.device.type]
+    tuned = [mix for mix, seconds in zip(mixes, deal(60 * minutes, mixes, least), strict=True) if seconds]
+    journals = [Journal(job.journal(mix, folder)) for mix in tuned]  # before loading: whether they can be written
     weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
     if interrupts is not None:
         interrupts.drain()
@@ -118,18 +120,15 @@ def tune(
     def stopping() -> bool:
         return interrupts is not None and interrupts.signal is not None
 
-    least = LEAST_SECONDS[model.device.type]
     ends = time.monotonic() + 60 * minutes
     results: list[MixResult] = []
     failures: dict[str, None] = {}
     assert job.here.page_size is not None
-    for place, (mix, journal) in enumerate(zip(mixes, journals, strict=True)):
+    for place, (mix, journal) in enumerate(zip(tuned, journals, strict=True)):
         # What a mix did not use goes to those after it.
-        dealt = deal(max(0.0, ends - time.monotonic()), mixes[place:], least)[0]
-        own = deal(60 * minutes, mixes, least)[place]
-        if not own or not dealt:
-            results.append(MixResult(mix, 0))
-            continue
+        dealt = deal(max(0.0, ends - time.monotonic()), tuned[place:], 0.0)[0]
+        if not dealt:
+            break
         progress.begin(f"mix {place + 1} of {len(mixes)}, {mix.weight:.0%} of the job: {mix.mix}", dealt)
         rounds = MixRounds(model, weights, mix.mix, job.rows(mix)[1], job.here.page_size, stopping)
         plans = PlanSearch(job.target(mix), journal, seed=seed)
@@ -138,10 +137,12 @@ def tune(
                 results.append(_tune_mix(job, mix, plans, rounds, dealt, trials, progress))
         except Stopped:
             assert interrupts is not None
+            interrupts.drained()
             results.append(MixResult(mix, plans.measured))
             break
         finally:
             failures |= dict.fromkeys(plans.failures)
+    results += [MixResult(mix, 0) for mix in mixes[len(results) :]]
     return TuneOutcome(
         str(job.here.model),
         str(job.here.gpu),
@@ -180,9 +181,11 @@ def _tune_mix(
         progress.show(plans.measured, best[0].ratio if best else None)
 
     search(plans, lambda asked: rounds.measure(asked, blocks), trials=trials, goes_on=goes_on, told=told)
+    if not plans.measured:  # batches that are too small to be cut
+        return MixResult(mix, 0)
     # A plan that a round has behind by more than what rounds are right within will not win by as much.
     finalists = [tried.plan for tried in plans.best(FINALISTS) if tried.ratio > 2 - LEAST_GAIN]
-    finalists += [plan for plan in _stored_here(job, mix) if plan not in finalists]
+    finalists += [plan for plan in _stored_here(job, mix) if _bare(plan) not in finalists]
     finals: list[Final] = []
     if finalists:
         progress.show(plans.measured, plans.best(1)[0].ratio if plans.best(1) else None, "last comparison")
@@ -209,6 +212,12 @@ def _stored_here(job: TuningJob, mix: WeightedMix) -> list[Plan]:
         if same_mix(plan.mix, asked) and plan.least_rows <= mix.mix.rows <= plan.capacity:
             return [plan]
     return []
+
+
+def _bare(plan: Plan) -> Plan:
+    """A stored plan as the search has it."""
+    bare = Plan(plan.capacity, plan.nano_batches, plan.period, kernels=plan.kernels, partitions=plan.partitions)
+    return replace(bare, sms=plan.sms if plan.partitions else None)
 
 
 def _store(job: TuningJob, mix: WeightedMix, measured: int, finals: Sequence[Final]) -> MixResult:

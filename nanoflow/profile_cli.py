@@ -2,6 +2,8 @@
 
 import shlex
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -64,13 +66,14 @@ def profile(
             if plot is not None:
                 with pyplot_here():  # before minutes of measuring: whether it can be drawn
                     pass
-            done = profile_job(
-                loaded,
-                out=out,
-                minutes=10.0 if minutes is None else minutes,
-                device=device,
-                progress=lambda what, left: typer.echo(f"{left:4d} to go: {what}", err=True),
-            )
+            with _progress() as progress:
+                done = profile_job(
+                    loaded,
+                    out=out,
+                    minutes=10.0 if minutes is None else minutes,
+                    device=device,
+                    progress=progress,
+                )
             path, found, stopped = done.path, done.profile, done.stopped
             for note in done.notes:
                 typer.echo(f"not measured: {note}", err=True)
@@ -87,3 +90,14 @@ def profile(
             typer.echo(f"{done.measured} cases measured, saved {short(path.absolute())}{more}", err=stopped)
     if stopped:
         raise typer.Exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], None]]:
+    """What is measured, on standard error: one line that changes on a terminal, else a line each."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what, left: typer.echo(f"{left:4d} to go: {what}", err=True)
+        return
+    with console.status("the job's batches and the device's ceilings") as status:
+        yield lambda what, left: status.update(f"{left} to go: {what}")

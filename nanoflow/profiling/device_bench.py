@@ -147,9 +147,12 @@ class DeviceBench:
         """See `Bench.solo`; the sizes of a case take turns."""
         device, seconds = self._model.device, self._seconds
         length = seconds.whole if case.sms is None else seconds.part
+        fitting = [at for at in case.at if self._problem(case.kind, at) is None]
+        if not fitting:
+            raise Unmeasurable(str(self._problem(case.kind, case.at[0])))
         with self._here(), on_sms(case.sms, device) as stream:
             candidates: dict[str, Candidate] = {
-                str(n): self._calls(case.op, at, case.sms) for n, at in enumerate(case.at)
+                str(n): self._calls(case.op, at, case.sms) for n, at in enumerate(fitting)
             }
             found = time_interleaved(
                 candidates,
@@ -160,13 +163,16 @@ class DeviceBench:
                 stream=stream,
                 joules=self._joules if case.sms is None else None,
             )
-        return [Point(at, found[str(n)].median_ms / 1e3, found[str(n)].joules) for n, at in enumerate(case.at)]
+        return [Point(at, found[str(n)].median_ms / 1e3, found[str(n)].joules) for n, at in enumerate(fitting)]
 
     def pair(self, case: PairCase) -> tuple[float, float]:
         """See `Bench.pair`; each one's solo speed is taken before and after, on the same SMs."""
         device, seconds = self._model.device, self._seconds
         if device.type != "cuda":
             raise Unmeasurable("operations run side by side on a GPU alone")
+        for name, at in ((case.op, case.at), (case.other, case.other_at)):
+            if (problem := self._problem(axes_of(self._ops[name]), at)) is not None:
+                raise Unmeasurable(problem)
         sms = [budget for budget in (case.sms, case.other_sms) if budget is not None]
         with self._here():
             partition = Partition(sms, device) if sms else None
@@ -215,15 +221,18 @@ class DeviceBench:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _problem(self, kind: str, at: At) -> str | None:
+        """Why a size cannot be measured, or None."""
+        mix, tokens = self._mix(kind, at), self._page_size
+        needed = mix_pages(mix, tokens)
+        if needed <= self._pages:
+            return None
+        return f"{mix} takes {needed * tokens:,} KV tokens, and {self._pages * tokens:,} fit"
+
     def _calls(self, name: str, at: At, sms: int | None, lane: int = 0) -> list[Callable[[], None]]:
         """The operation in every layer, one call each, on a batch of its own."""
         op, model, bound = self._ops[name], self._model, self._bound
-        mix = self._mix(axes_of(op), at)
-        needed = mix_pages(mix, self._page_size)
-        if needed > self._pages:
-            tokens = self._page_size
-            raise Unmeasurable(f"{mix} takes {needed * tokens:,} KV tokens, and {self._pages * tokens:,} fit")
-        batch = self._batch(mix)
+        batch = self._batch(self._mix(axes_of(op), at))
         part = batch.whole
         if name in self._sampled:
             part = cast(BatchPart, _RowsOnly(slice(0, at[0])))

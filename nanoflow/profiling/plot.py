@@ -42,11 +42,12 @@ def draw_sms(profile: Profile, pyplot: Any) -> "Figure":
     its time."""
     sizes = lane_sizes(profile)
     parts = {op: own for op, own in sizes.items() if len(own.seconds) > 1}
-    figure: Figure = pyplot.figure(figsize=(8.0, 4.6), layout="constrained")
+    height = 4.6 if parts else 1.0 + 0.3 * len(sizes)
+    figure: Figure = pyplot.figure(figsize=(8.0, height), layout="constrained")
     axes: Axes = figure.add_subplot()
     device = profile.fingerprint.gpu or ""
     if not parts:
-        names = [f"{op}\n{size_text(own)}" for op, own in sizes.items()]
+        names = [f"{op}, {size_text(own)}" for op, own in sizes.items()]
         axes.barh(names, [own.whole * 1e6 for own in sizes.values()], color="#4878a8")
         axes.invert_yaxis()
         axes.set_xlabel("microseconds")

@@ -69,7 +69,7 @@ def draw_sms(profile: Profile, pyplot: Any) -> "Figure":
     axes.set_ylim(0, None)
     axes.set_xlabel("SMs of its lane, the others idle")
     axes.set_ylabel("% of its speed on all SMs")
-    axes.set_title(f"Operations of {profile.fingerprint.model} on parts of an {device}")
+    axes.set_title(f"Operations of {profile.fingerprint.model} on parts of the SMs: {device}")
     axes.legend(fontsize=7, frameon=False)
     return figure
 
@@ -81,7 +81,7 @@ def draw_beside(profile: Profile, pyplot: Any) -> "Figure":
     by_place = {(pair.op, pair.other, pair.sms, pair.other_sms): pair for pair in pairs}
     figure: Figure = pyplot.figure(figsize=(1.6 + 1.9 * max(3, len(splits)), 1.8 + 0.45 * len(rows)))
     figure.set_layout_engine("constrained")
-    for place, (side, title) in enumerate((("kept", "What it keeps"), ("other_kept", "What the other keeps"))):
+    for place, (side, title) in enumerate((("kept", "The first keeps"), ("other_kept", "The second keeps"))):
         values = [
             [
                 getattr(by_place[*row, *split], side) * 100 if (*row, *split) in by_place else float("nan")

@@ -34,7 +34,7 @@ ITEMSIZES = {"float32": 4}
 
 @dataclass(frozen=True)
 class Device:
-    """A device for estimates. Ceilings as `benchmarks/kernels` recorded them, or those of its profile."""
+    """A device for estimates. Ceilings as `benchmarks/kernels` recorded them, or else those of its profile."""
 
     name: str
     sms: int
@@ -177,21 +177,20 @@ def shipped_shapes() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
 
 
-def known_device(plan: Plan, graph: Graph | None = None) -> Device:
+def known_device(plan: Plan, graph: Graph | None = None, dtype: str | None = None) -> Device:
     """The device that the plan was tuned for, if its ceilings are known or it was profiled, else an H100.
 
-    With a `graph`, and a profile of that model's layer on the device, it has that profile, and its ceilings; the plan's
-    SMs and data type must be the profile's.
+    With a `graph`, and a profile of that model's layer on the device, it has that profile. The plan's SMs must be the
+    profile's, and so must `dtype`, by default what the plan was measured in, else bfloat16.
     """
     known = DEVICES.get(plan.gpu)
-    gpu = plan.gpu or H100.name
     if graph is not None:
-        dtype = str(plan.fingerprint.get("dtype") or DTYPE)
-        found = find_profile(gpu, layer_shape(graph), dtype, sms=plan.sms)
+        gpu, kind = plan.gpu or H100.name, dtype or str(plan.fingerprint.get("dtype") or DTYPE)
+        found = find_profile(gpu, layer_shape(graph), kind, sms=plan.sms)
         if found is not None:
             file, profile = found
-            energy = (known or H100).energy if gpu in DEVICES else None
-            return Device(gpu, profile.fingerprint.sms or 1, profile.ceilings, energy, profile, file)
+            base = DEVICES.get(gpu) or Device(gpu, 1, profile.ceilings, None)
+            return replace(base, sms=profile.fingerprint.sms or 1, profile=profile, profile_file=file)
     device = known or H100
     return device if plan.sms is None else replace(device, sms=plan.sms)
 

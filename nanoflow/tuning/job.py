@@ -118,11 +118,10 @@ def rates_of(model: Model, folder: Path) -> tuple[Rates, Ceilings]:
     These are measured once and kept: the mixes of a job depend on them, and a search could not go on with others.
     Raises OutputError if they cannot be.
     """
-    name = device_name(model.device)
+    name, dtype = device_name(model.device), str(model.dtype).removeprefix("torch.")
     if name in DEVICES:
-        device = known_device(Plan(1, (), (), gpu=name, sms=device_sms(model.device)))
+        device = known_device(Plan(1, (), (), gpu=name, sms=device_sms(model.device)), model.graph, dtype)
         return device.rates, device.ceilings
-    dtype = str(model.dtype).removeprefix("torch.")
     path = folder / f"{slug(name)}--{dtype}.ceilings.json"
     try:
         ceilings = Ceilings(**json.loads(path.read_text(encoding="utf-8")))

@@ -86,13 +86,13 @@ def simulate_job(
     name = gpu or H100.name
     if name not in DEVICES:
         raise InputError(f"--gpu {name}: nothing is known of it; give {' or '.join(DEVICES)}")
-    device = known_device(Plan(1, (), (), gpu=name))
     # Opened where this runs, for its shapes; what is on the GPU follows from the configuration.
     section = config.model.model_copy(update={"weights": "random"})
     engine = config.engine.model_copy(update={"device": "cpu"})
     config = config.model_copy(update={"model": section, "engine": engine})
     dtype = torch.bfloat16 if section.dtype == "auto" else DTYPES[section.dtype]
     model = replace(open_model(section, engine), dtype=dtype)
+    device = known_device(Plan(1, (), (), gpu=name), model.graph, str(dtype).removeprefix("torch."))
     page_size = PAGE_SIZES["cuda"] if engine.page_size == "auto" else int(engine.page_size)
     job = job_mixes(
         config,

@@ -34,7 +34,7 @@ from nanoflow.search.gemm_measure import ROTATED_BYTES
 from nanoflow.search.mix import Mix
 from nanoflow.search.profile import At, Point, axes_of
 from nanoflow.search.profiler import PairCase, SoloCase, Unmeasurable
-from nanoflow.search.timing import Candidate, EnergyCounter, capture, on_sms, time_interleaved, time_together
+from nanoflow.search.timing import Candidate, EnergyCounter, Replays, capture, on_sms, time_interleaved, time_together
 from nanoflow.weights import load_weights
 
 __all__ = ["DeviceBench", "Seconds", "few_layers"]
@@ -167,7 +167,7 @@ class DeviceBench:
 
     def pair(self, case: PairCase) -> tuple[float, float]:
         """See `Bench.pair`; each one's solo speed is taken before and after, on the same SMs."""
-        device, seconds = self._model.device, self._seconds
+        device = self._model.device
         if device.type != "cuda":
             raise Unmeasurable("operations run side by side on a GPU alone")
         for name, at in ((case.op, case.at), (case.other, case.other_at)):
@@ -181,28 +181,41 @@ class DeviceBench:
                     streams = list(partition.streams)
                 else:  # as a plan's lanes have them that are not confined: the later lane goes first
                     streams = [torch.cuda.Stream(device, priority=-n) for n in (0, 1)]  # type: ignore[no-untyped-call]
-                calls = (
-                    self._calls(case.op, case.at, case.sms),
-                    self._calls(case.other, case.other_at, case.other_sms, lane=1),
-                )
-                torch.cuda.synchronize(device)
-                both = [capture(own, device, stream) for own, stream in zip(calls, streams, strict=True)]
-                for record in (False, True):
-                    for replays in both:
-                        replays.run_for(seconds.pair / 4, record)
-                together = time_together(both[0], both[1], seconds.pair)
-                for replays in both:
-                    replays.run_for(seconds.pair / 4, True)
-                alone = [replays.timing().median_ms for replays in both]
-                # Before the partition is given back: its graphs must be gone.
-                del both, replays
-                gc.collect()
-                torch.cuda.synchronize(device)
+                alone, together = self._side_by_side(case, streams)
             finally:
                 if partition is not None:
                     partition.close()
         first, second = (min(1.0, own / beside) for own, beside in zip(alone, together, strict=True))
         return first, second
+
+    def _side_by_side(
+        self, case: PairCase, streams: Sequence[torch.cuda.Stream]
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Milliseconds of a call of each: alone, and while the other runs."""
+        device, seconds = self._model.device, self._seconds.pair
+        calls = (
+            self._calls(case.op, case.at, case.sms),
+            self._calls(case.other, case.other_at, case.other_sms, lane=1),
+        )
+        torch.cuda.synchronize(device)
+        graphs: list[Replays] = []
+        try:
+            for own, stream in zip(calls, streams, strict=True):
+                graphs.append(capture(own, device, stream))
+
+            def alone(record: bool) -> None:
+                for place in (0, 1):
+                    graphs[place].run_for(seconds / 4, record)
+
+            alone(False)
+            alone(True)
+            together = time_together(graphs[0], graphs[1], seconds)
+            alone(True)
+            return (graphs[0].timing().median_ms, graphs[1].timing().median_ms), together
+        finally:
+            graphs.clear()  # they must be gone before the partition is
+            gc.collect()
+            torch.cuda.synchronize(device)
 
     @contextmanager
     def _here(self) -> Iterator[None]:

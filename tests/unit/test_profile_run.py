@@ -1,11 +1,12 @@
 """``nanoflow profile`` from a job to its pictures, on a CPU; and what of it only a GPU does, with stand-ins."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from nanoflow.config_schema import EngineSection, ModelSection
 from nanoflow.loading import open_model
 from nanoflow.ops import gemm_choice
 from nanoflow.ops.gemm_choice import Choice, Choices
+from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import Plan
 from nanoflow.plans.case import open_case, open_graph
 from nanoflow.plans.job_mixes import WeightedMix
-from nanoflow.profiling import gemm_choices
+from nanoflow.profiling import device_bench, gemm_choices
 from nanoflow.profiling.cases import job_cases, part_rows
 from nanoflow.profiling.device_bench import DeviceBench, Seconds, few_layers
 from nanoflow.profiling.plot import plot_profile
@@ -236,6 +238,62 @@ def test_what_is_launched_is_the_operation_on_its_rows(bench: tuple[DeviceBench,
     with torch.inference_mode():
         other[0]()
     assert torch.equal(buffers["down"], kept), "two lanes have buffers of their own"
+
+
+class MadePartition:
+    """Two parts whose streams are their names."""
+
+    made: ClassVar[list["MadePartition"]] = []
+
+    def __init__(self, sms: list[int], device: torch.device) -> None:
+        if min(sms) < 2:
+            raise PartitionError("4 SMs cannot be split into 3 + 1")
+        self.sms, self.streams, self.open = sms, ("first", "second"), True
+        MadePartition.made.append(self)
+
+    def close(self) -> None:
+        self.open = False
+
+
+def test_a_pair_runs_on_its_parts_and_gives_them_back(
+    bench: tuple[DeviceBench, list[SoloCase]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for all that takes a GPU."""
+    measuring, _ = bench
+    captured: list[tuple[Any, ...]] = []
+
+    def capture(calls: list[Any], device: torch.device, stream: Any) -> Any:
+        contexts = [call.args[0] for call in calls]
+        captured.append((stream, contexts[0].sms, contexts[0].lane, len(contexts), contexts[0].buffers))
+        return SimpleNamespace(run_for=lambda seconds, record: None, timing=lambda: SimpleNamespace(median_ms=2.0))
+
+    def together(first: Any, second: Any, seconds: float) -> tuple[float, float]:
+        assert MadePartition.made[-1].open
+        return 2.5, 1.9
+
+    MadePartition.made.clear()
+    monkeypatch.setattr(measuring, "_model", replace(measuring._model, device=torch.device("cuda")))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(device_bench, "Partition", MadePartition)
+    monkeypatch.setattr(device_bench, "capture", capture)
+    monkeypatch.setattr(device_bench, "time_together", together)
+    kept = measuring.pair(PairCase("qkv", (9,), 3, "down", (40,), 2))
+    assert kept == (pytest.approx(0.8), 1.0), "nothing is faster beside something than alone"
+    assert [each[:4] for each in captured] == [("first", 3, "first", 2), ("second", 2, "second", 2)]
+    assert captured[0][4] is not captured[1][4]
+    assert [(made.sms, made.open) for made in MadePartition.made] == [([3, 2], False)]
+    with pytest.raises(Unmeasurable, match=r"cannot be split into 3 \+ 1"):
+        measuring.pair(PairCase("qkv", (9,), 3, "down", (40,), 1))
+
+    def fails(first: Any, second: Any, seconds: float) -> tuple[float, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device_bench, "time_together", fails)
+    with pytest.raises(Unmeasurable, match="out of memory"):
+        measuring.pair(PairCase("qkv", (9,), 3, "down", (40,), 2))
+    assert not any(made.open for made in MadePartition.made)
 
 
 def test_kernels_are_chosen_for_what_was_not_measured_until_the_time_is_up(

@@ -15,12 +15,12 @@ from nanoflow.devices import check_head_size, choose_device, device_sms, driver_
 from nanoflow.engine import Engine
 from nanoflow.errors import ConfigError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
-from nanoflow.memory import format_bytes, free_bytes, kv_bytes
+from nanoflow.memory import format_bytes, free_bytes, kv_bytes, release
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.cuda_executor import CudaExecutor
-from nanoflow.pipeline.executor import CaptureError, Executor, KVLayout, Weights
+from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import PlanError
 from nanoflow.pipeline.program import Program, compile_program
@@ -111,8 +111,21 @@ def build_engine(
     loaded = load_weights(model.graph, model.checkpoint, model.dtype, model.device, weights)
     pages = _kv_pages(model, engine, page_size, job, more)
     pages_per_sequence = -(-model.max_model_len // page_size)
+    layout = KVLayout(pages, page_size, pages_per_sequence)
     programs = [compile_program(plan, model.graph) for plan in chosen.plans]
-    executor = _executor(model, engine, programs, loaded, KVLayout(pages, page_size, pages_per_sequence))
+    executor = _executor(model, engine, programs, loaded, layout)
+    if chosen.doubtful:
+        from nanoflow.plan_recheck import recheck, without  # which needs this module
+
+        found = recheck(executor, chosen, run_fingerprint(model, engine), model, engine.max_running)
+        if not quiet:
+            print(*found.notes, sep="\n", file=sys.stderr, flush=True)
+        if found.lost:
+            executor.close()
+            del executor
+            release(model.device)  # two KV caches would not fit
+            programs = [compile_program(plan, model.graph) for plan in without(chosen.plans, found.lost)]
+            executor = _executor(model, engine, programs, loaded, layout)
     scheduler = Scheduler(
         kv=KVCache(pages, page_size, engine.max_running, pages_per_sequence),
         cut=executor.cut,
@@ -154,7 +167,7 @@ def run_fingerprint(model: Model, engine: EngineSection) -> Fingerprint:
 
 def _executor(
     model: Model, engine: EngineSection, programs: Sequence[Program], weights: Weights, kv: KVLayout
-) -> Executor:
+) -> CudaExecutor | ReferenceExecutor:
     """What runs the programs on the model's device.
 
     Raises:

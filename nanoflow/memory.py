@@ -1,5 +1,6 @@
 """How much memory there is, how sizes are written, and how much of it the KV cache gets."""
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 
 from nanoflow.errors import ConfigError, OutOfMemoryError
 
-__all__ = ["format_bytes", "free_bytes", "kv_bytes", "parse_memory", "parse_size"]
+__all__ = ["format_bytes", "free_bytes", "kv_bytes", "parse_memory", "parse_size", "release"]
 
 GPU_SHARE = 0.92
 """Share of a GPU's memory that a run may take in all, unless the config says otherwise."""
@@ -178,3 +179,12 @@ def kv_bytes(
             )
         return size
     return min(job_bytes, int(free * CPU_SHARE)) if value is None else int(free * value)
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more: a closed executor's buffers, and what its graphs had, which is their
+    own pool's until PyTorch's cache is emptied."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

@@ -1,12 +1,13 @@
 """The plans of a run: what `pipeline.plan` asks for, and what it becomes with this model on this machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoflow.errors import ConfigError
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.fingerprint import Fingerprint
+from nanoflow.search.rechecks import recheck_of
 from nanoflow.search.store import StoredPlan, Verdict, judge, stored_plans
 
 __all__ = ["ChosenPlans", "choose_plans", "plan_text"]
@@ -20,6 +21,8 @@ class ChosenPlans:
     """In the order of preference. Of several, the last is sequential and takes what the others are not meant for."""
     notes: tuple[str, ...] = ()
     """For `auto`, a line that says what was chosen and why; before it one for each stored plan in doubt or damaged."""
+    doubtful: tuple[int, ...] = ()
+    """Of the stored plans in `plans`, those that were measured with other versions, and not again here."""
 
 
 def choose_plans(asked: str, graph: Graph, here: Fingerprint, max_batch_tokens: int) -> ChosenPlans:
@@ -54,22 +57,46 @@ def plan_text(stored: StoredPlan) -> str:
     """What a stored plan is for and what it gained, in a line."""
     assert stored.plan is not None
     gain = "not measured" if stored.ratio is None else f"{stored.ratio:.3f} times as fast as in sequence"
+    if _sequential(stored.plan):
+        gain = "in sequence"
     return f"{stored.plan.mix or 'any mix'} ({gain}, {stored.file.name})"
 
 
 def _stored(graph: Graph, here: Fingerprint, sequential: Plan) -> ChosenPlans:
-    verdicts = judge(stored_plans(), here, graph, sequential.capacity)
+    verdicts = [_measured_again(v, here) for v in judge(stored_plans(), here, graph, sequential.capacity)]
     used = [verdict.stored for verdict in verdicts if not verdict.against]
     notes = [f"warning: {verdict.against[0].splitlines()[0]}; it is skipped" for verdict in verdicts if verdict.damaged]
     for verdict in verdicts:
         notes += _doubts(str(verdict.stored.file), verdict.doubts)
     run = f"{here.model} on {here.gpu}"
+    plans = [stored.plan for stored in used if stored.plan is not None]
+    if used and all(map(_sequential, plans)):
+        notes.append(f"plan: sequential, which was measured to be the fastest for {'; '.join(map(plan_text, used))}")
+        return ChosenPlans((sequential,), tuple(notes))
     if used:
         notes.append(f"plan: {len(used)} stored for {run}: {'; '.join(map(plan_text, used))}; the rest in sequence")
     else:
         notes.append(f"plan: sequential, since {_why_none(verdicts, here, run)}")
-    plans = [stored.plan for stored in used if stored.plan is not None]
-    return ChosenPlans((*plans, sequential), tuple(notes))
+    doubted = [bool(verdict.doubts) for verdict in verdicts if not verdict.against]
+    doubtful = tuple(n for n, plan in enumerate(plans) if doubted[n] and not _sequential(plan))
+    return ChosenPlans((*plans, sequential), tuple(notes), doubtful)
+
+
+def _sequential(plan: Plan) -> bool:
+    """Whether it is what tuning stores where nothing won."""
+    return len(plan.nano_batches) == 1 and len(plan.lanes) == 1
+
+
+def _measured_again(verdict: Verdict, here: Fingerprint) -> Verdict:
+    """`verdict`, by what was found if a plan in doubt was measured again here."""
+    plan = verdict.stored.plan
+    if not verdict.doubts or plan is None:
+        return verdict
+    ratio = recheck_of(plan, here)
+    if ratio is None:
+        return verdict
+    against = () if ratio >= 1 else (f"measured again here, it was {ratio:g} times as fast as in sequence",)
+    return replace(verdict, doubts=(), against=against)
 
 
 def _why_none(verdicts: list[Verdict], here: Fingerprint, run: str) -> str:

@@ -58,7 +58,7 @@ class Fingerprint:
     def doubts(self, plan: Plan) -> list[str]:
         """What was otherwise when `plan` was measured, one line a difference; it can run all the same.
 
-        Nothing here measures it again. A caller that can should do so before it believes `plan.measured`.
+        Whoever can should measure it again before it is believed (as `pipeline.plan: auto` does).
         """
         return [line for key, line in self._differences(plan) if key not in REFUSED]
 

@@ -12,7 +12,6 @@ Pseudo-code of a round::
     if the executor could not be made: each half of the round alone, down to a single plan, which is the one that fails
 """
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -21,6 +20,7 @@ import torch
 
 from nanoflow.errors import OutOfMemoryError
 from nanoflow.loading import Model
+from nanoflow.memory import release
 from nanoflow.ops.batch import DenseBatch
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import Weights
@@ -108,7 +108,7 @@ class MixRounds:
         try:
             self._caches = random_caches(self._model, self.mix, self._page_size)
         except torch.OutOfMemoryError:
-            self._free()
+            release(self._model.device)
             raise OutOfMemoryError(
                 f"the KV cache of {self.mix} does not fit the device beside the weights; lower engine.kv_memory, as a "
                 "run would have to, or end what else uses the device"
@@ -117,7 +117,7 @@ class MixRounds:
 
     def __exit__(self, *exception: object) -> None:
         self._caches = []
-        self._free()
+        release(self._model.device)
 
     def measure(self, plans: Sequence[Plan], blocks: Blocks) -> list[Outcome]:
         """What comes of each plan, compared with the sequential one. Raises Stopped, and what ends the device."""
@@ -195,7 +195,7 @@ class MixRounds:
                 raise
             torch.cuda.synchronize(self._model.device)  # raises if the device itself is lost
         if executor is None:
-            self._free()  # out of the handlers, whose tracebacks hold on to what was made
+            release(self._model.device)  # out of the handlers, whose tracebacks hold on to what was made
             return problem
         try:
             batches = {
@@ -221,7 +221,7 @@ class MixRounds:
         finally:
             executor.close()
             del executor
-        self._free()
+        release(self._model.device)
         return problem or (comparison, wrong)
 
     def _refuses(self, plan: Plan) -> str:
@@ -246,13 +246,6 @@ class MixRounds:
     def _check_stop(self) -> None:
         if self._stopping():
             raise Stopped
-
-    def _free(self) -> None:
-        """Give back what graphs and buffers had: a graph's memory is its own pool's until the cache is emptied."""
-        gc.collect()
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
-            torch.cuda.empty_cache()
 
 
 def _outcome(comparison: Comparison, name: str) -> Outcome:

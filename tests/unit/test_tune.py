@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,18 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from nanoflow import plan_recheck as recheck_module
 from nanoflow.cli import app
 from nanoflow.config import RunConfig, load_config
+from nanoflow.config_schema import PipelineSection
 from nanoflow.errors import OutOfMemoryError
-from nanoflow.pipeline.plan import Plan
+from nanoflow.loading import build_engine, open_model
+from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans.job_mixes import JobMixes, WeightedMix
 from nanoflow.search.journal import Journal
 from nanoflow.search.measure import compare
 from nanoflow.search.mix import Mix
-from nanoflow.search.store import StoredPlan, stored_plans
+from nanoflow.search.store import StoredPlan, plan_folders, store_plan, stored_plans
 from nanoflow.search.tuner import PlanSearch
 from nanoflow.tuning import rounds as rounds_module, tune as tune_module
 from nanoflow.tuning.job import TuningJob, deal, open_job, plan_mix
@@ -328,3 +332,79 @@ def test_simulating_saves_and_draws_the_best_and_stores_nothing(file: Path, tmp_
     assert plan.gpu == "NVIDIA H100 80GB HBM3" and plan.mix is not None and not plan.measured
     assert Path("best/mix-1-best.png").stat().st_size > 10_000
     assert not own_plans() and not (tmp_path / "cache" / "nanoflow" / "tuning").exists()
+
+
+# A plan that was tuned with other versions
+
+
+@pytest.fixture
+def doubtful(job: TuningJob, config: RunConfig) -> RunConfig:
+    """The job, with a plan stored for its mix under an older torch."""
+    mix = job.mixes.mixes[0]
+    (plan,) = candidates(job, 1)
+    plan = replace(plan, mix=plan_mix(mix.mix), least_rows=1, measured=FrozenMapping({"ratio": 1.04}))
+    store_plan(plan, replace(job.here, torch="1.0"))
+    return config.model_copy(update={"pipeline": PipelineSection(plan="auto")})
+
+
+def engine_of(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """How many plans the job's engine has, and what was said."""
+    model = open_model(config.model, config.engine)
+    engine = build_engine(model, config.engine, config.pipeline, weights="random")
+    try:
+        return len(engine.executor.programs), capsys.readouterr().err
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("ratio", [1.02, 0.98])
+def test_a_plan_in_doubt_is_measured_again_once(
+    doubtful: RunConfig, ratio: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared: list[set[str]] = []
+
+    def fake(executor: Any, batches: dict[str, Any], **options: Any) -> Any:
+        compared.append(set(batches))
+        return SimpleNamespace(ratios=lambda base, own: [ratio] * 3)
+
+    monkeypatch.setattr(recheck_module, "compare", fake)
+    used = ratio >= 1
+    count, said = engine_of(doubtful, capsys)
+    assert count == 1 + used and len(compared) == 1
+    assert "measured with torch 1.0, here" in said
+    assert f"measured again, {ratio:.3f} times as fast as in sequence; it is {'' if used else 'not '}used" in said
+    count, said = engine_of(doubtful, capsys)
+    assert count == 1 + used and len(compared) == 1, "the answer is kept"
+    assert "measured with torch 1.0" not in said
+    assert (f"measured again here, it was {ratio:g} times" in said) is not used
+    assert own_plans()[0].ratio == 1.04, "with the versions of old it is as good as it was"
+
+
+def test_a_plan_in_doubt_whose_outputs_are_wrong_does_not_run(
+    doubtful: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recheck_module, "output_error", lambda executor, base, own: 1.0)
+    count, said = engine_of(doubtful, capsys)
+    assert count == 1 and "its outputs are wrong; it is not used" in said
+
+
+def test_a_plan_in_doubt_is_measured_on_the_engines_own_executor(
+    doubtful: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recheck_module, "SECONDS", 0.01)
+    _, said = engine_of(doubtful, capsys)
+    assert re.search(r"measured again, \d\.\d{3} times as fast as in sequence", said)
+    small = doubtful.model_copy(update={"engine": doubtful.engine.model_copy(update={"max_running": 2})})
+    Path(plan_folders()[0] / "measured-again.json").write_text("damaged")
+    count, said = engine_of(small, capsys)
+    assert count == 2 and "does not fit this run, so it is not measured again; it is used" in said
+
+
+def test_a_run_takes_no_plan_where_sequence_was_the_fastest(
+    job: TuningJob, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mix, rows = job.mixes.mixes[0], job.rows(job.mixes.mixes[0])[1]
+    plan = Plan.sequential(job.model.graph, rows)
+    store_plan(replace(plan, mix=plan_mix(mix.mix), measured=FrozenMapping({"ratio": 1.0})), job.here)
+    count, said = engine_of(config.model_copy(update={"pipeline": PipelineSection(plan="auto")}), capsys)
+    assert count == 1 and "plan: sequential, which was measured to be the fastest for" in said

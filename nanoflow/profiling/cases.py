@@ -34,7 +34,13 @@ SHARE = 1 / 4
 
 
 def job_cases(
-    graph: Graph, mixes: Sequence[WeightedMix], *, max_model_len: int, kv_tokens: int, sms: int | None
+    graph: Graph,
+    mixes: Sequence[WeightedMix],
+    *,
+    max_model_len: int,
+    kv_tokens: int,
+    sms: int | None,
+    streams: bool,
 ) -> list[SoloCase | PairCase]:
     """All cases of a job, in order.
 
@@ -42,6 +48,7 @@ def job_cases(
         max_model_len: of a request, in tokens.
         kv_tokens: that the KV cache holds: no larger contexts are measured.
         sms: of the device, if it can be split into parts; None: it cannot.
+        streams: whether operations can run side by side there.
     """
     parts = part_rows(mixes)
     whole = sorted({*parts, *_smaller(max(parts))})
@@ -59,14 +66,14 @@ def job_cases(
     light = [op for op in graph.layer if op not in heavy]
     found: list[SoloCase | PairCase] = [solo(op, None, whole) for op in (*heavy, *light, *graph.prologue)]
     found += [solo(op, None, head) for op in graph.epilogue]
-    if sms is not None:
-        ordered = sorted(splits(sms), key=lambda split: (abs(split[1] - SHARE * sms), split))
-        for compute, memory in ordered:
-            found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
-            found += [solo(op, memory, parts) for op in graph.layer if op.name in (ATTENTION, *COMPANIONS)]
+    ordered = [] if sms is None else sorted(splits(sms), key=lambda split: (abs(split[1] - SHARE * sms), split))
+    for compute, memory in ordered:
+        found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
+        found += [solo(op, memory, parts) for op in graph.layer if op.name in (ATTENTION, *COMPANIONS)]
+    if streams:
         found += _pairs(graph, mixes[0], decode, prefill, [*(s for s in ordered if s[1] % 8 == 0), (None, None)])
-        for compute, _ in ordered:
-            found += [solo(op, compute, parts) for op in light]
+    for compute, _ in ordered:
+        found += [solo(op, compute, parts) for op in light]
     return [case for case in found if isinstance(case, PairCase) or case.at]
 
 

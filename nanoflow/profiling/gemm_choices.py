@@ -7,6 +7,7 @@ measured first and stored where runs look (`nanoflow.ops.gemm_choice`), and what
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -24,12 +25,24 @@ from nanoflow.search.gemm_measure import (
 )
 from nanoflow.search.timing import on_sms
 
-__all__ = ["measure_choices", "missing_choices"]
+__all__ = ["ChoiceRun", "measure_choices", "missing_choices"]
 
 SECONDS = 0.1
 """Of each finalist."""
 COMPILERS = 8
 """Kernels that are compiled at a time: each number of SMs has its own."""
+
+
+@dataclass(frozen=True)
+class ChoiceRun:
+    """What came of it."""
+
+    left: int
+    """Choices that the time was too short for."""
+    unfinished: frozenset[int]
+    """Numbers of SMs on which some are left: what products take there is still to change."""
+    notes: tuple[str, ...]
+    """What could not be measured, and why."""
 
 
 def missing_choices(
@@ -57,21 +70,20 @@ def measure_choices(
     dtype: torch.dtype,
     until: float,
     progress: Callable[[GemmCase, int], None],
-) -> tuple[int, list[str]]:
+) -> ChoiceRun:
     """Measure and store the choices that are missing, one after the other, until the time is up.
 
     Args:
         budgets: numbers of SMs, the most wanted first.
         until: on `time.monotonic`.
         progress: told of every case before it is measured, and how many are still to come, itself included.
-
-    Returns: how many are left, and notes on what could not be measured.
     """
     here = machine(device)
     files = [choice_file(folder, str(here["gpu"])) for folder in choice_folders()]
     choices = stored_here(here, files)
     missing = missing_choices(graph, rows, budgets, choices, dtype)
     left, notes = len(missing), []
+    unfinished = {case.sms for case in missing}
     for sms in dict.fromkeys(case.sms for case in missing):
         cases = [case for case in missing if case.sms == sms]
         if time.monotonic() >= until:
@@ -89,11 +101,14 @@ def measure_choices(
                     choices.add(case.rows, case.columns, case.inputs, case.sms, dtype, choice, silu=case.silu)
                     choices.save(files[0])
                     left -= 1
+                else:
+                    unfinished.discard(sms)
         except PartitionError as error:
             notes.append(f"kernels of products on {sms} SMs: {error}")
             left -= len(cases)
+            unfinished.discard(sms)
     forget_choices()
-    return left, notes
+    return ChoiceRun(left, frozenset(unfinished), tuple(notes))
 
 
 def _compile(cases: Sequence[GemmCase], device: torch.device) -> None:

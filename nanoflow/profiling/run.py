@@ -16,7 +16,7 @@ from nanoflow.plans.job_mixes import JobMixes, job_mixes
 from nanoflow.power import EnergyMeter
 from nanoflow.profiling.cases import job_cases, part_rows
 from nanoflow.profiling.device_bench import DeviceBench, few_layers
-from nanoflow.profiling.gemm_choices import measure_choices
+from nanoflow.profiling.gemm_choices import ChoiceRun, measure_choices
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.fingerprint import Fingerprint
@@ -89,13 +89,13 @@ def profile_job(
         max_model_len=model.max_model_len,
         kv_tokens=here_kv_tokens(model, engine),
         sms=sms,
+        streams=model.device.type == "cuda",
     )
-    left = 0
-    notes: list[str] = []
+    choices = ChoiceRun(0, frozenset(), ())
     if sms is not None and model.dtype.itemsize == 2:
-        ordered = list(dict.fromkeys(case.sms for case in cases if case.sms in {c for c, _ in splits(sms)}))
+        ordered = dict.fromkeys(case.sms for case in cases if case.sms in {compute for compute, _ in splits(sms)})
         try:
-            left, notes = measure_choices(
+            choices = measure_choices(
                 model.graph,
                 part_rows(mixes.mixes),
                 [budget for budget in ordered if budget is not None],
@@ -106,6 +106,9 @@ def profile_job(
             )
         except KeyboardInterrupt:
             return ProfileRun(path, profile, mixes, 0, len(cases), (), stopped=True)
+    # Where kernels are still to be chosen, products would be profiled with others than those that runs will take.
+    later = [case for case in cases if case.sms in choices.unfinished]
+    cases = [case for case in cases if case.sms not in choices.unfinished]
     bench = DeviceBench(few_layers(model), cases, _page_size(stamp), EnergyMeter(model.device).joules)
     try:
         done: Profiled = fill_profile(
@@ -113,7 +116,8 @@ def profile_job(
         )
     finally:
         bench.close()
-    return ProfileRun(path, done.profile, mixes, done.measured, left + done.left, (*notes, *done.notes), done.stopped)
+    left = choices.left + len(later) + done.left
+    return ProfileRun(path, done.profile, mixes, done.measured, left, (*choices.notes, *done.notes), done.stopped)
 
 
 def _begun(path: Path, stamp: Fingerprint) -> Profile | None:

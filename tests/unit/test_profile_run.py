@@ -24,6 +24,7 @@ from nanoflow.plans.job_mixes import WeightedMix
 from nanoflow.profiling import device_bench, gemm_choices
 from nanoflow.profiling.cases import job_cases, part_rows
 from nanoflow.profiling.device_bench import DeviceBench, Seconds, few_layers
+from nanoflow.profiling.gemm_choices import ChoiceRun
 from nanoflow.profiling.plot import plot_profile
 from nanoflow.search import timing
 from nanoflow.search.mix import Mix
@@ -164,7 +165,7 @@ def test_pairs_and_parts_are_shown_and_drawn(tmp_path: Path) -> None:
 
 
 def test_the_cases_of_a_job_are_the_sizes_of_its_batches() -> None:
-    cases = job_cases(LLAMA, MIXES, max_model_len=8192, kv_tokens=450_000, sms=132)
+    cases = job_cases(LLAMA, MIXES, max_model_len=8192, kv_tokens=450_000, sms=132, streams=True)
     assert len(cases) == len(set(cases))
     solos = {(case.op, case.sms): case.at for case in cases if isinstance(case, SoloCase)}
     assert set(solos["down", 100]) >= {(512,), (640,), (1024,), (1152,)} and len(solos["down", 100]) <= 10
@@ -176,16 +177,18 @@ def test_the_cases_of_a_job_are_the_sizes_of_its_batches() -> None:
     pairs = {(case.op, case.sms, case.other_sms) for case in cases if isinstance(case, PairCase)}
     assert {op for op, _, _ in pairs} == {"qkv", "o", "gate_up", "down", "prefill_attention"}
     assert {("down", 100, 32), ("down", None, None)} <= pairs
-    whole = job_cases(LLAMA, MIXES, max_model_len=8192, kv_tokens=450_000, sms=None)
+    whole = job_cases(LLAMA, MIXES, max_model_len=8192, kv_tokens=450_000, sms=None, streams=False)
     assert whole == [case for case in cases if isinstance(case, SoloCase) and case.sms is None]
+    shared = job_cases(LLAMA, MIXES, max_model_len=8192, kv_tokens=450_000, sms=None, streams=True)
+    assert shared == [*whole, *(case for case in cases if isinstance(case, PairCase) and case.sms is None)]
     # The whole device comes first: what every plan needs.
     assert cases[: len(whole)] == whole
 
 
 def test_a_job_of_one_kind_of_rows_has_no_cases_of_the_other() -> None:
-    decoding = job_cases(LLAMA, [mix(100, 500, (), 128)], max_model_len=8192, kv_tokens=10**6, sms=132)
+    decoding = job_cases(LLAMA, [mix(100, 500, (), 128)], max_model_len=8192, kv_tokens=10**6, sms=132, streams=True)
     assert not {case.op for case in decoding} & {"prefill_attention"}
-    reading = job_cases(LLAMA, [mix(0, 1, (512,), 512)], max_model_len=600, kv_tokens=10**6, sms=132)
+    reading = job_cases(LLAMA, [mix(0, 1, (512,), 512)], max_model_len=600, kv_tokens=10**6, sms=132, streams=True)
     assert not {case.op for case in reading} & {"decode_attention"}
     tiny = part_rows([mix(1, 5, (), 1), mix(3, 5, (), 3)])
     assert tiny and min(tiny) >= 1 and max(tiny) == 3
@@ -308,12 +311,18 @@ def test_kernels_are_chosen_for_what_was_not_measured_until_the_time_is_up(
         "device": torch.device("cpu"), "dtype": torch.bfloat16,
         "progress": lambda case, left: told.append((str(case), left)),
     }  # fmt: skip
-    left, notes = gemm_choices.measure_choices(LLAMA, [512, 640], [3, 2], until=0.0, **arguments)
-    assert (left, notes, told) == (16, [], [])
-    assert gemm_choices.measure_choices(LLAMA, [512], [3], until=float("inf"), **arguments) == (0, [])
+    none = gemm_choices.measure_choices(LLAMA, [512, 640], [3, 2], until=0.0, **arguments)
+    assert none == ChoiceRun(16, frozenset({3, 2}), ()) and not told
+    all_of_it = ChoiceRun(0, frozenset(), ())
+    assert gemm_choices.measure_choices(LLAMA, [512], [3], until=float("inf"), **arguments) == all_of_it
     assert [number for _, number in told] == [4, 3, 2, 1]
     assert {name.split()[0] for name, _ in told} == {"qkv", "o", "gate_up", "down"}
-    assert gemm_choices.measure_choices(LLAMA, [512, 640], [3, 2], until=float("inf"), **arguments) == (0, [])
+    # The time is up after six more: one part is finished, the other is not.
+    ticks = count()
+    monkeypatch.setattr(gemm_choices, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    some = gemm_choices.measure_choices(LLAMA, [512, 640], [3, 2], until=8, **arguments)
+    assert some == ChoiceRun(6, frozenset({2}), ()) and len(told) == 10
+    assert gemm_choices.measure_choices(LLAMA, [512, 640], [3, 2], until=float("inf"), **arguments) == all_of_it
     assert len(told) == 16
     stored = Choices.load(gemm_choice.choice_file(gemm_choice.choice_folders()[0], "CPU"), here)
     assert set(stored.by_key[6144, 4096, 3, "bfloat16", False]) == {512, 640}

@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from nanoflow.errors import InputError
 from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
 
 __all__ = ["profile"]
+
+WIDE = 200
+"""Columns of the tables where they go to a file: room for every number of SMs."""
 
 
 def profile(
@@ -78,7 +82,7 @@ def profile(
             for note in done.notes:
                 typer.echo(f"not measured: {note}", err=True)
         if found.solos and not stopped:
-            print_profile(found, Console())
+            print_profile(found, Console() if sys.stdout.isatty() else Console(width=WIDE))
         if plot is not None and not stopped:
             for picture in plot_profile(found, path.stem, plot):
                 typer.echo(f"saved {short(picture.absolute())}")

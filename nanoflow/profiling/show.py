@@ -89,5 +89,5 @@ def _table(title: str, left: list[str], right: list[str]) -> Table:
     for name in left:
         table.add_column(name, no_wrap=True)
     for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")  # on a narrow terminal, no figure is lost
     return table

@@ -21,7 +21,7 @@ from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import Plan
 from nanoflow.plans.case import open_case, open_graph
 from nanoflow.plans.job_mixes import WeightedMix
-from nanoflow.profiling import device_bench, gemm_choices
+from nanoflow.profiling import device_bench, gemm_choices, run as profiling_run
 from nanoflow.profiling.cases import job_cases, part_rows
 from nanoflow.profiling.device_bench import DeviceBench, Seconds, few_layers
 from nanoflow.profiling.gemm_choices import ChoiceRun
@@ -112,6 +112,38 @@ def test_time_that_is_up_says_how_to_go_on(job: Path) -> None:
     assert "to go on: nanoflow profile" in done.stdout and "--out 'my profile.json'" in done.stdout
     assert run(job, "--out", "my profile.json").exit_code == 0
     assert len(Profile.load(Path("my profile.json")).solos) == 13
+
+
+def test_products_wait_for_the_kernels_of_their_part(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CPU that says it can be split into 24 + 8."""
+    found = ChoiceRun(5, frozenset({24}), ("kernels of products on 9 SMs: no",))
+    asked: list[dict[str, Any]] = []
+
+    def measure_choices(graph: Any, rows: list[int], budgets: list[int], **options: Any) -> ChoiceRun:
+        asked.append({"rows": rows, "budgets": budgets, **options})
+        return found
+
+    monkeypatch.setattr(profiling_run, "_split_sms", lambda device: 32)
+    monkeypatch.setattr(profiling_run, "measure_choices", measure_choices)
+    arguments = (job, "--set", "model.dtype=bfloat16", "--out", "p.json")
+    first = run(*arguments)
+    assert first.exit_code == 0, first.output
+    assert asked[0]["budgets"] == [24] and asked[0]["dtype"] == torch.bfloat16 and asked[0]["rows"]
+    profile = Profile.load(Path("p.json"))
+    assert {solo.op for solo in profile.solos if solo.sms == 8} == {
+        "decode_attention", "rope_append", "prefill_attention"
+    }  # fmt: skip
+    assert not [solo for solo in profile.solos if solo.sms == 24]
+    assert "not measured: kernels of products on 9 SMs: no" in first.stderr
+    assert "14 are left, to go on: nanoflow profile" in first.stdout, "five kernels, nine operations"
+
+    found = ChoiceRun(0, frozenset(), ())
+    second = run(*arguments)
+    assert second.exit_code == 0 and "9 cases measured" in second.stdout and "are left" not in second.stdout
+    profile = Profile.load(Path("p.json"))
+    assert {solo.op for solo in profile.solos if solo.sms == 24} == {
+        "input_layernorm", "qkv", "rope_append", "prefill_attention", "o", "add_norm", "gate_up", "down", "add"
+    }  # fmt: skip
 
 
 def test_ctrl_c_keeps_what_was_measured(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,11 @@ On an H100 the best plans have one stage, two nano-batches half a layer apart, a
 the products of the other on a fourth of the SMs: that many read nearly as fast as all do, and products lose least.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from nanoflow.ops.graph import Graph
-from nanoflow.search.list_schedule import COMPANIONS, products_of
+from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, products_of
 from nanoflow.search.space import GRANULE, LEAST_ROWS, LEAST_SMS, SHARES
 
 __all__ = ["favourites"]
@@ -16,7 +17,7 @@ EVEN = 8
 """SMs of a group, whose whole multiples every device can set apart."""
 
 
-def favourites(graph: Graph, rows: int, sms: int) -> list[dict[str, Any]]:
+def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Parameters of `nanoflow.search.space.suggest`, the most promising first; none for a model or for batches that
     are not cut."""
     try:
@@ -27,10 +28,11 @@ def favourites(graph: Graph, rows: int, sms: int) -> list[dict[str, Any]]:
         return []
     skew = min(4, len(before) + len(behind))
     companions = sum(op.name in COMPANIONS for op in graph.layer)
-    base = {
+    base: dict[str, Any] = {
         "nano_batches": 2, "decode_cut_1": SHARES // 2, "alike": True, "any_whole": False, "all_beside": True,
         "row_unit": 128, "skew": skew, "several_stages": False, "with_attention": companions,
     }  # fmt: skip
+    base |= {f"kernel_{op.name}": "" for op in graph.layer}  # of which only some are asked for
     fourth = round(sms / 4 / EVEN) * EVEN
     found: list[dict[str, Any]] = []
     for memory in _sizes(sms, fourth, (0, -GRANULE, GRANULE, -2 * GRANULE, 2 * GRANULE)):
@@ -39,6 +41,10 @@ def favourites(graph: Graph, rows: int, sms: int) -> list[dict[str, Any]]:
         # Fewer decode rows and more of the prompts in the larger nano-batch: its attention runs beside the smaller one.
         found.append({**base, **memory, "decode_cut_1": 7, "alike": False, "prefill_cut_1": 11})
         found.append({**base, **memory, "row_unit": 64})
+    for memory in _sizes(sms, fourth, (2 * GRANULE,)):
+        # Attention that leaves the products more of the bandwidth.
+        attention = next(op for op in graph.layer if op.name == ATTENTION)
+        found += [{**base, **memory, f"kernel_{ATTENTION}": each} for each in kernels if each in attention.kernels]
     for memory in _sizes(sms, fourth, (0,)):
         # What runs on the whole device is not slowed down by lanes; there is less beside which attention runs.
         halves = {**base, **memory, "several_stages": True, "any_whole": True, "all_beside": False}

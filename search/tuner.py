@@ -62,10 +62,15 @@ class Target:
     """Of the simulator."""
     sms: int
     """SMs that can be set apart for lanes; 0 if none can."""
+    kernels: tuple[str, ...] = ()
+    """What else products and decode attention may run on than the device's own choice."""
 
     def plan(self, trial: Trial) -> Plan:
         """Ask `trial` for a plan."""
-        return build_plan(suggest(trial, self.graph, self.rows, self.sms), self.graph, self.mix, self.rows, self.rates)
+        choice = suggest(trial, self.graph, self.rows, self.sms, self.kernels)
+        if len(choice.decode) == 1:  # in sequence, with what the device prefers: what all others are compared with
+            return Plan.sequential(self.graph, self.rows)
+        return build_plan(choice, self.graph, self.mix, self.rows, self.rates)
 
     def predict(self, plan: Plan) -> float:
         """Seconds of a layer in steady state, under the power limit."""
@@ -146,7 +151,7 @@ class PlanSearch:
             self._remember(notes["plan"], finished.value, notes["predicted"])
         self.sequential = Plan.sequential(target.graph, target.rows)
         self._sequential_seconds = target.predict(self.sequential)
-        self._first = [{"nano_batches": 1}, *favourites(target.graph, target.rows, target.sms)]
+        self._first = [{"nano_batches": 1}, *favourites(target.graph, target.rows, target.sms, target.kernels)]
         for parameters in self._first:
             self._study.enqueue_trial(parameters)
         if self.sequential.dumps() not in self._known:

@@ -12,6 +12,7 @@ from nanoflow.config_schema import DEVICE, RunConfig
 from nanoflow.devices import device_sms
 from nanoflow.errors import InputError, OutputError
 from nanoflow.loading import Model, device_name, here_kv_tokens, open_model, run_fingerprint
+from nanoflow.ops.attention import FEWER_PROGRAMS
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.pipeline.partitions import unavailable
 from nanoflow.pipeline.plan import Plan
@@ -57,7 +58,9 @@ class TuningJob:
 
     def target(self, mix: WeightedMix) -> Target:
         """What the search is asked for."""
-        return Target(self.model.graph, mix.mix, self.rows(mix)[1], self.rates, self.sms)
+        # With fewer programs attention leaves the products beside it more bandwidth; only measuring tells what is best.
+        kernels = tuple(FEWER_PROGRAMS) if self.sms else ()
+        return Target(self.model.graph, mix.mix, self.rows(mix)[1], self.rates, self.sms, kernels)
 
     def journal(self, mix: WeightedMix, folder: Path) -> Path:
         """The file that keeps the search for `mix`: another one for whatever changes what is measured."""
@@ -119,9 +122,11 @@ def rates_of(model: Model, folder: Path) -> tuple[Rates, Ceilings]:
     Raises OutputError if they cannot be.
     """
     name, dtype = device_name(model.device), str(model.dtype).removeprefix("torch.")
+    on_gpu = model.device.type == "cuda"
+    sms = device_sms(model.device)
+    known = known_device(Plan(1, (), (), gpu=name, sms=sms if on_gpu else None), model.graph, dtype)
     if name in DEVICES:
-        device = known_device(Plan(1, (), (), gpu=name, sms=device_sms(model.device)), model.graph, dtype)
-        return device.rates, device.ceilings
+        return known.rates, known.ceilings
     path = folder / f"{slug(name)}--{dtype}.ceilings.json"
     try:
         ceilings = Ceilings(**json.loads(path.read_text(encoding="utf-8")))
@@ -131,12 +136,10 @@ def rates_of(model: Model, folder: Path) -> tuple[Rates, Ceilings]:
             replace_file(path, json.dumps(asdict(ceilings)) + "\n")
         except OSError as error:
             raise OutputError(f"--out {folder}: {path.name} cannot be written: {error.strerror}") from None
-    tiles = (
-        model.device.type == "cuda"
-        and model.dtype.itemsize == 2
-        and torch.cuda.get_device_capability(model.device)[0] == 9
-    )
-    return CeilingRates(ceilings, device_sms(model.device), model.dtype.itemsize, tiles=tiles), ceilings
+    if known.profile is not None:
+        return known.rates, ceilings
+    tiles = on_gpu and model.dtype.itemsize == 2 and torch.cuda.get_device_capability(model.device)[0] == 9
+    return CeilingRates(ceilings, sms, model.dtype.itemsize, tiles=tiles), ceilings
 
 
 def deal(seconds: float, mixes: Sequence[WeightedMix], least_seconds: float) -> list[float]:

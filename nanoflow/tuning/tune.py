@@ -12,6 +12,7 @@ Pseudo-code::
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from nanoflow.config_schema import RunConfig
@@ -171,9 +172,10 @@ def _tune_mix(
     marks = [begun]
 
     def goes_on() -> bool:
-        """Whether another round as long as the last one ends in time; the first is always begun."""
-        now = time.monotonic()
-        return len(marks) == 1 or now + (marks[-1] - marks[-2]) <= ends
+        """Whether another round ends in time, if it is as short as the shortest: others have compiled kernels. The
+        first is always begun."""
+        rounds_seconds = [last - first for first, last in pairwise(marks)]
+        return not rounds_seconds or time.monotonic() + min(rounds_seconds) <= ends
 
     def told() -> None:
         marks.append(time.monotonic())

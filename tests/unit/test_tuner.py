@@ -23,7 +23,7 @@ from nanoflow.search.tuner import ROUND, Outcome, PlanSearch, Target, search
 GRAPH = open_graph("llama-3-8b", Plan(1, (), ()), "a test")[2]
 MIX = Mix(200, 700, (184,))
 ROWS = 384
-TARGET = Target(GRAPH, MIX, ROWS, H100.rates, 132)
+TARGET = Target(GRAPH, MIX, ROWS, H100.rates, 132, ("triton_3",))
 
 
 def memory_sms(plan: Plan) -> int | None:
@@ -105,6 +105,8 @@ def test_the_favourites_come_first_and_the_simulator_rejects_none_of_them() -> N
     assert any(candidate.predicted < 1 for candidate in first)
     sizes = {parameters.get("memory_sms") for parameters in favourites(GRAPH, ROWS, 132)}
     assert {24, 28, 32, 36, 40} <= sizes
+    kernels = [parameters["kernel_decode_attention"] for parameters in favourites(GRAPH, ROWS, 132, ("triton_3", "no"))]
+    assert kernels.count("triton_3") == 1 and "no" not in kernels
     assert favourites(GRAPH, 100, 132) == [], "too few rows to cut"
     assert all("memory_sms" not in parameters for parameters in favourites(GRAPH, ROWS, 0))
 
@@ -141,7 +143,7 @@ def test_a_second_start_goes_on(tmp_path: Path) -> None:
     assert len(second.plans) == 6, "what earlier starts measured counts"
     assert not {plan.dumps() for plan in first.plans} & {plan.dumps() for plan in second.plans}
     trials = Journal(path).trials
-    assert trials[0].params == {"nano_batches": 1} and trials[0].value == 1.0
+    assert trials[0].params["nano_batches"] == 1 and trials[0].value == 1.0
     assert len(trials) == 21 and trials[1].user_attrs["iteration_ms"] == pytest.approx(40 / trials[1].value)
 
 

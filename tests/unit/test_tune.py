@@ -23,19 +23,22 @@ from nanoflow.config import RunConfig, load_config
 from nanoflow.config_schema import PipelineSection
 from nanoflow.errors import OutOfMemoryError
 from nanoflow.loading import build_engine, open_model
+from nanoflow.pipeline.cuda_executor import CudaExecutor
+from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import FrozenMapping, Plan
+from nanoflow.plans import running as running_module
 from nanoflow.plans.job_mixes import JobMixes, WeightedMix
 from nanoflow.search.journal import Journal
 from nanoflow.search.measure import compare
 from nanoflow.search.mix import Mix
 from nanoflow.search.store import StoredPlan, plan_folders, store_plan, stored_plans
-from nanoflow.search.tuner import PlanSearch
+from nanoflow.search.tuner import Outcome, PlanSearch
 from nanoflow.tuning import rounds as rounds_module, tune as tune_module
 from nanoflow.tuning.job import TuningJob, deal, open_job, plan_mix
 from nanoflow.tuning.report import print_outcome
 from nanoflow.tuning.rounds import Blocks, Final, MixRounds, Stopped
 from nanoflow.tuning.tune import TuneOutcome, tune, winner
-from nanoflow.weights import load_weights
+from nanoflow.weights import ModelWeights, load_weights
 from tests.unit.tiny_model import save_tiny_llama
 
 SHORT = Blocks(0.002, 2)
@@ -408,3 +411,58 @@ def test_a_run_takes_no_plan_where_sequence_was_the_fastest(
     store_plan(replace(plan, mix=plan_mix(mix.mix), measured=FrozenMapping({"ratio": 1.0})), job.here)
     count, said = engine_of(config.model_copy(update={"pipeline": PipelineSection(plan="auto")}), capsys)
     assert count == 1 and "plan: sequential, which was measured to be the fastest for" in said
+
+
+# What only a GPU has, with stand-ins
+
+
+def test_rounds_run_on_the_executor_of_a_gpu(job: TuningJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launches and padding, on a CPU, whose kernels cannot be captured: the mix's rows are padded to the plans'
+    capacity."""
+    made: list[CudaExecutor] = []
+    rows = job.rows(job.mixes.mixes[0])[1]
+
+    def on_cuda(programs: Any, weights: Any, kv: Any, **sizes: Any) -> CudaExecutor:
+        made.append(CudaExecutor(programs, weights, kv, row_buckets=[rows], graphs=False, **sizes))
+        return made[-1]
+
+    monkeypatch.setattr(running_module, "ReferenceExecutor", on_cuda)
+    with rounds_of(job) as rounds:
+        outcomes = rounds.measure(candidates(job), SHORT) + rounds.measure(candidates(job, 1), SHORT)
+    assert all(outcome.ratio is not None for outcome in outcomes), outcomes
+    assert len(made) == 2 and made[0].cut.buckets(0) == (rows,)
+    assert all(first is second for first, second in zip(made[0].bound.kv, made[1].bound.kv, strict=True))
+
+
+def test_a_split_that_the_gpu_refuses_is_tried_once_and_fails_its_plans(
+    job: TuningJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, ...]] = []
+    measured: list[int] = []
+
+    class Refusing:
+        def __init__(self, parts: tuple[int, ...], device: torch.device) -> None:
+            tried.append(parts)
+            if parts == (100, 32):
+                raise PartitionError("100 + 32 SMs cannot be had")
+
+        def close(self) -> None:
+            pass
+
+    def round_of(self: MixRounds, plans: Sequence[Plan], blocks: Blocks) -> list[Outcome]:
+        measured.append(len(plans))
+        return [Outcome(1.0) for _ in plans]
+
+    monkeypatch.setattr(rounds_module, "unavailable", lambda device: None)
+    monkeypatch.setattr(rounds_module, "Partition", Refusing)
+    monkeypatch.setattr(MixRounds, "_round", round_of)
+    monkeypatch.setattr(rounds_module, "EnergyMeter", lambda device: SimpleNamespace(joules=lambda: None))
+    (plan,) = candidates(job, 1)
+    plans = [replace(plan, sms=132, partitions=FrozenMapping({"split": parts})) for parts in ((100, 32), (104, 28))]
+    model = replace(job.model, device=torch.device("cuda"))
+    mix = job.mixes.mixes[0].mix
+    rounds = MixRounds(model, ModelWeights([], {}), mix, mix.rows, 128)
+    for _ in range(2):
+        refused, right = rounds.measure(plans, SHORT)
+        assert refused == Outcome(None, "100 + 32 SMs cannot be had") and right.ratio == 1.0
+    assert tried == [(100, 32), (104, 28)] and measured == [1, 1]

@@ -32,7 +32,7 @@ from nanoflow.search.favourites import favourites
 from nanoflow.search.journal import Journal, quiet_optuna
 from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.rates import Rates
-from nanoflow.search.simulate import Simulation, simulate
+from nanoflow.search.simulate import Simulation, seconds_under_limit, simulate
 from nanoflow.search.space import build_plan, suggest
 
 __all__ = ["ROUND", "Candidate", "Outcome", "PlanSearch", "Target", "Tried", "search"]
@@ -75,10 +75,9 @@ class Target:
     def predict(self, plan: Plan) -> float:
         """Seconds of a layer in steady state, under the power limit."""
         short, long = (self.simulate(plan, layers) for layers in (SHORT, LONG))
-        seconds, watts, limit = long.seconds - short.seconds, self.rates.idle_watts, self.rates.limit_watts
-        if watts is not None and limit is not None:
-            work = (found.joules - watts * found.limited_seconds for found in (long, short) if found.joules is not None)
-            seconds = max(seconds, (next(work) - next(work)) / (limit - watts))
+        seconds = long.seconds - short.seconds
+        if long.work_joules is not None and short.work_joules is not None:
+            seconds = seconds_under_limit(seconds, long.work_joules - short.work_joules, self.rates)
         return seconds / (LONG - SHORT)
 
     def simulate(self, plan: Plan, layers: int | None = None) -> Simulation:

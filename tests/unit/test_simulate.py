@@ -65,10 +65,14 @@ def test_joules_are_those_of_the_work_and_those_of_the_time() -> None:
     free = simulate(program, [WORK], MadeUp())
     assert free.seconds == free.limited_seconds == pytest.approx(steps)
     assert free.joules == pytest.approx(steps + 10.0 * steps)
-    # A joule and ten watts for a second each: 11 W. With 10.5 W allowed, half a watt is left for a joule: 2 seconds.
+    # A joule and ten watts for a second each: 11 W. With 10.5 W allowed, half a watt is left for a joule: 2 seconds at
+    # the full clock's joules, and fewer at a lower one.
     limited = simulate(program, [WORK], MadeUp(limit_watts=10.5))
     assert limited.seconds == pytest.approx(steps)
-    assert limited.limited_seconds == pytest.approx(2 * steps)
+    assert limited.limited_seconds == pytest.approx(2 ** (1 / 1.5) * steps)
+    clock = steps / limited.limited_seconds
+    assert limited.joules == pytest.approx(steps * clock**0.5 + 10.0 * limited.limited_seconds)
+    assert limited.work_joules == pytest.approx(steps)
     assert limited.joules == pytest.approx(10.5 * limited.limited_seconds)
     assert simulate(program, [WORK], MadeUp(limit_watts=11.5)).limited_seconds == pytest.approx(steps)
 

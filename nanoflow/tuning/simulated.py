@@ -129,6 +129,7 @@ def simulate_job(
             simulation = target.simulate(plan)
             ratio = sequential.limited_seconds / simulation.limited_seconds
             estimated.append(Estimated(_stamped(plan, mix, here), simulation, ratio))
+        estimated.sort(key=lambda each: -each.ratio)  # of the whole model; the search looks at a layer in steady state
         files: list[Path] = []
         if out is not None:
             files = _write(estimated, out, number)

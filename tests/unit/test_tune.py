@@ -35,6 +35,7 @@ from nanoflow.search.store import StoredPlan, plan_folders, store_plan, stored_p
 from nanoflow.search.tuner import Outcome, PlanSearch
 from nanoflow.tuning import rounds as rounds_module, tune as tune_module
 from nanoflow.tuning.job import TuningJob, deal, open_job, plan_mix
+from nanoflow.tuning.progress import TuneProgress
 from nanoflow.tuning.report import print_outcome
 from nanoflow.tuning.rounds import Blocks, Final, MixRounds, Stopped
 from nanoflow.tuning.tune import TuneOutcome, tune, winner
@@ -466,3 +467,22 @@ def test_a_split_that_the_gpu_refuses_is_tried_once_and_fails_its_plans(
         refused, right = rounds.measure(plans, SHORT)
         assert refused == Outcome(None, "100 + 32 SMs cannot be had") and right.ratio == 1.0
     assert tried == [(100, 32), (104, 28)] and measured == [1, 1]
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
+    shown = {}
+    for terminal in (True, False):
+        console = Console(force_terminal=terminal, width=100)
+        with console.capture() as capture, TuneProgress(console) as progress:
+            progress.begin("mix 1 of 2", 60)
+            progress.show(0, None)
+            progress.show(12, 1.0437)
+            progress.show(12, 1.0437, "last comparison")
+        shown[terminal] = capture.get()
+    assert "12 plans measured, best 1.044, last comparison" in shown[True] and "\x1b" in shown[True]
+    lines = shown[False].splitlines()
+    assert lines[0] == "mix 1 of 2" and re.fullmatch(r"  0 plans measured, (1 min 00|59) s left", lines[1])
+    assert lines[3] == "  12 plans measured, best 1.044, last comparison" and "\x1b" not in shown[False]
+    with Console().capture() as capture, TuneProgress(quiet=True) as progress:
+        progress.begin("mix", 1)
+        progress.show(1, 1.0)

@@ -10,6 +10,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from nanoflow.ops.attention import FEWER_PROGRAMS
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost, Work
 from nanoflow.pipeline.plan import WHOLE, FrozenMapping, NanoBatch, Plan
@@ -215,7 +216,9 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     """
     chosen: dict[str, str] = {}
     for op in graph.layer:
-        known = [kernel for kernel in kernels if op.name in (*PRODUCTS, ATTENTION) and kernel in op.kernels]
+        # "triton" is what decode attention has anyway; a product has it only if it is the fastest, or chosen.
+        own = op.kernels if op.name in PRODUCTS else FEWER_PROGRAMS if op.name == ATTENTION else {}
+        known = [kernel for kernel in kernels if kernel in own]
         if known and (kernel := trial.suggest_categorical(f"kernel_{op.name}", ("", *known))):
             chosen[op.name] = kernel
     most = max(1, min(MOST_NANO_BATCHES, rows // LEAST_ROWS))

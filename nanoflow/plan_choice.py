@@ -10,7 +10,7 @@ from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.rechecks import recheck_of
 from nanoflow.search.store import StoredPlan, Verdict, judge, stored_plans
 
-__all__ = ["ChosenPlans", "choose_plans", "plan_text"]
+__all__ = ["ChosenPlans", "choose_plans", "measured_again", "plan_text"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def plan_text(stored: StoredPlan) -> str:
 
 
 def _stored(graph: Graph, here: Fingerprint, sequential: Plan) -> ChosenPlans:
-    verdicts = [_measured_again(v, here) for v in judge(stored_plans(), here, graph, sequential.capacity)]
+    verdicts = [measured_again(v, here) for v in judge(stored_plans(), here, graph, sequential.capacity)]
     used = [verdict.stored for verdict in verdicts if not verdict.against]
     notes = [f"warning: {verdict.against[0].splitlines()[0]}; it is skipped" for verdict in verdicts if verdict.damaged]
     for verdict in verdicts:
@@ -87,7 +87,7 @@ def _sequential(plan: Plan) -> bool:
     return len(plan.nano_batches) == 1 and len(plan.lanes) == 1
 
 
-def _measured_again(verdict: Verdict, here: Fingerprint) -> Verdict:
+def measured_again(verdict: Verdict, here: Fingerprint) -> Verdict:
     """`verdict`, by what was found if a plan in doubt was measured again here."""
     plan = verdict.stored.plan
     if not verdict.doubts or plan is None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from nanoflow.config_schema import RunConfig
 from nanoflow.devices import choose_device
 from nanoflow.loading import machine_fingerprint, open_model, run_fingerprint
+from nanoflow.plan_choice import measured_again
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.store import Verdict, judge, plan_folders, stored_plans
 
@@ -25,7 +26,8 @@ def judge_stored(config: RunConfig | None) -> tuple[Fingerprint, list[Verdict]]:
         return here, judge(stored_plans(), here)
     model = open_model(config.model, config.engine)
     here = run_fingerprint(model, config.engine)
-    return here, judge(stored_plans(), here, model.graph, config.engine.max_batch_tokens)
+    verdicts = judge(stored_plans(), here, model.graph, config.engine.max_batch_tokens)
+    return here, [measured_again(verdict, here) for verdict in verdicts]
 
 
 def print_stored(here: Fingerprint, verdicts: Sequence[Verdict], console: Console) -> None:

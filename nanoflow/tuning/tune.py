@@ -128,8 +128,8 @@ def tune(
     for place, (mix, journal) in enumerate(zip(tuned, journals, strict=True)):
         # What a mix did not use goes to those after it.
         dealt = deal(max(0.0, ends - time.monotonic()), tuned[place:], 0.0)[0]
-        if not dealt:
-            break
+        if dealt <= least / 2:
+            break  # the ones before took longer than they were to
         progress.begin(f"mix {place + 1} of {len(mixes)}, {mix.weight:.0%} of the job: {mix.mix}", dealt)
         rounds = MixRounds(model, weights, mix.mix, job.rows(mix)[1], job.here.page_size, stopping)
         plans = PlanSearch(job.target(mix), journal, seed=seed)

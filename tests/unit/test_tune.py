@@ -28,6 +28,7 @@ from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans import running as running_module
 from nanoflow.plans.job_mixes import JobMixes, WeightedMix
+from nanoflow.plans.stored import judge_stored
 from nanoflow.search.journal import Journal
 from nanoflow.search.measure import compare
 from nanoflow.search.mix import Mix
@@ -382,6 +383,8 @@ def test_a_plan_in_doubt_is_measured_again_once(
     assert "measured with torch 1.0" not in said
     assert (f"measured again here, it was {ratio:g} times" in said) is not used
     assert own_plans()[0].ratio == 1.04, "with the versions of old it is as good as it was"
+    (verdict,) = [each for each in judge_stored(doubtful)[1] if not each.stored.shipped]
+    assert not verdict.doubts and bool(verdict.against) is not used
 
 
 def test_a_plan_in_doubt_whose_outputs_are_wrong_does_not_run(

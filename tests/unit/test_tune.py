@@ -285,7 +285,7 @@ def test_tuning_on_a_cpu_from_the_command_line(file: Path) -> None:
 
 
 def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nanoflow", "tune", str(file), "--minutes", "0.4", "--out", str(tmp_path / "kept")]
+    command = [sys.executable, "-m", "nanoflow", "tune", str(file), "--minutes", "1", "--out", str(tmp_path / "kept")]
     process = subprocess.Popen(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -302,11 +302,11 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(file: Path, tmp_pa
             if "plans measured" in line:
                 break
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGINT, errors
-    assert f"to go on: nanoflow tune {file} --minutes 0.4" in errors and "Traceback" not in errors
+    assert f"to go on: nanoflow tune {file} --minutes 1" in errors and "Traceback" not in errors
     assert "tuned: " in output
     assert any(len(Journal(path).trials) > 1 for path in (tmp_path / "kept").glob("*.journal"))
     assert not own_plans(), "no last comparison was made"
@@ -484,7 +484,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
         shown[terminal] = capture.get()
     assert "12 plans measured, best 1.044, last comparison" in shown[True] and "\x1b" in shown[True]
     lines = shown[False].splitlines()
-    assert lines[0] == "mix 1 of 2" and re.fullmatch(r"  0 plans measured, (1 min 00|59) s left", lines[1])
+    assert lines[0] == "mix 1 of 2" and re.fullmatch(r"  0 plans measured, (1 min 00|\d+) s left", lines[1])
     assert lines[3] == "  12 plans measured, best 1.044, last comparison" and "\x1b" not in shown[False]
     with Console().capture() as capture, TuneProgress(quiet=True) as progress:
         progress.begin("mix", 1)

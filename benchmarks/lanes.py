@@ -44,7 +44,7 @@ from nanoflow.plans.case import H100, PlanCase, known_device, open_graph
 from nanoflow.plans.running import make_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.fingerprint import Fingerprint
-from nanoflow.search.measure import Block, Comparison, compare, output_error
+from nanoflow.search.measure import LARGEST_ERROR, Block, Comparison, compare, output_error
 from nanoflow.search.mix import Mix
 from nanoflow.search.space import PlanChoice, build_plan
 from nanoflow.search.store import store_plan
@@ -61,8 +61,6 @@ decode rows as they were on average, prompts to fill it. 512-512 takes 1,152 and
 SPLITS = (24, 28, 32, 36, 40)
 """SMs of the memory lane."""
 CUT = "cut"
-LARGEST_ERROR = 0.05
-"""See `nanoflow.search.measure.output_error`; bfloat16 rounds another way where a product is cut another way."""
 
 
 def candidates(graph: Graph, mix: Mix, rows: int, sms: int, kernels: tuple[str, ...]) -> dict[str, Plan]:

@@ -45,11 +45,12 @@ def scans(record: Record) -> Iterator[str]:
         return
     yield "| dense batch | plans, and how many times as fast as in sequence (medians of short blocks) |"
     yield "|---|---|"
-    for run in record.values():
+    for name, run in record.items():
         tried = {label: entry["ratio"] for label, entry in run["scan"].items() if label != SEQUENTIAL}
         order = sorted(tried, key=lambda label: -tried[label])
         said = ", ".join(f"{label.removesuffix(' measured')} {tried[label]:.3f}" for label in order)
-        yield f"| {described(run)} | {said} |"
+        which = name.partition(", ")[2] or "last scan"
+        yield f"| {described(run)}; {which} | {said} |"
 
 
 def described(run: dict[str, Any]) -> str:

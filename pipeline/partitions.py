@@ -4,8 +4,7 @@ A kernel that is launched on the stream of a part runs on that part's SMs and no
 whatever its grid. All parts come from one split of the device: contexts that were made apart can share SMs.
 
 The driver hands out SMs in groups (of 8 on Hopper); what is in no group can go to one part. How many groups there are
-differs from one GPU to the next of the same kind, with the SMs that each cluster has: of 132 SMs, 15 groups and 12
-over, or 16 and 4.
+depends on the SMs that each cluster of a card has: of an H100's 132 SMs, 15 groups were made, with 12 SMs over.
 Memory bandwidth, the second-level cache and the copy engines stay shared.
 """
 

@@ -29,7 +29,7 @@ SHARES = 16
 MOST_NANO_BATCHES = 4
 NAMES = "abcd"
 GRANULE = 4
-"""The memory lane's SMs are a multiple of it: one of the lanes gets those that are in no group of 8, of 132 4 or 12."""
+"""The memory lane's SMs are a multiple of it: one of the lanes gets those that are in no group of 8."""
 LEAST_SMS = 8
 """Of the memory lane."""
 LEAST_ROWS = 64

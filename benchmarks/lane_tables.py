@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-__all__ = ["against_sequence", "scans"]
+from nanoflow.plans.ablation import SEQUENTIAL
+from nanoflow.search.measure import Block, Comparison
+
+__all__ = ["against_sequence", "attention", "comparison", "products", "scans"]
 
 Record = dict[str, Any] | None
 NONE = "Nothing is recorded yet: run `python -m benchmarks.lanes` on a GPU."
-SEQUENTIAL, CUT = "sequential", "cut"
+CUT = "cut"
 
 
 def against_sequence(record: Record) -> Iterator[str]:
@@ -22,20 +25,26 @@ def against_sequence(record: Record) -> Iterator[str]:
     )
     yield "|---" * 7 + "|"
     for run in record.values():
-        plans = run["final"] or run["scan"]
         winner = run["winner"]
         if not run["final"] and any(one is not run and one["mix"] == run["mix"] for one in record.values()):
             continue  # a scan of a mix that has a last comparison of its own
-        cut = next((label for label in plans if label.startswith(CUT)), None)
-        ratios = ratios_of(plans, winner)
+        found = comparison(run["final"] or run["scan"])
+        cut = next((label for label in found.blocks if label.startswith(CUT)), None)
+        ratios = found.ratios(SEQUENTIAL, winner)
         verdict = "" if run["final"] else ", the best of a scan: no plan ships"
-        first, last = (1e3 * joules(plans[label]["blocks"]) / sum_rows(run["mix"]) for label in (SEQUENTIAL, winner))
+        rows = run["mix"]["decode"] + sum(run["mix"]["prompts"])
+        first, last = (1e3 * (found.joules(label) or 0.0) / rows for label in (SEQUENTIAL, winner))
         yield (
-            f"| {described(run)} | {milliseconds(plans[SEQUENTIAL]):.2f} | "
-            f"{f'{milliseconds(plans[cut]):.2f}' if cut else '-'} | {milliseconds(plans[winner]):.2f} | "
+            f"| {described(run)} | {1e3 * found.seconds(SEQUENTIAL):.2f} | "
+            f"{f'{1e3 * found.seconds(cut):.2f}' if cut else '-'} | {1e3 * found.seconds(winner):.2f} | "
             f"**{median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs{verdict}) | "
-            f"{watts(plans[winner]['blocks']):,.0f} | {first:.1f}, {last:.1f} |"
+            f"{found.watts(winner) or 0.0:,.0f} | {first:.1f}, {last:.1f} |"
         )
+
+
+def comparison(plans: dict[str, Any]) -> Comparison:
+    """What was recorded of some plans, as it was measured."""
+    return Comparison({label: tuple(Block(**block) for block in each["blocks"]) for label, each in plans.items()})
 
 
 def scans(record: Record) -> Iterator[str]:
@@ -56,29 +65,6 @@ def scans(record: Record) -> Iterator[str]:
 def described(run: dict[str, Any]) -> str:
     mix = run["mix"]
     return f"{mix['decode']} decode rows of {mix['context']:,} tokens, {sum(mix['prompts'])} prompt rows"
-
-
-def sum_rows(mix: dict[str, Any]) -> int:
-    return int(mix["decode"]) + sum(mix["prompts"])
-
-
-def milliseconds(plan: dict[str, Any]) -> float:
-    return 1e3 * median(block["seconds"] for block in plan["blocks"])
-
-
-def ratios_of(plans: dict[str, Any], label: str) -> list[float]:
-    """Of each pair of neighbouring blocks."""
-    pairs = zip(plans[SEQUENTIAL]["blocks"], plans[label]["blocks"], strict=True)
-    return [first["seconds"] / second["seconds"] for first, second in pairs]
-
-
-def joules(blocks: list[dict[str, Any]]) -> float:
-    """Of an iteration: power in a block times the time that an iteration takes."""
-    return median(block["joules"] / block["wall_seconds"] * block["seconds"] for block in blocks)
-
-
-def watts(blocks: list[dict[str, Any]]) -> float:
-    return median(block["joules"] / block["wall_seconds"] for block in blocks)
 
 
 def products(record: Record) -> Iterator[str]:

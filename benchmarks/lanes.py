@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.kernels.__main__ import machine
+from benchmarks.lane_tables import CUT
 from nanoflow.config_schema import EngineSection
 from nanoflow.devices import device_sms
 from nanoflow.loading import run_fingerprint
@@ -60,7 +61,6 @@ RUNS = {
 decode rows as they were on average, prompts to fill it. 512-512 takes 1,152 and 1,024 rows in turn."""
 SPLITS = (24, 28, 32, 36, 40)
 """SMs of the memory lane."""
-CUT = "cut"
 
 
 def candidates(graph: Graph, mix: Mix, rows: int, sms: int, kernels: tuple[str, ...]) -> dict[str, Plan]:

@@ -14,14 +14,14 @@ from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.plan_choice import ChosenPlans
 from nanoflow.plans.case import MixOptions, choose_mix
-from nanoflow.plans.running import mix_batch, mix_pages
+from nanoflow.plans.running import longest_request, mix_batch, mix_pages
 from nanoflow.power import EnergyMeter
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.measure import LARGEST_ERROR, compare, output_error
 from nanoflow.search.mix import Mix
 from nanoflow.search.rechecks import keep_recheck
 
-__all__ = ["Rechecked", "recheck"]
+__all__ = ["Rechecked", "recheck", "without"]
 
 SECONDS, PAIRS = 0.5, 3
 """Of the blocks: enough to tell 1%."""
@@ -73,12 +73,10 @@ def without(plans: Sequence[Plan], lost: Sequence[int]) -> tuple[Plan, ...]:
 
 def _fits(mix: Mix, executor: CudaExecutor | ReferenceExecutor, model: Model, slots: int) -> bool:
     layout = executor.bound.kv_layout
-    # Contexts are spread up to four thirds of the mix's.
-    longest = max([mix.context * 4 // 3 + 1, *map(sum, zip(mix.prompts, mix.starts, strict=True))])
     return (
         mix_pages(mix, layout.page_size) <= layout.pages
         and mix.decode + len(mix.prompts) <= slots
-        and longest <= model.max_model_len
+        and longest_request(mix) <= model.max_model_len
     )
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanoflow.config_schema import DEVICE, EngineSection, ModelSection
+from nanoflow.config_schema import DEVICE, EngineSection, ModelSection, RunConfig
 from nanoflow.dense_batch import form_dense_batch, lay_out
+from nanoflow.devices import device_sms
 from nanoflow.errors import InputError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
 from nanoflow.loading import PAGE_SIZES, Model, machine_fingerprint, open_model
@@ -17,7 +18,7 @@ from nanoflow.ops.batch import DenseBatch, SamplingBatch
 from nanoflow.pipeline.bound_programs import make_caches
 from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
-from nanoflow.pipeline.partitions import PartitionError
+from nanoflow.pipeline.partitions import PartitionError, unavailable
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
@@ -34,12 +35,11 @@ def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
 
     Raises UserError.
     """
-    if not DEVICE.fullmatch(device):
-        raise InputError(f"--device {device}: it must be auto, cpu, cuda or cuda:N")
+    _check_device(device)
     capacity, mix = case.plan.capacity, case.mix
     section = EngineSection(device=device, max_batch_tokens=capacity)
     model = open_model(ModelSection(path=case.model_path, weights="random"), section)
-    longest = max([mix.context * 4 // 3 + 1, *map(sum, zip(mix.prompts, mix.starts, strict=True))])
+    longest = longest_request(mix)
     if longest > model.max_model_len:
         raise InputError(
             f"--context, --prompts: {longest:,} tokens of one request are more than the {model.max_model_len:,} of "
@@ -52,6 +52,33 @@ def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
             raise PlanError(f"{case.file}: {error}") from None
     rows = next(rows for rows in buckets(capacity) if rows >= mix.rows)
     return replace(model, graph=case.graph), PAGE_SIZES[model.device.type], rows
+
+
+def job_on(config: RunConfig, device: str | None) -> RunConfig:
+    """The job of `config` as it is measured: with random weights, on `device` if one is given.
+
+    How long an iteration takes does not depend on what weights are. Raises InputError.
+    """
+    changes: dict[str, Any] = {"model": config.model.model_copy(update={"weights": "random"})}
+    if device is not None:
+        _check_device(device)
+        changes["engine"] = config.engine.model_copy(update={"device": device})
+    return config.model_copy(update=changes)
+
+
+def _check_device(device: str) -> None:
+    if not DEVICE.fullmatch(device):
+        raise InputError(f"--device {device}: it must be auto, cpu, cuda or cuda:N")
+
+
+def lane_sms(device: torch.device) -> int:
+    """SMs that lanes can be confined to parts of; 0 if they cannot."""
+    return device_sms(device) if device.type == "cuda" and not unavailable(device) else 0
+
+
+def longest_request(mix: Mix) -> int:
+    """Tokens of the longest request that `mix_batch` makes of `mix`."""
+    return max([mix.context * 4 // 3 + 1, *map(sum, zip(mix.prompts, mix.starts, strict=True))])
 
 
 def mix_pages(mix: Mix, page_size: int) -> int:

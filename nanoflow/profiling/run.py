@@ -5,14 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from nanoflow.config_schema import DEVICE, RunConfig
-from nanoflow.errors import InputError
+from nanoflow.config_schema import RunConfig
 from nanoflow.loading import Model, here_kv_tokens, open_model, run_fingerprint
 from nanoflow.pipeline.cuda_executor import buckets
-from nanoflow.pipeline.partitions import unavailable
 from nanoflow.plans.job_mixes import JobMixes, job_mixes
+from nanoflow.plans.running import job_on, lane_sms
 from nanoflow.power import EnergyMeter
 from nanoflow.profiling.cases import job_cases, part_rows
 from nanoflow.profiling.device_bench import DeviceBench, few_layers
@@ -69,25 +66,21 @@ def profile_job(
     Raises UserError and ProfileError. Every case that was measured before is in the file.
     """
     until = time.monotonic() + 60 * minutes
-    if device is not None and not DEVICE.fullmatch(device):
-        raise InputError(f"--device {device}: it must be auto, cpu, cuda or cuda:N")
-    engine = config.engine if device is None else config.engine.model_copy(update={"device": device})
-    section = config.model.model_copy(update={"weights": "random"})  # times do not depend on what is learnt
-    config = config.model_copy(update={"engine": engine, "model": section})
-    model = open_model(section, engine)
-    stamp = replace(run_fingerprint(model, engine), shape=layer_shape(model.graph))
+    config = job_on(config, device)
+    model = open_model(config.model, config.engine)
+    stamp = replace(run_fingerprint(model, config.engine), shape=layer_shape(model.graph))
     path = out or profile_file(stamp)
     profile = _begun(path, stamp)
     if profile is None:
         profile = Profile(stamp, *_measured_device(model))
         profile.save(path)  # before minutes of measuring: whether it can be written
     mixes = _mixes(config, model, stamp, profile.ceilings)
-    sms = _split_sms(model.device)
+    sms = lane_sms(model.device) or None
     cases = job_cases(
         model.graph,
         mixes.mixes,
         max_model_len=model.max_model_len,
-        kv_tokens=here_kv_tokens(model, engine),
+        kv_tokens=here_kv_tokens(model, config.engine),
         sms=sms,
         streams=model.device.type == "cuda",
     )
@@ -154,13 +147,6 @@ def _mixes(config: RunConfig, model: Model, stamp: Fingerprint, ceilings: Ceilin
         ceilings=ceilings,
         itemsize=model.dtype.itemsize,
     )
-
-
-def _split_sms(device: torch.device) -> int | None:
-    """SMs of a device that can be split; None of one that cannot."""
-    if device.type != "cuda" or unavailable(device):
-        return None
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _page_size(stamp: Fingerprint) -> int:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from nanoflow.config_schema import DEVICE, RunConfig
+from nanoflow.config_schema import RunConfig
 from nanoflow.devices import device_sms
-from nanoflow.errors import InputError, OutputError
+from nanoflow.errors import OutputError
 from nanoflow.loading import Model, device_name, here_kv_tokens, open_model, run_fingerprint
 from nanoflow.ops.attention import FEWER_PROGRAMS
 from nanoflow.pipeline.cuda_executor import buckets
-from nanoflow.pipeline.partitions import unavailable
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.plans.case import DEVICES, known_device
 from nanoflow.plans.job_mixes import UNBUCKETED, JobMixes, WeightedMix, job_mixes
+from nanoflow.plans.running import job_on, lane_sms
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.files import replace_file, slug
@@ -89,19 +89,12 @@ def open_job(config: RunConfig, device: str | None, folder: Path) -> TuningJob:
 
     Raises UserError.
     """
-    if device is not None:
-        if not DEVICE.fullmatch(device):
-            raise InputError(f"--device {device}: it must be auto, cpu, cuda or cuda:N")
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"device": device})})
-    # Weights are random: how long an iteration takes does not depend on what they are.
-    section = config.model.model_copy(update={"weights": "random"})
-    config = config.model_copy(update={"model": section})
-    model = open_model(section, config.engine)
+    config = job_on(config, device)
+    model = open_model(config.model, config.engine)
     here = run_fingerprint(model, config.engine)
     on_gpu = model.device.type == "cuda"
     row_buckets = buckets(config.engine.max_batch_tokens) if on_gpu and config.engine.cuda_graphs else ()
     rates, ceilings = rates_of(model, folder)
-    sms = device_sms(model.device) if on_gpu and not unavailable(model.device) else 0
     assert here.page_size is not None
     mixes = job_mixes(
         config,
@@ -112,7 +105,7 @@ def open_job(config: RunConfig, device: str | None, folder: Path) -> TuningJob:
         ceilings=ceilings,
         itemsize=model.dtype.itemsize,
     )
-    return TuningJob(config, model, here, mixes, rates, sms, row_buckets)
+    return TuningJob(config, model, here, mixes, rates, lane_sms(model.device), row_buckets)
 
 
 def rates_of(model: Model, folder: Path) -> tuple[Rates, Ceilings]:

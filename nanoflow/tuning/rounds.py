@@ -27,7 +27,7 @@ from nanoflow.pipeline.executor import Weights
 from nanoflow.pipeline.partitions import Partition, PartitionError, unavailable
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.plans.running import make_executor, mix_batch, random_caches
+from nanoflow.plans.running import longest_request, make_executor, mix_batch, random_caches
 from nanoflow.power import EnergyMeter
 from nanoflow.search.measure import LARGEST_ERROR, Block, Comparison, compare, output_error
 from nanoflow.search.mix import Mix
@@ -95,7 +95,7 @@ class MixRounds:
         self.mix, self.rows = mix, rows
         # Contexts are spread around their mean, and where all of the job's are long, beyond what the model would allow:
         # that changes nothing of the time, but page tables must have room.
-        self._model = replace(model, max_model_len=max(model.max_model_len, mix.context * 4 // 3 + 1))
+        self._model = replace(model, max_model_len=max(model.max_model_len, longest_request(mix)))
         self._weights, self._stopping = weights, stopping
         self._page_size = page_size
         self._joules = EnergyMeter(model.device).joules

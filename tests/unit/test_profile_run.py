@@ -123,7 +123,7 @@ def test_products_wait_for_the_kernels_of_their_part(job: Path, monkeypatch: pyt
         asked.append({"rows": rows, "budgets": budgets, **options})
         return found
 
-    monkeypatch.setattr(profiling_run, "_split_sms", lambda device: 32)
+    monkeypatch.setattr(profiling_run, "lane_sms", lambda device: 32)
     monkeypatch.setattr(profiling_run, "measure_choices", measure_choices)
     arguments = (job, "--set", "model.dtype=bfloat16", "--out", "p.json")
     first = run(*arguments)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lane_tables import comparison
 from nanoflow.batch_file import ParsedRequest
 from nanoflow.checkpoints import open_checkpoint
 from nanoflow.config import load_config, shipped_configs
@@ -129,12 +130,7 @@ def test_every_shipped_plan_fits_its_model_and_was_measured_to_win(path: Path) -
     recorded = json.loads((CONFIGS.parent / "benchmarks" / "results" / "lanes.json").read_text()).values()
     (run,) = (run for run in recorded if run["final"] and mix_of(run["mix"]) == plan.mix)
     assert Plan.loads(run["plan"], shape).period == plan.period
-    ratios = [
-        first["seconds"] / second["seconds"]
-        for first, second in zip(
-            run["final"]["sequential"]["blocks"], run["final"][run["winner"]]["blocks"], strict=True
-        )
-    ]
+    ratios = comparison(run["final"]).ratios("sequential", run["winner"])
     assert len(ratios) >= 8 and min(ratios) > 1 and median(ratios) == pytest.approx(plan.measured["ratio"], abs=1e-4)
 
 

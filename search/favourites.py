@@ -1,7 +1,8 @@
 """Where a search begins: the families of plans that have won, or nearly, wherever plans were measured.
 
 On an H100 the best plans have one stage, two nano-batches half a layer apart, and the decode attention of one beside
-the products of the other on a fourth of the SMs: that many read nearly as fast as all do, and products lose least.
+the products of the other on a fourth of the SMs or a little less: that many read nearly as fast as all do, and products
+lose least.
 """
 
 from collections.abc import Sequence
@@ -34,17 +35,20 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
     }  # fmt: skip
     base |= {f"kernel_{op.name}": "" for op in graph.layer}  # of which only some are asked for
     fourth = round(sms / 4 / EVEN) * EVEN
+    # Fewer decode rows and more of the prompts in the larger nano-batch: its attention runs beside the smaller one.
+    tilt = {"decode_cut_1": 7, "alike": False, "prefill_cut_1": 11}
+    attention = next(op for op in graph.layer if op.name == ATTENTION)
+    # Attention on more SMs with fewer programs on each reads as fast, and leaves products more of the bandwidth.
+    fewer = [{f"kernel_{ATTENTION}": each} for each in reversed(kernels) if each in attention.kernels][:2]
     found: list[dict[str, Any]] = []
-    for memory in _sizes(sms, fourth, (0, -GRANULE, GRANULE, -2 * GRANULE, 2 * GRANULE)):
-        found += [{**base, **memory, "with_attention": count} for count in dict.fromkeys((companions, 0))]
     for memory in _sizes(sms, fourth, (0, -GRANULE)):
-        # Fewer decode rows and more of the prompts in the larger nano-batch: its attention runs beside the smaller one.
-        found.append({**base, **memory, "decode_cut_1": 7, "alike": False, "prefill_cut_1": 11})
-        found.append({**base, **memory, "row_unit": 64})
-    for memory in _sizes(sms, fourth, (2 * GRANULE,)):
-        # Attention that leaves the products more of the bandwidth.
-        attention = next(op for op in graph.layer if op.name == ATTENTION)
-        found += [{**base, **memory, f"kernel_{ATTENTION}": each} for each in kernels if each in attention.kernels]
+        found += [{**base, **memory}, {**base, **memory, "with_attention": 0}, {**base, **memory, **tilt}]
+    for memory in _sizes(sms, fourth, (GRANULE, 0)):
+        found += [{**base, **memory, **change, **kernel} for kernel in fewer for change in ({}, tilt)]
+    for memory in _sizes(sms, fourth, (2 * GRANULE,) if fewer else (GRANULE, 2 * GRANULE)):
+        found += [{**base, **memory, **kernel} for kernel in fewer or [{}]]
+    found += [{**base, **memory, **tilt} for memory in _sizes(sms, fourth, (-2 * GRANULE,))]
+    found += [{**base, **memory, "row_unit": 64} for memory in _sizes(sms, fourth, (0,))]
     for memory in _sizes(sms, fourth, (0,)):
         # What runs on the whole device is not slowed down by lanes; there is less beside which attention runs.
         halves = {**base, **memory, "several_stages": True, "any_whole": True, "all_beside": False}

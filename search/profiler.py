@@ -20,7 +20,7 @@ from typing import Protocol
 
 from nanoflow.search.profile import At, Pair, Point, Profile, Solo
 
-__all__ = ["Bench", "PairCase", "Profiled", "SoloCase", "Unmeasurable", "fill_profile", "splits"]
+__all__ = ["Bench", "PairCase", "Profiled", "SoloCase", "Unmeasurable", "close", "fill_profile", "splits"]
 
 LEAST_SHARE, MOST_SHARE = 1 / 8, 3 / 8
 """Of a device's SMs, what the memory lanes that are measured have."""
@@ -130,9 +130,13 @@ def splits(device_sms: int) -> list[tuple[int, int]]:
     92 to 116 and 16 to 40 of 132, among others.
     """
     memory = {sms for sms in range(8, device_sms, 8) if LEAST_SHARE * device_sms - 1 < sms < MOST_SHARE * device_sms}
-    close = range(4, device_sms, 4)
-    memory |= {sms for sms in close if CLOSE_SHARE[0] * device_sms < sms < CLOSE_SHARE[1] * device_sms}
+    memory |= {sms for sms in range(4, device_sms, 4) if close(sms, device_sms)}
     return [(device_sms - sms, sms) for sms in sorted(memory)]
+
+
+def close(memory: int, device_sms: int) -> bool:
+    """Whether a memory lane of so many SMs is of the size that the best plans give it."""
+    return CLOSE_SHARE[0] * device_sms < memory < CLOSE_SHARE[1] * device_sms
 
 
 def _missing(profile: Profile, case: Case) -> Case | None:

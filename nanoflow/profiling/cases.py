@@ -1,12 +1,14 @@
 """What is measured for a job: the sizes that its batches and their nano-batches have, on the SMs that lanes may have.
 
 Contract: the cases follow from the job's mixes, the model and the device alone. Those that plans need most come first:
-all of the whole device, then each split of it, nearest to a fourth for the memory lane first, then what runs beside
-what, then what takes little time anyway. On a device without partitions there is the whole device alone.
+all of the whole device, then each split of it, nearest to a fourth for the memory lane first, and what runs beside
+what there; then the splits that are further off, then what takes little time anyway. On a device without partitions
+there is the whole device alone.
 
     rows                the buckets that the job's batches are padded to, their quarters, halves and three quarters in
                         whole units, and on the whole device powers of two below, for the tail of a run
-    requests x context  of the job's mixes, a half and a quarter of the requests, half and twice the context
+    requests x context  of the job's mixes, a half and a quarter of the requests, half and twice the context; for some
+                        ten thousand tokens attention's time is a straight line, and a few sizes tell it
     rows x start        of the job's longest piece of a prompt, a half and a quarter of it; where pieces begin
 """
 
@@ -19,14 +21,16 @@ from nanoflow.pipeline.split import UNITS
 from nanoflow.plans.job_mixes import WeightedMix
 from nanoflow.search.list_schedule import ATTENTION, COMPANIONS
 from nanoflow.search.profile import At, axes_of
-from nanoflow.search.profiler import PairCase, SoloCase, splits
+from nanoflow.search.profiler import PairCase, SoloCase, close, splits
 
-__all__ = ["job_cases", "part_rows"]
+__all__ = ["job_cases", "nano_rows", "part_rows"]
 
 LEAST_ROWS = 8
 """Of the whole device's smaller sizes."""
-APART = 1.4
+APART = 1.7
 """Of sizes of attention, and of the head, that are closer the larger is measured: in between, interpolation tells."""
+HEAVY = 0.05
+"""Share of the job's time of a mix whose sizes are measured; those of the others lie among them, or matter little."""
 MOST_SAMPLED = 1024
 """Rows of the head; a run takes more in several turns."""
 SHARE = 1 / 4
@@ -50,6 +54,7 @@ def job_cases(
         sms: of the device, if it can be split into parts; None: it cannot.
         streams: whether operations can run side by side there.
     """
+    mixes = _heavy(mixes)
     parts = part_rows(mixes)
     whole = sorted({*parts, *_smaller(max(parts))})
     decode, prefill = _decode(mixes, max_model_len, kv_tokens), _prefill(mixes, max_model_len)
@@ -67,20 +72,36 @@ def job_cases(
     found: list[SoloCase | PairCase] = [solo(op, None, whole) for op in (*heavy, *light, *graph.prologue)]
     found += [solo(op, None, head) for op in graph.epilogue]
     ordered = [] if sms is None else sorted(splits(sms), key=lambda split: (abs(split[1] - SHARE * sms), split))
-    for compute, memory in ordered:
-        found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
-        found += [solo(op, memory, parts) for op in graph.layer if op.name in (ATTENTION, *COMPANIONS)]
-    if streams:
-        found += _pairs(graph, mixes[0], decode, prefill, [*(s for s in ordered if s[1] % 8 == 0), (None, None)])
+    near = [split for split in ordered if sms is not None and close(split[1], sms)]
+    for splits_now in (near, [split for split in ordered if split not in near]):
+        for compute, memory in splits_now:
+            found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
+            found += [solo(op, memory, parts) for op in graph.layer if op.name in (ATTENTION, *COMPANIONS)]
+        if streams:
+            side_by_side: list[tuple[int | None, int | None]] = [split for split in splits_now if split[1] % 8 == 0]
+            if splits_now is near:
+                side_by_side.append((None, None))  # two plain streams
+            found += _pairs(graph, mixes[0], decode, prefill, side_by_side)
     for compute, _ in ordered:
         found += [solo(op, compute, parts) for op in light]
     return [case for case in found if isinstance(case, PairCase) or case.at]
 
 
+def _heavy(mixes: Sequence[WeightedMix]) -> Sequence[WeightedMix]:
+    """The heaviest, and the others that are worth measuring for."""
+    return [each for place, each in enumerate(mixes) if not place or each.weight >= HEAVY]
+
+
+def nano_rows(mixes: Sequence[WeightedMix]) -> list[int]:
+    """Of `part_rows`, those that one of two nano-batches may have in the job's larger batches."""
+    rows = part_rows(mixes)
+    return [count for count in rows if rows[-1] <= 4 * count <= 3 * rows[-1]] or rows
+
+
 def part_rows(mixes: Sequence[WeightedMix]) -> list[int]:
     """Rows of a nano-batch, or of a product over all rows: what lanes on a part of the SMs get."""
     found = set()
-    for each in mixes:
+    for each in _heavy(mixes):
         bucket = each.bucket
         unit = next((unit for unit in UNITS if bucket >= 4 * unit), 1)
         for quarters in (1, 2, 3):

@@ -60,7 +60,7 @@ class Seconds:
     """Of two operations at once."""
 
 
-GPU_SECONDS = Seconds(whole=0.5, part=0.12, warm=0.15, pair=0.5)
+GPU_SECONDS = Seconds(whole=0.3, part=0.12, warm=0.15, pair=0.5)
 CPU_SECONDS = Seconds(whole=0.02, part=0.02, warm=0.0, pair=0.0)
 
 

@@ -11,14 +11,14 @@ from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.plans.job_mixes import JobMixes, job_mixes
 from nanoflow.plans.running import job_on, lane_sms
 from nanoflow.power import EnergyMeter
-from nanoflow.profiling.cases import job_cases, part_rows
+from nanoflow.profiling.cases import job_cases, nano_rows
 from nanoflow.profiling.device_bench import DeviceBench, few_layers
 from nanoflow.profiling.gemm_choices import ChoiceRun, measure_choices
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.profile import Profile, ProfileError, layer_shape, profile_file
-from nanoflow.search.profiler import Profiled, fill_profile, splits
+from nanoflow.search.profiler import Profiled, close, fill_profile, splits
 
 __all__ = ["ProfileRun", "profile_job"]
 
@@ -86,11 +86,12 @@ def profile_job(
     )
     choices = ChoiceRun(0, frozenset(), ())
     if sms is not None and model.dtype.itemsize == 2:
-        ordered = dict.fromkeys(case.sms for case in cases if case.sms in {compute for compute, _ in splits(sms)})
+        lanes = {compute for compute, memory in splits(sms) if close(memory, sms)}
+        ordered = dict.fromkeys(case.sms for case in cases if case.sms in lanes)
         try:
             choices = measure_choices(
                 model.graph,
-                part_rows(mixes.mixes),
+                nano_rows(mixes.mixes),
                 [budget for budget in ordered if budget is not None],
                 device=model.device,
                 dtype=model.dtype,

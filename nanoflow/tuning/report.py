@@ -16,25 +16,24 @@ def print_outcome(found: TuneOutcome, console: Console) -> None:
     table = Table(
         title=f"tuned: {found.model} on {found.device}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left"
     )
-    table.add_column("", no_wrap=True)
-    table.add_column("mix")
+    table.add_column("mix", no_wrap=True)
     for title in ("share", "plans", "ms", "mJ/row", "ratio", "least", "most"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("stored", no_wrap=True)
     for number, each in enumerate(found.results, start=1):
-        mix = plan_mix(each.mix.mix)
-        text = f"{mix.decode:,} + {mix.prefill:,}, context {mix.context:,}"
-        table.add_row(str(number), text, f"{each.mix.weight:.0%}", *_cells(each))
+        table.add_row(str(number), f"{each.mix.weight:.0%}", *_cells(each))
     console.print(table)
     for number, each in enumerate(found.results, start=1):
-        if each.stored is not None:
-            console.print(f"{number}  {each.stored}", highlight=False, markup=False, soft_wrap=True)
+        mix = plan_mix(each.mix.mix)
+        text = f"{number}  {mix.decode:,} decode rows of context {mix.context:,} + {mix.prefill:,} prompt rows"
+        stored = "" if each.stored is None else f": {each.stored}"
+        console.print(text + stored, highlight=False, markup=False, soft_wrap=True)
     for reason in found.failures:
         console.print(f"given up: {reason}", highlight=False, markup=False, soft_wrap=True)
     untouched = sum(each.mix.weight for each in found.results if not each.measured)
     if untouched:
         text = f"no plan was measured for mixes that are {untouched:.0%} of the job: more --minutes reach them"
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
     near = sum(each.mix.near for each in found.results if each.won)
     if near:
         text = f"the whole job: {found.gain:.3f} times as fast as in sequence; plans serve {near:.0%} of its time"

@@ -106,14 +106,14 @@ def test_the_favourites_come_first_and_the_simulator_rejects_none_of_them() -> N
     sizes = {parameters.get("memory_sms") for parameters in favourites(GRAPH, ROWS, 132)}
     assert {24, 28, 32, 36, 40} <= sizes
     kernels = [parameters["kernel_decode_attention"] for parameters in favourites(GRAPH, ROWS, 132, ("triton_3", "no"))]
-    assert kernels.count("triton_3") == 1 and "no" not in kernels
+    assert "triton_3" in kernels and "" in kernels and "no" not in kernels
     assert favourites(GRAPH, 100, 132) == [], "too few rows to cut"
     assert all("memory_sms" not in parameters for parameters in favourites(GRAPH, ROWS, 0))
 
 
 def test_what_is_predicted_worst_is_not_measured_but_for_one_a_round() -> None:
     plans, device = PlanSearch(TARGET, seed=4), Device()
-    search(plans, device, trials=18)  # all favourites
+    search(plans, device, trials=len(favourites(GRAPH, ROWS, 132, TARGET.kernels)) // ROUND * ROUND + ROUND)
     candidates = plans.propose()
     predicted = [candidate.predicted for candidate in candidates]
     assert len(candidates) == ROUND and predicted[:-1] == sorted(predicted[:-1], reverse=True)

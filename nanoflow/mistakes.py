@@ -13,7 +13,7 @@ import typer
 from nanoflow.errors import UserError
 from nanoflow.interrupt import Interrupted
 
-__all__ = ["EXIT_FAILED", "DebugOption", "mistakes_as_messages", "short"]
+__all__ = ["EXIT_FAILED", "DebugOption", "is_mistake", "mistakes_as_messages", "short"]
 
 EXIT_FAILED = 2
 
@@ -30,7 +30,7 @@ def mistakes_as_messages(debug: bool) -> Iterator[None]:
         typer.echo("stopped before any request ran; the output is as it was", err=True)
         raise typer.Exit(128 + number) from None
     except Exception as error:
-        mistake = _is_mistake(error)
+        mistake = is_mistake(error)
         if debug or not mistake:
             traceback.print_exc()
         if mistake:
@@ -45,7 +45,7 @@ def short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _is_mistake(error: Exception) -> bool:
+def is_mistake(error: Exception) -> bool:
     """Whether the error's message is meant for the user. The parts below the engine have error classes of their own."""
     if isinstance(error, UserError):
         return True

@@ -19,6 +19,7 @@ from nanoflow.memory import format_bytes, free_bytes, kv_bytes, release
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.sharding import ShardError, shard_graph
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.partitions import PartitionError
@@ -31,7 +32,7 @@ from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.weights import load_weights, required_bytes
 
-__all__ = ["Model", "build_engine", "gpu_kv_tokens", "here_kv_tokens", "open_model"]
+__all__ = ["Model", "build_engine", "gpu_kv_tokens", "here_kv_tokens", "open_model", "shard_model"]
 
 PAGE_SIZES = {"cpu": 64, "cuda": 128}
 """Tokens of a KV page. On a CPU attention works page by page, and shorter pages cost more than they save; on an H100
@@ -73,6 +74,17 @@ def open_model(model: ModelSection, engine: EngineSection) -> Model:
         )
     max_model_len = limit if engine.max_model_len == "auto" else int(engine.max_model_len)
     return Model(checkpoint, config, build_graph(config), checkpoint.tokenizer(), dtype, device, max_model_len)
+
+
+def shard_model(model: Model, rank: int, size: int) -> Model:
+    """`model` as rank `rank` of `size` has it: its share of the graph, and so of weights and KV cache.
+
+    Raises ConfigError if the model cannot be split over so many ranks.
+    """
+    try:
+        return replace(model, graph=shard_graph(model.graph, rank, size))
+    except ShardError as error:
+        raise ConfigError(str(error)) from None
 
 
 def build_engine(

@@ -32,6 +32,9 @@ class Graph:
     kv_heads: int = 0
     head_dim: int = 0
     vocab_size: int = 0
+    ranks: int = 1
+    """Ranks of tensor parallelism: with more than one, this is the graph of a rank, whose heads are the rank's own, and
+    it has collectives. The vocabulary stays whole."""
     _by_name: dict[str, Operation] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

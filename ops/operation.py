@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 
 from nanoflow.ops.batch import RowClass
+from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "SCRATCH",
     "Access",
     "Cost",
+    "Cut",
     "NanoContext",
     "Operation",
     "Resource",
@@ -58,6 +60,15 @@ class Access:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What one rank holds of a tensor of `shape`: `ranges` (begin, end) of dimension `dim`, one behind the other."""
+
+    shape: tuple[int, ...]
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Weight:
     """A parameter: the checkpoint's tensors `parts`, concatenated along dimension 0, make one tensor of `shape`.
 
@@ -68,6 +79,14 @@ class Weight:
     parts: tuple[str, ...]
     shape: tuple[int, ...]
     optional: bool = False
+    cut: Cut | None = None
+    """With tensor parallelism, what `shape` has of the concatenated tensor; what the ranges leave of `shape`, at the
+    end of the dimension, is zero. None: all of it."""
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the concatenated tensor that it is, or is cut from."""
+        return self.shape if self.cut is None else self.cut.shape
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,8 @@ class NanoContext:
     sms: int | None = None
     """SMs that its lane has; None: the lane is not confined to a part of the device."""
     lane: str = ""
+    communicator: Communicator | None = None
+    """To the other ranks, for collectives; None where there is one rank."""
 
     def scratch(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """Memory that outlives the iteration, one for each lane: a lane's nano-ops run one after the other."""

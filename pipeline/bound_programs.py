@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from nanoflow.ops.batch import TOKEN_ON_DEVICE
+from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.operation import Kernel, NanoContext, Operation
@@ -47,6 +48,10 @@ class BoundPrograms:
         sampled_rows: the most rows that `head` takes at a time.
         confined: whether lanes have the SMs that their plan gives them, and no others; kernels are launched for those.
         caches: the KV cache of each layer, where it is there already (`make_caches`); None: allocated here.
+        communicator: to the other ranks, where the graph is that of one of several. Of the lanes that hold collectives,
+            each but the first gets a twin of it.
+
+    Raises ValueError if there are more or fewer ranks than the graph was split for.
     """
 
     def __init__(
@@ -60,8 +65,12 @@ class BoundPrograms:
         sampled_rows: int,
         confined: bool = False,
         caches: Sequence[torch.Tensor] | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         graph = programs[0].graph
+        ranks = 1 if communicator is None else communicator.size
+        if ranks != graph.ranks:
+            raise ValueError(f"the graph was split for {graph.ranks} ranks, and the communicator joins {ranks}")
         self.graph = graph
         self.programs = tuple(programs)
         self.weights = weights
@@ -76,6 +85,8 @@ class BoundPrograms:
             )
             for name in specs[0]
         }
+        self.communicator = communicator
+        self._communicators = _lane_communicators(communicator, programs)
         self.kv = make_caches(graph, kv, dtype, device) if caches is None else list(caches)
         outer = (*graph.prologue, *graph.epilogue)
         self._outer_kernels = {op.name: op.kernels[_kernel(op, programs[0].plan, device, dtype, None)] for op in outer}
@@ -128,7 +139,8 @@ class BoundPrograms:
         return logits[:count]
 
     def _outer_context(self, batch: DeviceBatch, part: BatchPart, op: Operation) -> NanoContext:
-        return NanoContext(batch, part, 0, self.buffers, self.weights.outer.get(op.name, {}), self.kv[0])
+        weights = self.weights.outer.get(op.name, {})
+        return NanoContext(batch, part, 0, self.buffers, weights, self.kv[0], communicator=self.communicator)
 
     def _context(self, batch: DeviceBatch, step: Step) -> tuple[Operation, NanoContext]:
         nano_op = step.nano_op
@@ -142,8 +154,17 @@ class BoundPrograms:
             self.kv[nano_op.layer],
             self.sms(batch.host.program, step),
             step.lane,
+            self._communicators.get(step.lane),
         )
         return self.graph.operation(nano_op.op), context
+
+
+def _lane_communicators(communicator: Communicator | None, programs: Sequence[Program]) -> dict[str, Communicator]:
+    """What each lane reaches the other ranks with; the same lanes, in the same order, on every rank."""
+    if communicator is None:
+        return {}
+    lanes = dict.fromkeys(program.steps[i].lane for program in programs for i in program.collectives)
+    return {lane: communicator.twin(lane) if number else communicator for number, lane in enumerate(lanes)}
 
 
 def make_caches(graph: Graph, kv: KVLayout, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

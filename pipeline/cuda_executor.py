@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from nanoflow.ops.batch import DenseBatch, StepOutput
+from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.sampling import NOTHING_SAMPLED, Sampler, StepTensors
@@ -37,6 +38,7 @@ from nanoflow.pipeline.clock import Mark, StepMarks
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.lanes import Lanes
 from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.rank_sampling import sample_on_rank
 from nanoflow.pipeline.split import BatchCutter
 from nanoflow.pipeline.static_arrays import StaticArrays
 
@@ -114,6 +116,9 @@ class CudaExecutor:
         marks: note when every step starts and ends, for `step_times`. It costs a microsecond or two a step.
         around_step: called around the launch of every step, with its index, on its stream: for tests.
         caches: the KV cache of each layer, where several executors take one after the other; None: allocated here.
+        communicator: to the other ranks, where the programs are those of one of several. Every rank is given the same
+            batches, in the same order; all but rank 0 need no masks, and collect tokens alone. It stays the caller's,
+            and is closed after the executor, whose graphs hold its collectives.
 
     Raises:
         CaptureError: memory ran out while graphs were captured.
@@ -134,6 +139,7 @@ class CudaExecutor:
         marks: bool = False,
         around_step: Callable[[int], AbstractContextManager[None]] | None = None,
         caches: Sequence[torch.Tensor] | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         plans = [program.plan for program in programs]
         capacity = max(plan.capacity for plan in plans)
@@ -149,6 +155,7 @@ class CudaExecutor:
                 sampled_rows=sampled_rows,
                 confined=self.lanes.confined,
                 caches=caches,
+                communicator=communicator,
             )
         except BaseException:
             self.lanes.close()  # a caller that goes on, with fewer plans, may ask for the same partitions
@@ -156,6 +163,7 @@ class CudaExecutor:
         self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
         self.cut = BatchCutter(plans, buckets(capacity) if row_buckets is None else row_buckets)
         self.sampled_buckets = buckets(sampled_rows)
+        self._samples = communicator is None or communicator.rank == 0
         self._marked = marks
         self._around_step = around_step
         self._last_marks: StepMarks | None = None
@@ -202,7 +210,7 @@ class CudaExecutor:
                 self._sample(self._in_flight[-1])
             iteration = self._run_layers(batch)
             self._in_flight.append(iteration)
-            if batch.sampling is None or batch.sampling.masks is None:
+            if batch.sampling is None or batch.sampling.masks is None or not self._samples:
                 self._sample(iteration)
 
     def collect(self) -> StepOutput:
@@ -274,8 +282,13 @@ class CudaExecutor:
         if sampling is not None:
             count = len(sampling)
             rows_S, slots_S = batch.sampled_rows_S[:count], batch.sampled_slots_S[:count]
-            tokens = self.sampler.sample_chunks(
-                sampling, lambda entries: self._head(batch, rows_S[entries]), self.bound.sampled_rows, slots_S
+            tokens = sample_on_rank(
+                self.sampler,
+                self.bound.communicator,
+                sampling,
+                lambda entries: self._head(batch, rows_S[entries]),
+                self.bound.sampled_rows,
+                slots_S,
             )
         iteration.tokens = tokens.start_copy()
         iteration.ended = Mark(self.bound.device)

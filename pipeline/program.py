@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.dependencies import NanoOp, derive_dependencies, sequential_order
 from nanoflow.pipeline.period import complete_period, render_period
@@ -67,6 +68,12 @@ class Program:
             last[step.lane] = index
             result.append(tuple(sorted(before)))
         return tuple(result)
+
+    @cached_property
+    def collectives(self) -> tuple[int, ...]:
+        """The steps in which all ranks of tensor parallelism take part, in the order in which every rank runs them."""
+        operation = self.graph.operation
+        return tuple(i for i, step in enumerate(self.steps) if isinstance(operation(step.nano_op.op), Collective))
 
     def name(self, step: int) -> str:
         """A step for messages and traces, such as ``qkv.a layer 3``."""

@@ -9,6 +9,7 @@ Pseudo-code of one iteration::
     embed all rows
     while steps are left:
         pick one lane at random among those whose next step has all its predecessors done
+            (and which, if it is a collective, is the first in the program that has not run)
         run that step's kernel on its nano-batch's rows, in the plan's buffers
     gather the rows to sample; final norm, head, sample
 
@@ -27,6 +28,7 @@ from dataclasses import replace
 import torch
 
 from nanoflow.ops.batch import DenseBatch, SamplingBatch, StepOutput
+from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.sampling import NOTHING_SAMPLED, Sampler, StepTensors
@@ -34,6 +36,7 @@ from nanoflow.pipeline.bound_programs import BoundPrograms
 from nanoflow.pipeline.clock import StepMarks
 from nanoflow.pipeline.executor import KVLayout, Weights
 from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.rank_sampling import sample_on_rank
 from nanoflow.pipeline.split import BatchCutter
 
 __all__ = ["ReferenceExecutor"]
@@ -54,6 +57,8 @@ class ReferenceExecutor:
         seed: of the order drawn at each iteration. A plan with a single lane has only one order.
         marks: note when every step starts and ends, for `step_times`.
         caches: the KV cache of each layer, where several executors take one after the other; None: allocated here.
+        communicator: to the other ranks, where the programs are those of one of several. Every rank is given the same
+            batches, in the same order; all but rank 0 need no masks, and collect tokens alone. It stays the caller's.
     """
 
     def __init__(
@@ -68,9 +73,17 @@ class ReferenceExecutor:
         seed: int = 0,
         marks: bool = False,
         caches: Sequence[torch.Tensor] | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         self.bound = BoundPrograms(
-            programs, weights, kv, dtype=dtype, device=device, sampled_rows=SAMPLED_ROWS, caches=caches
+            programs,
+            weights,
+            kv,
+            dtype=dtype,
+            device=device,
+            sampled_rows=SAMPLED_ROWS,
+            caches=caches,
+            communicator=communicator,
         )
         self.cut = BatchCutter([program.plan for program in programs])
         self.sampler = Sampler(self.bound.graph.vocab_size, slots, device)
@@ -122,22 +135,37 @@ class ReferenceExecutor:
     def _sample(self, batch: DeviceBatch, sampling: SamplingBatch) -> StepTensors:
         """Final norm, head and sampling of the rows that need a token, some at a time so that logits stay small."""
         rows_S = batch.sampled_rows_S
-        return self.sampler.sample_chunks(
-            sampling, lambda entries: self.bound.head(batch, rows_S[entries]), SAMPLED_ROWS, batch.sampled_slots_S
+        return sample_on_rank(
+            self.sampler,
+            self.bound.communicator,
+            sampling,
+            lambda entries: self.bound.head(batch, rows_S[entries]),
+            SAMPLED_ROWS,
+            batch.sampled_slots_S,
         )
 
     def _draw_order(self, program: Program) -> Iterator[int]:
-        """Indices of all steps: a random order among those that lanes and predecessors allow."""
+        """Indices of all steps: a random order among those that lanes and predecessors allow.
+
+        Collectives keep the program's order, in which each comes after all that it waits for: so the ranks meet in the
+        same ones, though each draws an order of its own for everything else.
+        """
+        meeting, collectives = set(program.collectives), deque(program.collectives)
         queues = {lane: deque(steps) for lane, steps in program.lanes.items() if steps}
         done = bytearray(len(program.steps))
         while queues:
             ready = [
-                lane for lane, queue in queues.items() if all(done[before] for before in program.predecessors[queue[0]])
+                lane
+                for lane, queue in queues.items()
+                if all(done[before] for before in program.predecessors[queue[0]])
+                and (queue[0] not in meeting or queue[0] == collectives[0])
             ]
             if not ready:  # compile_program refuses plans that can get here
                 raise RuntimeError(f"deadlock: no lane can go on, next are {[queue[0] for queue in queues.values()]}")
             lane = self._random.choice(ready)
             step = queues[lane].popleft()
+            if step in meeting:
+                collectives.popleft()
             if not queues[lane]:
                 del queues[lane]
             yield step

@@ -1,0 +1,136 @@
+"""Collectives: operations in which all ranks of tensor parallelism take part.
+
+`AllReduce` adds up the partial sums that a linear split by input rows leaves on each rank; `AllGather` puts the columns
+of a linear split by output columns side by side, where they are needed whole (the logits).
+
+The slow reference gathers what all ranks have and adds it in float32 or wider, in rank order: every rank computes the
+same bits. Kernels of a library add in their own order, also the same on all ranks.
+
+Formulas, for N ranks and a buffer of B bytes (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for
+clusters of workstations"): a ring all-reduce is a reduce-scatter and an all-gather, in each of which a rank sends
+(N - 1) / N of the buffer, so 2 (N - 1) / N * B bytes leave each rank, and a two-shot all-reduce sends as much. An
+all-gather sends (N - 1) / N of what is gathered. Two all-reduces a layer give the paper's 4 (N - 1) / N * rows *
+hidden size * element size.
+
+Shape legend: N ranks, T rows, S sampled rows, E columns, C columns of a rank's share, V vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from nanoflow.ops.communicator import Communicator
+from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Work
+
+__all__ = ["AllGather", "AllReduce", "Collective", "sum_in_rank_order"]
+
+
+class Collective(Operation):
+    """An operation that every rank runs, on the same rows, in one order with the other collectives of its communicator.
+
+    That order is the one of the program's steps, in which a GPU's executor launches and the reference executor runs
+    them, whatever else it draws: so the ranks meet even if all else is in another order on each.
+    """
+
+    resource = "network"
+
+    def __init__(self, name: str, ranks: int) -> None:
+        super().__init__(name)
+        self.ranks = ranks
+
+    def communicator(self, context: NanoContext) -> Communicator:
+        """That of the context, which must be there and have as many ranks."""
+        found = context.communicator
+        if found is None or found.size != self.ranks:
+            have = "none" if found is None else f"one of {found.size}"
+            raise ValueError(f"{self.name} needs a communicator of {self.ranks} ranks, and the executor has {have}")
+        return found
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {"reference": self.reference, "nccl": self.nccl}
+
+    def nccl(self, context: NanoContext) -> None:
+        """With the collective of the communicator's library: NCCL on a GPU."""
+        raise NotImplementedError
+
+    def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
+        return "nccl" if device.type == "cuda" else "reference"
+
+
+class AllReduce(Collective):
+    """``buffer = sum of all ranks' buffer``, in place."""
+
+    def __init__(self, name: str, buffer: str, columns: int, ranks: int) -> None:
+        super().__init__(name, ranks)
+        self.buffer = buffer
+        self.columns = columns
+
+    @property
+    def accesses(self) -> tuple[Access, ...]:
+        return (Access(self.buffer), Access(self.buffer, write=True))
+
+    def cost(self, work: Work, itemsize: int) -> Cost:
+        """Wire bytes are those that a rank sends; in memory it reads what it sends and writes what it gets."""
+        elements = work.rows * self.columns
+        sent = 2.0 * (self.ranks - 1) / self.ranks * elements * itemsize
+        return Cost(flops=float((self.ranks - 1) * elements) / self.ranks, bytes=2 * sent, wire_bytes=sent)
+
+    def reference(self, context: NanoContext) -> None:
+        sum_in_rank_order(self.communicator(context), context.rows(self.buffer))
+
+    def nccl(self, context: NanoContext) -> None:
+        self.communicator(context).all_reduce(context.rows(self.buffer))
+
+
+class AllGather(Collective):
+    """``target[:, r * C : (r + 1) * C] = rank r's source``, cut after the target's columns.
+
+    `gathered` is where the shares arrive, one rank's after the other: a value of N * C columns that nothing else uses.
+    """
+
+    def __init__(
+        self, name: str, source: str, gathered: str, target: str, share: int, columns: int, ranks: int
+    ) -> None:
+        """`share` columns of a rank's source (C), `columns` of the target: at most N * C."""
+        super().__init__(name, ranks)
+        self.source = source
+        self.gathered = gathered
+        self.target = target
+        self.share = share
+        self.columns = columns
+
+    @property
+    def accesses(self) -> tuple[Access, ...]:
+        return (Access(self.source), Access(self.gathered, write=True), Access(self.target, write=True))
+
+    def cost(self, work: Work, itemsize: int) -> Cost:
+        """Wire bytes are those that a rank sends; the shares are written when they arrive, and copied side by side."""
+        share = float(work.rows * self.share * itemsize)
+        sent = (self.ranks - 1) * share
+        return Cost(bytes=2 * sent + 2 * self.ranks * share, wire_bytes=sent)
+
+    def reference(self, context: NanoContext) -> None:
+        source_SC, target_SV = context.rows(self.source), context.rows(self.target)
+        rows = source_SC.shape[0]
+        flat = context.buffers[self.gathered].view(-1)[: self.ranks * rows * self.share]
+        gathered_NSC = flat.view(self.ranks, rows, self.share)
+        self.communicator(context).all_gather(source_SC, gathered_NSC)
+        for rank in range(self.ranks):
+            begin, end = rank * self.share, min((rank + 1) * self.share, self.columns)
+            if begin < end:
+                target_SV[:, begin:end] = gathered_NSC[rank, :, : end - begin]
+
+    def nccl(self, context: NanoContext) -> None:
+        self.reference(context)
+
+
+def sum_in_rank_order(communicator: Communicator, tensor: torch.Tensor) -> None:
+    """Put the sum of all ranks' `tensor` (contiguous) in its place: rank 0's plus rank 1's and so on, in float32 or
+    wider, rounded once at the end."""
+    parts = tensor.new_empty(communicator.size, *tensor.shape)
+    communicator.all_gather(tensor, parts)
+    total = parts[0].to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    for part in parts[1:]:
+        total += part
+    tensor.copy_(total)

@@ -29,16 +29,21 @@ from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost, Work
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
 from nanoflow.pipeline.executor import Executor
-from nanoflow.recording import IterationRecord
+from nanoflow.pipeline.program import Program
+from nanoflow.recording import IterationRecord, Recorder
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Iteration, Scheduler
 from nanoflow.search.cost_model import work_of
 from nanoflow.sequence import Sequence
 from nanoflow.tokenizer import TextStream, Tokenizer
+from nanoflow.waiting import BLOCK
 
 __all__ = ["Engine", "EngineStats"]
 
 Tokens = ListLike[int] | NDArray[np.int32]
+
+LEAST_WAITING = 1024
+"""Sequences that an engine's queue is filled up to, at least: pacing predicts from the first 512."""
 
 
 @dataclass
@@ -166,6 +171,38 @@ class Engine:
             sequence = Sequence(self._submitted, token_ids, params, seed, parent=progress, constraint=constraint)
             self.scheduler.add(sequence)
             self._submitted += 1
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """What the executor runs, in the order of preference."""
+        return self.executor.programs
+
+    @property
+    def preemptions(self) -> int:
+        """Preemptions so far."""
+        return self.scheduler.preemptions
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The limits in force, for reports."""
+        return self.scheduler.sizes
+
+    @property
+    def most_waiting(self) -> int:
+        """Sequences that its queue should be filled up to."""
+        scheduler = self.scheduler
+        # Two generations of running sequences: pacing then sees as far as it predicts. An order by length means most
+        # if all that it may reorder is there.
+        return BLOCK if scheduler.longest_first else max(LEAST_WAITING, 2 * scheduler.max_running)
+
+    @property
+    def kv_capacity(self) -> int:
+        """KV pages that can be in use."""
+        return self.scheduler.kv.usable_pages
+
+    def record_to(self, recorder: Recorder) -> None:
+        """Tell `recorder` of every iteration."""
+        self.observers.append(recorder.observe)
 
     @property
     def unfinished(self) -> int:

@@ -9,21 +9,37 @@ with Monitoring(config) as monitoring:         # opens the port, before anything
 """
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import nanoflow
 from nanoflow.config_schema import RunConfig
-from nanoflow.engine import Engine
 from nanoflow.loading import Model, device_name
 from nanoflow.power import Energy, EnergyMeter
-from nanoflow.recording import Recorder
+from nanoflow.recording import IterationRecord, Recorder
 from nanoflow.series import SeriesWriter
 
 if TYPE_CHECKING:
     from nanoflow.metrics import MetricsServer, RunMetrics
 
 __all__ = ["Monitoring"]
+
+
+class Watched(Protocol):
+    """An engine, or several that are one to the run."""
+
+    @property
+    def observers(self) -> list[Callable[[IterationRecord], None]]: ...
+
+    @property
+    def kv_capacity(self) -> int:
+        """KV pages that can be in use."""
+        ...
+
+    def record_to(self, recorder: Recorder) -> None:
+        """Tell `recorder` of every iteration."""
+        ...
 
 
 class Monitoring:
@@ -53,20 +69,20 @@ class Monitoring:
         """Where the endpoint is; None if none was asked for."""
         return self._server.url if self._server is not None else None
 
-    def watch(self, model: Model, engine: Engine, recorder: Recorder, *, fresh: bool = False) -> None:
+    def watch(self, model: Model, engine: Watched, recorder: Recorder, *, fresh: bool = False) -> None:
         """Watch the engine's iterations and what the recorder is told.
 
         Args:
-            recorder: becomes an observer of the engine.
+            recorder: is told of the engine's iterations.
             fresh: replace an earlier run's time series; otherwise its lines stay, and this run's follow them.
         """
         self._meter = EnergyMeter(model.device)
-        engine.observers.append(recorder.observe)
+        engine.record_to(recorder)
         self._series = SeriesWriter(
             self._config.output.series_path,
             recorder,
             width=self._config.report.series_seconds,
-            kv_capacity=engine.scheduler.kv.usable_pages,
+            kv_capacity=engine.kv_capacity,
             meter=self._meter,
             fresh=fresh,
         )

@@ -6,7 +6,7 @@ and of every error record. `nanoflow.report.make_report` reads the totals when t
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nanoflow.outputs import RequestOutput
 from nanoflow.timeline import Amounts, Timeline, amounts
 
-__all__ = ["IterationRecord", "LogHistogram", "Recorder", "RequestNumbers"]
+__all__ = ["Course", "IterationRecord", "LogHistogram", "Recorder", "RequestNumbers"]
 
 Floats = NDArray[np.float64]
 
@@ -139,10 +139,51 @@ class _Column:
         return self._values[: self._count]
 
 
+class Course:
+    """Makes of one engine's iterations stretches of time that follow each other without a gap."""
+
+    def __init__(self, last: float = 0.0) -> None:
+        self.last = last
+        """The end of the newest stretch, in seconds since the run's start."""
+        self._state = (0, 0, 0)
+
+    def stretches(self, end: float, record: IterationRecord) -> Iterator[tuple[float, float, Amounts]]:
+        """(start, end, amounts) of the iteration seen at `end`, and of the pause before it if there was one."""
+        now = max(end, self.last)
+        began = min(max(self.last, now - record.seconds), now)
+        if began - self.last > IDLE_SECONDS:
+            running, waiting, kv_pages = self._state
+            idle = began - self.last
+            states = (running * idle, waiting * idle, kv_pages * idle)
+            yield self.last, began, np.array((idle, *(0,) * 10, *states))
+        else:
+            began = self.last
+        length = now - began
+        values = (
+            length,
+            min(record.seconds, length),
+            1,
+            record.decode_rows,
+            record.prefill_rows,
+            record.padding_rows,
+            record.output_tokens,
+            record.preemptions,
+            0,
+            0,
+            0,
+            record.running * length,
+            record.waiting * length,
+            record.kv_pages * length,
+        )
+        self.last = now
+        self._state = (record.running, record.waiting, record.kv_pages)
+        yield began, now, np.array(values)
+
+
 class Recorder:
     """Numbers of finished requests and of iterations.
 
-    Not thread-safe. `follow` the engine to record iterations; what is done between them needs no call.
+    Not thread-safe. `observe` is for the observers of an engine; what is done between iterations needs no call.
 
     Args:
         started: the run's start by `time.perf_counter`; now if left out.
@@ -170,61 +211,47 @@ class Recorder:
             "first_token": _Column(np.float64),
             "duration": _Column(np.float64),
         }
-        self._last = 0.0  # the end of what the timeline holds, seconds since the start
-        self._state = (0, 0, 0)
+        self._course = Course()
 
     @property
     def completed(self) -> int:
         """Requests finished so far."""
         return len(self._columns["duration"].values)
 
+    @property
+    def last(self) -> float:
+        """The end of what the timeline holds, seconds since the start."""
+        return self._course.last
+
+    def account(self, end: float, values: Amounts) -> None:
+        """Record what was done from `last` to `end`, of whoever did it: `note` does not go with it."""
+        self._spread(self.last, end, values)
+        self._course.last = end
+
     def add(self, output: RequestOutput) -> None:
         """Record a finished request; keeps numbers, not the output."""
         numbers = RequestNumbers.of(output)
         for name, column in self._columns.items():
             column.append(getattr(numbers, name))
-        self._spread(self._last, self._last, amounts(completed=1))
+        self._spread(self.last, self.last, amounts(completed=1))
         for sink in self.request_sinks:
             sink(numbers)
 
     def error(self) -> None:
         """Count an error record."""
         self.errors += 1
-        self._spread(self._last, self._last, amounts(errors=1))
+        self._spread(self.last, self.last, amounts(errors=1))
         for sink in self.error_sinks:
             sink()
 
     def observe(self, record: IterationRecord) -> None:
         """Record an iteration; an observer of the engine."""
-        now = max(record.time - self.started, self._last)
-        began = min(max(self._last, now - record.seconds), now)
-        if began - self._last > IDLE_SECONDS:
-            running, waiting, kv_pages = self._state
-            idle = began - self._last
-            states = (running * idle, waiting * idle, kv_pages * idle)
-            self._spread(self._last, began, np.array((idle, *(0,) * 10, *states)))
-        else:
-            began = self._last
-        length = now - began
-        values = (
-            length,
-            min(record.seconds, length),
-            1,
-            record.decode_rows,
-            record.prefill_rows,
-            record.padding_rows,
-            record.output_tokens,
-            record.preemptions,
-            0,
-            0,
-            0,
-            record.running * length,
-            record.waiting * length,
-            record.kv_pages * length,
-        )
-        self._spread(began, now, np.array(values))
-        self._last = now
-        self._state = (record.running, record.waiting, record.kv_pages)
+        for start, end, values in self._course.stretches(record.time - self.started, record):
+            self._spread(start, end, values)
+        self.note(record)
+
+    def note(self, record: IterationRecord) -> None:
+        """Record what an iteration tells beside its course over time: its length, and the gaps between tokens."""
         for gap, tokens in record.token_gaps.items():
             self.token_gaps.add(gap, tokens)
         self.iteration_seconds.add(record.seconds)

@@ -5,24 +5,25 @@ computes; a request is submitted no earlier than it arrives; a finished one is w
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nanoflow.batch_file import ErrorRecord, ParsedRequest
 from nanoflow.batch_output import error_line, response_line
-from nanoflow.engine import Engine
 from nanoflow.errors import InputError
 from nanoflow.feed import Feed, Prompt
 from nanoflow.interrupt import Interrupts
 from nanoflow.outputs import RequestOutput
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
-from nanoflow.waiting import BLOCK
+from nanoflow.sampling_params import SamplingParams
+from nanoflow.tokenizer import Tokenizer
 
-__all__ = ["Serving"]
+__all__ = ["MOST_WAITING_TOKENS", "Runner", "Serving"]
 
-LEAST_WAITING = 1024
-"""Sequences that the engine's queue is filled up to, at least: pacing predicts from the first 512."""
 MOST_WAITING_TOKENS = 2**26
 """Prompt tokens that it is filled up to, at most: 256 MiB."""
 MOST_SUBMITTED = 128
@@ -39,6 +40,60 @@ class RecordWriter(Protocol):
         ...
 
 
+class Admission(Protocol):
+    """What decides which request is begun next: an engine's scheduler."""
+
+    admitting: bool
+    """Whether waiting requests are begun."""
+    expects_more: bool
+    """Whether more requests will come."""
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait."""
+        ...
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of them."""
+        ...
+
+
+class Runner(Protocol):
+    """What runs requests: an engine, or several behind one queue."""
+
+    @property
+    def scheduler(self) -> Admission: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def most_waiting(self) -> int:
+        """Sequences that its queue is filled up to."""
+        ...
+
+    @property
+    def unfinished(self) -> int:
+        """Of what was submitted, what is not finished."""
+        ...
+
+    @property
+    def active(self) -> bool:
+        """Whether anything runs: waiting requests do not count."""
+        ...
+
+    def submit(
+        self, prompt_token_ids: NDArray[np.int32], params: SamplingParams, *, key: Any, place: int, arrived: float
+    ) -> None:
+        """Queue a request, as `Engine.submit`. Raises InputError."""
+        ...
+
+    def step(self) -> Sequence[RequestOutput]:
+        """Go on for a moment, and return the requests that have ended in it."""
+        ...
+
+
 class Serving:
     """Runs what a feed gives through an engine.
 
@@ -49,7 +104,7 @@ class Serving:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Runner,
         feed: Feed,
         writer: RecordWriter,
         recorder: Recorder,
@@ -65,10 +120,6 @@ class Serving:
         self._model = model
         self._resumed = resumed
         self._start: float | None = None  # when arrival 0 is, by time.perf_counter; known with the first request
-        # Two generations of running sequences: pacing then sees as far as it predicts. An order by length means most
-        # if all that it may reorder is there.
-        scheduler = engine.scheduler
-        self._most_waiting = BLOCK if scheduler.longest_first else max(LEAST_WAITING, 2 * scheduler.max_running)
         self._filling = True
 
     @property
@@ -126,7 +177,7 @@ class Serving:
     def _filled(self) -> float:
         """How far the engine's queue is filled: 1 if nothing more goes into it."""
         scheduler = self._engine.scheduler
-        return max(scheduler.waiting / self._most_waiting, scheduler.waiting_tokens / MOST_WAITING_TOKENS)
+        return max(scheduler.waiting / self._engine.most_waiting, scheduler.waiting_tokens / MOST_WAITING_TOKENS)
 
     def _arrival(self, request: ParsedRequest, now: float) -> float:
         """When a request arrives, by `time.perf_counter`; what names no time is there from the start."""

@@ -258,7 +258,7 @@ def test_a_narrow_feed_gives_the_same_records(
     job.lines([*LINES, *lines])
     job.config["engine"] = {"device": "cpu", "max_running": 2, "page_size": 8}
     monkeypatch.setattr("nanoflow.feed.MOST_ITEMS", 4)
-    monkeypatch.setattr("nanoflow.serving.LEAST_WAITING", 4)
+    monkeypatch.setattr("nanoflow.engine.LEAST_WAITING", 4)
     most = 0
 
     class Watched(Scheduler):

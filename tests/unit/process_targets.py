@@ -36,3 +36,16 @@ def with_child(link: Line, what: str) -> None:
     child = start("tests.unit.process_targets:tell_pid_and", what, name="grandchild")
     link.send(child.link.recv())
     link.recv()
+
+
+def sums_of_batches(link: Line) -> None:
+    """Take batches and answer each with a sum."""
+    from multiprocessing.reduction import recv_handle
+
+    from nanoflow.parallel.batches import BatchReader
+
+    reader = BatchReader(recv_handle(link), 0, link, readers=1)
+    while True:
+        batch = reader.take()
+        assert batch is not None
+        link.send(int(batch.kv_index.astype(object).sum()))

@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
-from nanoflow.checkpoints.base import Checkpoint
+from nanoflow.checkpoints.base import Checkpoint, Region
 from nanoflow.devices import memory_shortage
 from nanoflow.errors import CheckpointError
 from nanoflow.memory import free_bytes
 from nanoflow.ops.graph import Graph
-from nanoflow.ops.operation import Operation, Weight
+from nanoflow.ops.operation import Operation, TensorSlice, Weight
 
 __all__ = ["ModelWeights", "load_weights", "required_bytes"]
 
@@ -92,10 +92,10 @@ def load_weights(
     weights = ModelWeights([{} for _ in range(graph.layers)], {})
     memory = _Memory(dtype, device)
     # Tensors that packing left as they are can serve again under another operation (tied embeddings).
-    unpacked: dict[tuple[str, ...], torch.Tensor] = {}
+    unpacked: dict[tuple[tuple[str, ...], TensorSlice | None], torch.Tensor] = {}
     total, done = sum(prod(item.weight.shape) for item in items) * dtype.itemsize, 0
     for item in items:
-        tensor = unpacked.get(item.parts)
+        tensor = unpacked.get((item.parts, item.weight.slice))
         if tensor is None:
             tensor = memory.allocate(item)
             if mode == "load":
@@ -105,7 +105,7 @@ def load_weights(
                 _randomise(item, tensor, seed)
         packed = memory.keep(item, tensor, item.op.pack(item.weight.name, tensor))
         if packed is tensor and item.layer is None:
-            unpacked[item.parts] = tensor
+            unpacked[item.parts, item.weight.slice] = tensor
         del tensor
         place = weights.outer if item.layer is None else weights.layers[item.layer]
         place.setdefault(item.op.name, {})[item.weight.name] = packed
@@ -170,13 +170,13 @@ def _present(item: _Item, checkpoint: Checkpoint) -> bool:
     if item.weight.optional and len(missing) == len(item.parts):
         return False
     if missing:
-        which = f" of shape {list(item.weight.shape)}" if len(item.parts) == 1 else ""
+        which = f" of shape {list(item.weight.whole)}" if len(item.parts) == 1 else ""
         raise CheckpointError(
             f"{checkpoint.path}: tensor {missing[0]!r}{which} is missing. Use a complete checkpoint, whose weights "
             "belong to its configuration."
         )
     shapes = [checkpoint.tensors[part] for part in item.parts]
-    expected = item.weight.shape
+    expected = item.weight.whole
     if len(shapes) == 1 and shapes[0] != expected:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {item.parts[0]!r} has shape {list(shapes[0])}, the configuration asks for "
@@ -199,21 +199,59 @@ def _present(item: _Item, checkpoint: Checkpoint) -> bool:
 
 
 def _read(item: _Item, checkpoint: Checkpoint, tensor: torch.Tensor) -> None:
+    """Fill `tensor` with the parts one below the other, or with its slice of them, the only bytes then read."""
+    taken = item.weight.slice
+    if taken is not None and taken.dim == 0:
+        _read_rows(item, checkpoint, tensor, taken)
+        return
+    region = None if taken is None else Region(taken.dim, *_only_range(taken))
     start = 0
     for part in item.parts:
         rows = checkpoint.tensors[part][0]
-        checkpoint.read(part, tensor[start : start + rows])
+        checkpoint.read(part, tensor[start : start + rows], region)
         start += rows
 
 
+def _read_rows(item: _Item, checkpoint: Checkpoint, tensor: torch.Tensor, taken: TensorSlice) -> None:
+    filled = 0
+    for begin, end in taken.ranges:
+        start = 0
+        for part in item.parts:
+            rows = checkpoint.tensors[part][0]
+            first, last = max(begin - start, 0), min(end - start, rows)
+            if first < last:
+                checkpoint.read(part, tensor[filled : filled + last - first], Region(0, first, last))
+                filled += last - first
+            start += rows
+    tensor[filled:].zero_()
+
+
+def _only_range(taken: TensorSlice) -> tuple[int, int]:
+    """Of columns one stretch is taken: several would lie scattered in every row."""
+    (found,) = taken.ranges
+    return found
+
+
 def _randomise(item: _Item, tensor: torch.Tensor, seed: int) -> None:
-    """Fill with numbers that follow from the seed and the weight's own name, so that the order does not matter."""
+    """Fill with numbers that follow from the seed and the weight's own name, so that the order does not matter.
+
+    A slice is taken from the whole, which is made first: the ranks together have the numbers of a single one.
+    """
     if tensor.dim() == 1 and item.parts[0].endswith("norm.weight"):
         tensor.fill_(1.0)
         return
     digest = hashlib.sha256(f"{seed}:{','.join(item.parts)}".encode()).digest()
     generator = torch.Generator(device=tensor.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    tensor.normal_(0.0, _STD, generator=generator)
+    taken = item.weight.slice
+    if taken is None:
+        tensor.normal_(0.0, _STD, generator=generator)
+        return
+    whole = tensor.new_empty(taken.shape).normal_(0.0, _STD, generator=generator)
+    tensor.zero_()
+    filled = 0
+    for begin, end in taken.ranges:
+        tensor.narrow(taken.dim, filled, end - begin).copy_(whole.narrow(taken.dim, begin, end - begin))
+        filled += end - begin
 
 
 def _check_memory(graph: Graph, dtype: torch.dtype, device: torch.device) -> None:

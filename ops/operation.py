@@ -22,11 +22,11 @@ __all__ = [
     "SCRATCH",
     "Access",
     "Cost",
-    "Cut",
     "NanoContext",
     "Operation",
     "Resource",
     "RowClass",
+    "TensorSlice",
     "Weight",
     "Work",
     "device_sms",
@@ -60,7 +60,7 @@ class Access:
 
 
 @dataclass(frozen=True)
-class Cut:
+class TensorSlice:
     """What one rank holds of a tensor of `shape`: `ranges` (begin, end) of dimension `dim`, one behind the other."""
 
     shape: tuple[int, ...]
@@ -79,14 +79,14 @@ class Weight:
     parts: tuple[str, ...]
     shape: tuple[int, ...]
     optional: bool = False
-    cut: Cut | None = None
+    slice: TensorSlice | None = None
     """With tensor parallelism, what `shape` has of the concatenated tensor; what the ranges leave of `shape`, at the
     end of the dimension, is zero. None: all of it."""
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """Shape of the concatenated tensor that it is, or is cut from."""
-        return self.shape if self.cut is None else self.cut.shape
+        """Shape of the concatenated tensor that it is, or is a slice of."""
+        return self.shape if self.slice is None else self.slice.shape
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from nanoflow.ops.elementwise import Add, SiluMul
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.norm import AddNorm, Norm, QKNorm
-from nanoflow.ops.operation import Cut, Operation, Weight
+from nanoflow.ops.operation import Operation, TensorSlice, Weight
 from nanoflow.ops.rope import Append, Rope, RopeAppend
 
 __all__ = ["ShardError", "shard_graph"]
@@ -138,7 +138,7 @@ class _Sharding:
         ranges = self.head_ranges(op) if op.target in self.qkv else self.even_ranges(op, blocks)
         outputs = tuple(end - begin for begin, end in ranges)
         self.columns[op.target] = sum(outputs)
-        weights = tuple(_cut(weight, 0, ranges, sum(outputs)) for weight in op.weights)
+        weights = tuple(_sliced(weight, 0, ranges, sum(outputs)) for weight in op.weights)
         return _changed(op, outputs=outputs, _weights=weights)
 
     def head_ranges(self, op: Linear) -> tuple[Range, ...]:
@@ -167,8 +167,8 @@ class _Sharding:
         share = self.divided(op, op.inputs, "input columns")
         if self.columns.get(op.source) != share:
             raise ValueError(f"{op.name} is split by rows, and {op.source} is not split into its inputs")
-        cut = (self.rank * share, (self.rank + 1) * share)
-        weights = [_cut(weight, 1, (cut,), share) for weight in op.weights if len(weight.shape) == 2]
+        columns = (self.rank * share, (self.rank + 1) * share)
+        weights = [_sliced(weight, 1, (columns,), share) for weight in op.weights if len(weight.shape) == 2]
         if self.rank == 0:
             weights += [weight for weight in op.weights if len(weight.shape) == 1]
         linear = _changed(op, inputs=share, _weights=tuple(weights))
@@ -178,10 +178,10 @@ class _Sharding:
         """The head over the rank's vocabulary, and the logits of all ranks side by side."""
         columns = sum(op.outputs)
         share = -(-columns // self.size)
-        cut = (min(self.rank * share, columns), min((self.rank + 1) * share, columns))
+        rows = (min(self.rank * share, columns), min((self.rank + 1) * share, columns))
         source, gathered = f"{op.target}_share", f"{op.target}_gathered"
         self.columns |= {source: share, gathered: self.size * share}
-        weights = tuple(_cut(weight, 0, (cut,), share) for weight in op.weights)
+        weights = tuple(_sliced(weight, 0, (rows,), share) for weight in op.weights)
         linear = _changed(op, target=source, outputs=(share,), _weights=weights)
         name = f"{op.name}_all_gather"
         return [linear, AllGather(name, source, gathered, op.target, share, columns, self.size)]
@@ -209,10 +209,10 @@ def _halves(op: Linear) -> tuple[int, int]:
     return columns // 2, columns // 2
 
 
-def _cut(weight: Weight, dim: int, ranges: tuple[Range, ...], length: int) -> Weight:
+def _sliced(weight: Weight, dim: int, ranges: tuple[Range, ...], length: int) -> Weight:
     """`weight` with `ranges` of its dimension `dim` alone, `length` in all."""
     shape = (*weight.shape[:dim], length, *weight.shape[dim + 1 :])
-    return replace(weight, shape=shape, cut=Cut(weight.shape, dim, ranges))
+    return replace(weight, shape=shape, slice=TensorSlice(weight.shape, dim, ranges))
 
 
 def _changed(op: Op, **attributes: object) -> Op:

@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import torch
 from nanoflow.errors import CheckpointError
 from nanoflow.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "FileReader", "check_shape"]
+__all__ = ["Checkpoint", "FileReader", "Region", "check_shape"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Entries `begin` to `end` - 1 of dimension `dim` (0 or 1) of a tensor, and all of the other dimension."""
+
+    dim: int
+    begin: int
+    end: int
 
 
 class Checkpoint(ABC):
@@ -29,11 +39,12 @@ class Checkpoint(ABC):
     """Tokens that end a completion."""
 
     @abstractmethod
-    def read(self, name: str, out: torch.Tensor) -> None:
+    def read(self, name: str, out: torch.Tensor, region: Region | None = None) -> None:
         """Fill the contiguous tensor `out` with tensor `name`, converted to the dtype and the device of `out`.
 
-        The file is read in pieces of a few MiB, so that memory in use stays near that of `out`. Raises CheckpointError
-        if the tensor is missing, has another shape, or cannot be read.
+        With `region` only that is read, and `out` has its shape. The file is read in pieces of a few MiB, so that
+        memory in use stays near that of `out`. Raises CheckpointError if the tensor is missing, has another shape, or
+        cannot be read.
         """
 
     @abstractmethod
@@ -41,14 +52,20 @@ class Checkpoint(ABC):
         """The tokenizer, or None if the checkpoint has none."""
 
 
-def check_shape(checkpoint: Checkpoint, name: str, out: torch.Tensor) -> None:
-    """Raise CheckpointError unless the checkpoint has tensor `name` in the shape of `out`."""
+def check_shape(checkpoint: Checkpoint, name: str, out: torch.Tensor, region: Region | None = None) -> None:
+    """Raise CheckpointError unless the checkpoint has tensor `name`, or `region` of it, in the shape of `out`."""
     if name not in checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is missing. Use a complete checkpoint.")
-    if checkpoint.tensors[name] != tuple(out.shape):
+    shape = checkpoint.tensors[name]
+    has = list(shape)
+    if region is not None:
+        inside = region.dim < len(shape) and 0 <= region.begin <= region.end <= shape[region.dim]
+        has = [region.end - region.begin if dim == region.dim else n for dim, n in enumerate(shape)] if inside else []
+    if has != list(out.shape):
+        part = "" if region is None else f" for its {region.begin} to {region.end} of dimension {region.dim}"
         raise CheckpointError(
-            f"{checkpoint.path}: tensor {name!r} has shape {list(checkpoint.tensors[name])}, expected "
-            f"{list(out.shape)}. The weights do not belong to this configuration."
+            f"{checkpoint.path}: tensor {name!r} has shape {list(shape)}, expected "
+            f"{list(out.shape)}{part}. The weights do not belong to this configuration."
         )
     if not out.is_contiguous():
         raise ValueError(f"the destination of {name!r} must be contiguous")

@@ -1,13 +1,14 @@
 """A GGUF file as a checkpoint: its metadata and tensor names in Hugging Face terms, its row order undone."""
 
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanoflow.checkpoints.base import Checkpoint, check_shape
+from nanoflow.checkpoints.base import Checkpoint, Region, check_shape
 from nanoflow.checkpoints.gguf_file import GgufFile
 from nanoflow.checkpoints.gguf_tokenizer import build_tokenizer
 from nanoflow.errors import CheckpointError
@@ -58,19 +59,21 @@ class GgufCheckpoint(Checkpoint):
         self.eos_token_ids = self._eos()
         self.config = self._config()
 
-    def read(self, name: str, out: torch.Tensor) -> None:
-        check_shape(self, name, out)
+    def read(self, name: str, out: torch.Tensor, region: Region | None = None) -> None:
+        check_shape(self, name, out, region)
         source = self._names[name]
         if self._architecture == "llama" and _INTERLEAVED.fullmatch(source):
             head = int(self.config["head_dim"])
-            width = out.numel() // out.shape[0]
+            width = prod(self.tensors[name][1:])
+            if region is not None and (region.dim or region.begin % head or region.end % head):
+                raise ValueError(f"the rows of {name!r} lie in another order: only whole heads can be read, {region}")
 
             def reorder(piece: torch.Tensor) -> torch.Tensor:
                 return piece.view(-1, head // 2, 2, width).transpose(1, 2)
 
-            self._file.read(source, out, name, unit=head * width, reorder=reorder)
+            self._file.read(source, out, name, unit=head * width, reorder=reorder, region=region)
         else:
-            self._file.read(source, out, name)
+            self._file.read(source, out, name, region=region)
 
     def tokenizer(self) -> Tokenizer | None:
         return build_tokenizer(self._file.path, self._metadata, self.eos_token_ids)

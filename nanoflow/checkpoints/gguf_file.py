@@ -20,7 +20,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from nanoflow.checkpoints.base import FileReader
+from nanoflow.checkpoints.base import FileReader, Region
 from nanoflow.errors import CheckpointError
 
 __all__ = ["GgufFile"]
@@ -45,6 +45,8 @@ _NUMPY: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F64: np.dtype("<f8"),
     GGMLQuantizationType.F32: np.dtype("<f4"),
 }
+
+_Dequantise = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -153,16 +155,21 @@ class GgufFile:
         tensor: str | None = None,
         unit: int = 1,
         reorder: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        region: Region | None = None,
     ) -> None:
-        """Fill `out` (contiguous, as many elements as the tensor) piece by piece.
+        """Fill `out` (contiguous, as many elements as the tensor, or as `region` of it) piece by piece.
 
         `tensor` is the name for messages. `reorder`, if given, maps pieces of a multiple of `unit` elements to as many
-        elements in the order wanted.
+        elements in the order wanted. Of columns, the blocks that they lie in are read and dequantised.
         """
         entry = self._entries[name]
         tensor = tensor or name
         dequantise = self._dequantiser(entry.type, tensor)
         block, size = gguf.GGML_QUANT_SIZES[entry.type]
+        if region is not None and region.dim == 1:
+            self._read_columns(entry, out, tensor, dequantise, region)
+            return
+        first = 0 if region is None else region.begin * prod(entry.shape[1:]) // block * size
         step = int(np.lcm(block, unit))
         step *= max(1, _PIECE // step)
         flat = out.view(-1)
@@ -170,11 +177,29 @@ class GgufFile:
         for start in range(0, flat.numel(), step):
             count = min(step, flat.numel() - start)
             raw = memoryview(buffer)[: count // block * size]
-            self._file.read_into(raw, entry.start + start // block * size, tensor)
+            self._file.read_into(raw, entry.start + first + start // block * size, tensor)
             piece = torch.from_numpy(dequantise(np.frombuffer(raw, dtype=np.uint8)))
             flat[start : start + count].copy_(piece if reorder is None else reorder(piece).reshape(-1))
 
-    def _dequantiser(self, kind: GGMLQuantizationType, tensor: str) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
+    def _read_columns(
+        self, entry: _Entry, out: torch.Tensor, tensor: str, dequantise: _Dequantise, region: Region
+    ) -> None:
+        block, size = gguf.GGML_QUANT_SIZES[entry.type]
+        first, last = region.begin // block, -(-region.end // block)
+        row, stride = (last - first) * size, entry.shape[1] // block * size
+        rows = max(1, _PIECE // ((last - first) * block))
+        buffer = bytearray(min(rows, out.shape[0]) * row)
+        for start in range(0, out.shape[0], rows):
+            count = min(rows, out.shape[0] - start)
+            raw = memoryview(buffer)[: count * row]
+            for n in range(count):
+                place = entry.start + (start + n) * stride + first * size
+                self._file.read_into(raw[n * row : (n + 1) * row], place, tensor)
+            piece = torch.from_numpy(dequantise(np.frombuffer(raw, dtype=np.uint8))).view(count, -1)
+            skipped = region.begin - first * block
+            out[start : start + count].copy_(piece[:, skipped : skipped + out.shape[1]])
+
+    def _dequantiser(self, kind: GGMLQuantizationType, tensor: str) -> _Dequantise:
         if kind in _NUMPY:
             return lambda raw: raw.view(_NUMPY[kind])
         if kind is GGMLQuantizationType.F16:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nanoflow.checkpoints.base import Checkpoint, check_shape
+from nanoflow.checkpoints.base import Checkpoint, Region, check_shape
 from nanoflow.checkpoints.safetensors_file import SafetensorsFile
 from nanoflow.errors import CheckpointError
 from nanoflow.tokenizer import Tokenizer
@@ -45,9 +45,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._special_tokens = self._find_special_tokens()
         self.eos_token_ids = self._find_eos()
 
-    def read(self, name: str, out: torch.Tensor) -> None:
-        check_shape(self, name, out)
-        self._files[name].read(name, out)
+    def read(self, name: str, out: torch.Tensor, region: Region | None = None) -> None:
+        check_shape(self, name, out, region)
+        self._files[name].read(name, out, region)
 
     def tokenizer(self) -> Tokenizer | None:
         path = self._folder / "tokenizer.json"

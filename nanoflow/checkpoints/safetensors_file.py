@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanoflow.checkpoints.base import FileReader
+from nanoflow.checkpoints.base import FileReader, Region
 from nanoflow.errors import CheckpointError
 
 __all__ = ["SafetensorsFile"]
@@ -89,8 +89,11 @@ class SafetensorsFile:
     def _corrupt(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}. Fetch the file again.")
 
-    def read(self, name: str, out: torch.Tensor) -> None:
-        """Fill `out` (contiguous, of the tensor's shape) piece by piece."""
+    def read(self, name: str, out: torch.Tensor, region: Region | None = None) -> None:
+        """Fill `out` (contiguous, of the tensor's shape, or of that of `region`) piece by piece; nothing else is read.
+
+        A region of columns is read row by row: the bytes between them are another rank's.
+        """
         entry = self._entries[name]
         if entry.dtype not in _FLOATS:
             raise CheckpointError(
@@ -98,12 +101,27 @@ class SafetensorsFile:
                 "Use an unquantised checkpoint, or a GGUF file."
             )
         dtype = _FLOATS[entry.dtype]
+        if not out.numel():
+            return
+        whole_row = prod(entry.shape[1:])
         flat = out.view(-1)
         step = _PIECE // dtype.itemsize
+        # A row is here what lies in one stretch in the file, and `stride` how far the next one is: all is one row,
+        # unless columns are wanted.
+        first, row, stride = 0, out.numel(), out.numel()
+        if region is not None and region.dim == 0:
+            first = region.begin * whole_row
+        elif region is not None:
+            first, row, stride = region.begin, region.end - region.begin, whole_row
+            step = max(1, step // row) * row
         # Pinned memory makes the copy to a GPU several times faster.
         piece = torch.empty(min(step, flat.numel()), dtype=dtype, pin_memory=out.is_cuda)
+        buffer = memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
         for start in range(0, flat.numel(), step):
             count = min(step, flat.numel() - start)
-            buffer = memoryview(piece[:count].view(torch.uint8).numpy())  # type: ignore[arg-type]
-            self._file.read_into(buffer, entry.start + start * dtype.itemsize, name)
+            for at in range(0, count, row):
+                place = first + (start + at) // row * stride + (start + at) % row
+                length = min(row, count - at)
+                into = buffer[at * dtype.itemsize : (at + length) * dtype.itemsize]
+                self._file.read_into(into, entry.start + place * dtype.itemsize, name)
             flat[start : start + count].copy_(piece[:count])

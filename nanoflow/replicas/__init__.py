@@ -1,0 +1,9 @@
+"""Replicas: engines in processes of their own, on one machine, behind one shared queue.
+
+- `dispatch`: which replica gets which request, and what becomes of a dead one's; pure logic.
+- `messages`: what the main process and a replica tell each other.
+- `serve`: a replica's process: its engine, and the loop that feeds it from the messages.
+- `pool`: the main process's side, which stands where a run has its engine.
+- `merging`: the iterations of several replicas as one course of time.
+- `totals`: the figures of all replicas, and of each, for the report.
+"""

@@ -8,11 +8,11 @@ import json
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from rich.table import Table
 
 from nanoflow.config_schema import RunConfig
 from nanoflow.devices import device_sms
-from nanoflow.engine import Engine
+from nanoflow.engine import EngineStats
 from nanoflow.errors import OutputError
 from nanoflow.loading import Model, device_name
 from nanoflow.pipeline.plan_text import format_plan
+from nanoflow.pipeline.program import Program
 from nanoflow.power import Energy
 from nanoflow.recording import LogHistogram, Recorder
+from nanoflow.replicas.figures import ReplicaFigures
 from nanoflow.search.cost_model import Bounds, Ceilings, bounds
 from nanoflow.search.mix import shared_works
 from nanoflow.search.rates import CeilingRates
@@ -169,6 +171,8 @@ class RunReport:
     versions: dict[str, str]
     plan_share: float = 1.0
     """Share of the iterations that ran the plan; the others were sequential, too small or too large for it."""
+    replicas: list[ReplicaFigures] = field(default_factory=list)
+    """Of a run with several, what each did; all other figures are sums over them, or means."""
 
     @property
     def reached(self) -> float:
@@ -231,7 +235,7 @@ class RunReport:
         if self.energy is not None:
             each = f", {self.energy.joules_per_token:,.3f} J a token" if self.energy.joules_per_token else ""
             rows.append(("energy", f"{self.energy.joules:,.0f} J, {self.energy.mean_watts:,.0f} W on average{each}"))
-        return rows
+        return rows + [(f"replica {one.replica}", one.text()) for one in self.replicas]
 
     def _bound_line(self) -> str:
         shares = ", ".join(f"{share:.0%} of the {resource} bound" for resource, share in self.bound_reached.items())
@@ -239,17 +243,36 @@ class RunReport:
         return f"{self.bound_by}: reached {shares} (measured here: {rate})"
 
 
+class Ran(Protocol):
+    """What has run: an engine, or several that are one to the run."""
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def programs(self) -> tuple[Program, ...]: ...
+
+    @property
+    def preemptions(self) -> int: ...
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The limits in force."""
+        ...
+
+
 def make_report(
     *,
     config: RunConfig,
     model: Model,
-    engine: Engine,
+    engine: Ran,
     recorder: Recorder,
     ceilings: Ceilings,
     seconds: float,
     load_seconds: float,
     energy: Energy | None = None,
     earlier: int = 0,
+    replicas: Sequence[ReplicaFigures] = (),
 ) -> RunReport:
     """Sum up a run. Error records count as requests and add no tokens.
 
@@ -259,17 +282,20 @@ def make_report(
         load_seconds: of loading before that.
         energy: what the device used in those seconds, if it was measured.
         earlier: records that earlier executions of the run had written.
+        replicas: of a run with several.
     """
     tokens_in = int(recorder.column("prompt_tokens").sum())
     tokens_out = int(recorder.column("output_tokens").sum())
-    stats, programs = engine.stats, engine.executor.programs
+    stats, programs = engine.stats, engine.programs
     # Of several, the last is the sequential one, for what is left over.
     planned = programs[:-1] or programs
     program = max(enumerate(planned), key=lambda found: stats.program_iterations[found[0]])[1]
     if energy is not None:
         ceilings = replace(ceilings, power_limit_watts=energy.power_limit_watts)
         energy = replace(energy, joules_per_token=_rate(energy.joules, tokens_in + tokens_out))
-    reach: Bounds = bounds(stats.cost, ceilings, energy.joules if energy is not None else None)
+    # What one device sustains is measured; each replica has its own.
+    together = _times(ceilings, max(1, len(replicas)))
+    reach: Bounds = bounds(stats.cost, together, energy.joules if energy is not None else None)
     return RunReport(
         schema_version=SCHEMA_VERSION,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -295,9 +321,9 @@ def make_report(
         mean_batch_tokens=_rate(stats.rows, stats.iterations),
         largest_batch_tokens=stats.largest_batch,
         padding_share=_rate(stats.padding_rows, stats.rows + stats.padding_rows),
-        executor_busy_share=_rate(stats.busy_seconds, seconds),
+        executor_busy_share=_rate(stats.busy_seconds, seconds * max(1, len(replicas))),
         device_idle_share=idle_share(stats.busy_seconds, stats.idle_seconds),
-        preemptions=engine.scheduler.preemptions,
+        preemptions=engine.preemptions,
         bound_by=reach.bound,
         bound_seconds=dict(reach.seconds),
         bound_reached=reach.reached(seconds),
@@ -316,11 +342,17 @@ def make_report(
                 CeilingRates(ceilings, device_sms(model.device), model.dtype.itemsize),
             ).timeline
         ),
-        sizes=engine.scheduler.sizes,
+        sizes=engine.sizes,
         config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),
         plan_share=_rate(stats.planned_iterations, stats.iterations) if stats.iterations else 1.0,
+        replicas=list(replicas),
     )
+
+
+def _times(ceilings: Ceilings, devices: int) -> Ceilings:
+    """What so many devices sustain. The power limit is that of all of them already: it comes with the energy."""
+    return replace(ceilings, flops=ceilings.flops * devices, bytes_per_second=ceilings.bytes_per_second * devices)
 
 
 def idle_share(busy_seconds: float, idle_seconds: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Energy that the run's device uses, from NVML: a GPU alone; a CPU has no counter that every machine lets one read."""
+"""Energy that the run's devices use, from NVML: GPUs alone; a CPU has no counter that every machine lets one read."""
 
 import ctypes
 import time
@@ -12,48 +12,45 @@ __all__ = ["Energy", "EnergyMeter"]
 
 @dataclass(frozen=True)
 class Energy:
-    """Energy of the whole card over a run, whoever else used it."""
+    """Energy of the whole cards over a run, whoever else used them."""
 
     joules: float
     seconds: float
     """Over which it was measured."""
     mean_watts: float
     power_limit_watts: float | None
-    """What the card is held to."""
+    """What the cards are held to, all together."""
     joules_per_token: float | None = None
     """Over prompt and output tokens."""
 
 
 class EnergyMeter:
-    """Reads the energy counter of a run's device.
+    """Reads the energy counters of a run's devices.
 
-    The counter moves only every some tens of milliseconds: over a second it is right within a few per cent.
+    A counter moves only every some tens of milliseconds: over a second it is right within a few per cent.
+
+    Args:
+        device: the first.
+        count: devices, those that follow it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._nvml = _open_nvml(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, count: int = 1) -> None:
+        self._cards: list[tuple[Any, Any]] = []
+        if device.type == "cuda":
+            first = torch.cuda.current_device() if device.index is None else device.index
+            opened = [_open_nvml(index) for index in range(first, first + count)]
+            found = [card for card in opened if card is not None]
+            self._cards = found if len(found) == count else []  # part of the energy would be taken for all
         self._began = time.perf_counter()
         self._first = self.joules()
 
     def joules(self) -> float | None:
-        """Energy that the device has used since its driver was loaded; None if NVML does not tell."""
-        if self._nvml is None:
-            return None
-        library, handle = self._nvml
-        millijoules = ctypes.c_ulonglong()
-        if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)) != 0:
-            return None
-        return millijoules.value / 1e3
+        """Energy that the devices have used since their driver was loaded; None if NVML does not tell."""
+        return self._sum(ctypes.c_ulonglong, "nvmlDeviceGetTotalEnergyConsumption")
 
     def power_limit_watts(self) -> float | None:
-        """The device's power limit in force; None if NVML does not tell."""
-        if self._nvml is None:
-            return None
-        library, handle = self._nvml
-        milliwatts = ctypes.c_uint()
-        if library.nvmlDeviceGetEnforcedPowerLimit(handle, ctypes.byref(milliwatts)) != 0:
-            return None
-        return milliwatts.value / 1e3
+        """The sum of the devices' power limits in force; None if NVML does not tell."""
+        return self._sum(ctypes.c_uint, "nvmlDeviceGetEnforcedPowerLimit")
 
     def since_start(self) -> Energy | None:
         """What was used since this meter was made; None if NVML does not tell."""
@@ -63,9 +60,19 @@ class EnergyMeter:
         joules = last - self._first
         return Energy(joules, seconds, joules / seconds, self.power_limit_watts())
 
+    def _sum(self, kind: Any, function: str) -> float | None:
+        """What an NVML function tells of each device, in thousandths, summed; None unless it does of all."""
+        total = 0
+        for library, handle in self._cards:
+            thousandths = kind()
+            if getattr(library, function)(handle, ctypes.byref(thousandths)) != 0:
+                return None
+            total += thousandths.value
+        return total / 1e3 if self._cards else None
 
-def _open_nvml(device: torch.device) -> tuple[Any, Any] | None:
-    """NVML's library and its handle of `device`; None without them."""
+
+def _open_nvml(index: int) -> tuple[Any, Any] | None:
+    """NVML's library and its handle of GPU `index`; None without them."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -73,7 +80,6 @@ def _open_nvml(device: torch.device) -> tuple[Any, Any] | None:
     if library.nvmlInit_v2() != 0:
         return None
     handle = ctypes.c_void_p()
-    index = torch.cuda.current_device() if device.index is None else device.index
     # NVML numbers all cards of the host, torch only those that it may see: the UUID is what both agree on.
     uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}".encode()
     if library.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)) != 0:

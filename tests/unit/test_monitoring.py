@@ -188,6 +188,8 @@ def test_energy_comes_from_nvml(monkeypatch: pytest.MonkeyPatch, broken: str, ex
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="0-1-2"))
     meter = EnergyMeter(torch.device("cuda", 0))
     assert (meter.joules(), meter.power_limit_watts()) == expected
+    both = EnergyMeter(torch.device("cuda", 0), 2)
+    assert (both.joules(), both.power_limit_watts()) == tuple(None if one is None else 2 * one for one in expected)
     energy = meter.since_start()
     if expected[0] is None:
         assert energy is None

@@ -29,6 +29,7 @@ from nanoflow.input_files import once_only
 from nanoflow.interrupt import Interrupts
 from nanoflow.ledger import Ledger
 from nanoflow.loading import Model, open_model
+from nanoflow.parallel.group import TensorGroup, check_ranks, tensor_ranks
 from nanoflow.power import EnergyMeter
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
@@ -165,11 +166,19 @@ def bench(
     report = None
     with interrupts_of_a_bench(quiet=quiet) as interrupts:
         started = time.perf_counter()
+        check_ranks(config.engine, config.parallel)
         model = open_model(config.model, config.engine)
         total = _count(config, model, requests)
-        engine = _engine(config, model, requests, quiet)
-        load_seconds = time.perf_counter() - started
-        with Bench(model, engine, load_seconds=load_seconds, interrupts=interrupts, quiet=quiet) as running:
+        with (
+            tensor_ranks(config, model) as ranks,
+            Bench(
+                model,
+                _engine(config, model, requests, quiet, ranks),
+                load_seconds=time.perf_counter() - started,
+                interrupts=interrupts,
+                quiet=quiet,
+            ) as running,
+        ):
             interrupts.drain()
             first = ceil(warm_up * total) if isinstance(warm_up, float) else warm_up
             warmed = running.warm_up(config, min(total, first))
@@ -224,12 +233,12 @@ class _Discard:
         encode(record)
 
 
-def _engine(config: RunConfig, model: Model, requests: int | None, quiet: bool) -> Engine:
+def _engine(config: RunConfig, model: Model, requests: int | None, quiet: bool, ranks: TensorGroup | None) -> Engine:
     """The engine, its KV cache sized by the first requests as that of a run is."""
     items = islice(read_workload(config, model.graph.vocab_size, model.tokenizer), requests)
     with Feed(items, Ledger(), model.tokenizer, model.checkpoint.path) as feed:
         ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
-        return engine_for(config, model, ahead, more=not feed.ended, quiet=quiet)
+        return engine_for(config, model, ahead, more=not feed.ended, quiet=quiet, ranks=ranks)
 
 
 def _count(config: RunConfig, model: Model, requests: int | None) -> int:

@@ -5,11 +5,8 @@ Exit status: 0 all requests answered, 1 some error records, 2 the run could not 
 """
 
 import json
-import os
 import shlex
 import signal
-import sys
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +17,8 @@ from rich.console import Console
 import nanoflow
 from nanoflow.config import RunConfig, dump_config, load_config
 from nanoflow.errors import ConfigError
-from nanoflow.mistakes import EXIT_FAILED, DebugOption, mistakes_as_messages, short
+from nanoflow.mistakes import EXIT_FAILED, DebugOption, exit_at_once, mistakes_as_messages, short
+from nanoflow.parallel.torchrun import place, serve_as_rank
 from nanoflow.plan_cli import app as plan_app
 from nanoflow.profile_cli import profile
 from nanoflow.tune_cli import tune
@@ -98,6 +96,7 @@ def run(
     """Run the job that CONFIG describes, or go on with it where it was stopped."""
     endpoint = {"metrics.port": metrics_port, "metrics.host": metrics_host}
     flags = [f"{key}={json.dumps(value)}" for key, value in endpoint.items() if value is not None]
+    _serve_if_rank()
     with mistakes_as_messages(debug):
         if restart and (continue_anyway or retry_errors):
             other = "--continue-anyway" if continue_anyway else "--retry-errors"
@@ -154,6 +153,7 @@ def bench(
     debug: DebugOption = False,
 ) -> None:
     """Measure the job that CONFIG describes: a warm-up, then repetitions; no completion is written."""
+    _serve_if_rank()
     with mistakes_as_messages(debug):
         loaded = load_config(config, overrides or ())
         from nanoflow.bench import bench as measure, parse_warm_up  # loads torch
@@ -176,6 +176,14 @@ def bench(
             done = len(outcome.report.repetitions)
             typer.echo(f"stopped after {done} of {repetitions} repetitions, which are saved", err=True)
         raise typer.Exit(128 + outcome.signal)
+
+
+def _serve_if_rank() -> None:
+    """Of the processes that torchrun has started, all but the first serve that one, and end with it."""
+    with mistakes_as_messages(debug=False):
+        found = place()
+    if found is not None and found.rank > 0:
+        serve_as_rank(found.rank)
 
 
 @app.command()
@@ -240,7 +248,4 @@ def main() -> None:
         if end.code not in EXITS_AT_ONCE:
             raise
         # Threads may still compute an iteration that nobody waits for; the interpreter would wait for them.
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(int(end.code))
+        exit_at_once(int(end.code))

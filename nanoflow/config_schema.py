@@ -20,6 +20,7 @@ __all__ = [
     "MetricsSection",
     "ModelSection",
     "OutputSection",
+    "ParallelSection",
     "PipelineSection",
     "ReportSection",
     "RunConfig",
@@ -146,6 +147,19 @@ class PipelineSection(Section):
     plan: Name = Field("sequential", description="sequential, auto (from the plan store), or a plan's YAML file.")
 
 
+class ParallelSection(Section):
+    """How the run is spread over GPUs of this machine (on a CPU: over processes)."""
+
+    tensor: Count = Field(
+        1,
+        description="GPUs that share every layer, from engine.device on: each holds its part of the weights and of the "
+        "KV cache.",
+    )
+    data: Count = Field(
+        1, description="Replicas of the model, each on `tensor` GPUs of its own, behind one queue of requests."
+    )
+
+
 class OutputSection(Section):
     """Where results go."""
 
@@ -220,6 +234,9 @@ class RunConfig(Section):
     engine: EngineSection = Field(default_factory=lambda: EngineSection(), description="Sizes of the engine.")
     pipeline: PipelineSection = Field(
         default_factory=lambda: PipelineSection(), description="Nano-batches and their order."
+    )
+    parallel: ParallelSection = Field(
+        default_factory=lambda: ParallelSection(), description="GPUs that the run is spread over."
     )
     output: OutputSection = Field(default_factory=lambda: OutputSection(), description="Where results go.")
     report: ReportSection = Field(default_factory=lambda: ReportSection(), description="What is measured.")

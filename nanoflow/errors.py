@@ -11,6 +11,7 @@ __all__ = [
     "InputError",
     "OutOfMemoryError",
     "OutputError",
+    "ParallelError",
     "ParameterError",
     "UserError",
 ]
@@ -47,3 +48,7 @@ class OutOfMemoryError(UserError):
 
 class OutputError(UserError):
     """A result cannot be written."""
+
+
+class ParallelError(UserError):
+    """A process of the run has ended or hangs, and the run cannot go on without it."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,12 +18,15 @@ from nanoflow.kv_cache import KVCache
 from nanoflow.memory import format_bytes, free_bytes, kv_bytes, release
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
+from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.sharding import ShardError, shard_graph
+from nanoflow.parallel.executor import RunExecutor, TensorParallelExecutor
+from nanoflow.parallel.messages import KVNeeds, Load
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.partitions import PartitionError
-from nanoflow.pipeline.plan import PlanError
+from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.plan_choice import choose_plans
@@ -32,7 +35,20 @@ from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.weights import load_weights, required_bytes
 
-__all__ = ["Model", "build_engine", "gpu_kv_tokens", "here_kv_tokens", "open_model", "shard_model"]
+if TYPE_CHECKING:
+    from nanoflow.parallel.group import TensorGroup
+
+__all__ = [
+    "Model",
+    "build_engine",
+    "gpu_kv_tokens",
+    "here_kv_tokens",
+    "kv_layout",
+    "kv_pages",
+    "make_executor",
+    "open_model",
+    "shard_model",
+]
 
 PAGE_SIZES = {"cpu": 64, "cuda": 128}
 """Tokens of a KV page. On a CPU attention works page by page, and shorter pages cost more than they save; on an H100
@@ -96,50 +112,67 @@ def build_engine(
     job: Sequence[int] | None = None,
     more: bool = False,
     quiet: bool = False,
+    ranks: "TensorGroup | None" = None,
 ) -> Engine:
     """Load the weights and make the engine.
 
     Args:
+        model: the whole one, also where ranks share it.
         job: for each completion of the job, the tokens of its prompt with its longest output. It bounds the KV cache of
             `kv_memory: auto` on a CPU; None if the job is not known.
         more: `job` is only the beginning of the job, and one longer request may follow.
         quiet: do not say on standard error which plans `pipeline.plan: auto` found.
+        ranks: those that share the model with this process, which is rank 0; they do all of this too. None: it has the
+            model for itself.
 
     Raises:
         OutOfMemoryError: the weights, or one request's pages, do not fit.
         PlanError: the plan file cannot be used.
+        ShardError: the model cannot be split over so many ranks.
+        ParallelError: a rank was lost.
     """
-    asked = (pipeline or PipelineSection()).plan
-    chosen = choose_plans(asked, model.graph, run_fingerprint(model, engine), engine.max_batch_tokens)
+    share = model if ranks is None else shard_model(model, 0, ranks.size)
+    here = run_fingerprint(share, engine)
+    chosen = choose_plans((pipeline or PipelineSection()).plan, share.graph, here, engine.max_batch_tokens)
     if not quiet:
         for note in chosen.notes:
             print(note, file=sys.stderr, flush=True)
-    page_size = _page_size(model, engine)
-    if model.device.type == "cuda":
+    needs = _kv_needs(share, engine, job, more)
+    if share.device.type == "cuda":
         # Before minutes of loading: whether what the weights will leave holds the job's longest request.
-        left = free_bytes(model.device) - required_bytes(model.graph, model.dtype)
+        left = free_bytes(share.device) - required_bytes(share.graph, share.dtype)
         if left >= 0:  # loading refuses the rest, with a better message
-            _kv_pages(model, engine, page_size, job, more, free=left)
-    loaded = load_weights(model.graph, model.checkpoint, model.dtype, model.device, weights)
-    pages = _kv_pages(model, engine, page_size, job, more)
-    pages_per_sequence = -(-model.max_model_len // page_size)
-    layout = KVLayout(pages, page_size, pages_per_sequence)
-    programs = [compile_program(plan, model.graph) for plan in chosen.plans]
-    executor = _executor(model, engine, programs, loaded, layout)
+            kv_pages(share, engine, needs, free=left)
+    if ranks is not None:
+        ranks.load(Load(weights, needs))
+    loaded = load_weights(share.graph, share.checkpoint, share.dtype, share.device, weights)
+    pages = kv_pages(share, engine, needs)
+    layout = kv_layout(share, engine, pages if ranks is None else ranks.least(pages))
+
+    def build(plans: Sequence[Plan]) -> RunExecutor:
+        programs = [compile_program(plan, share.graph) for plan in plans]
+        if ranks is None:
+            return make_executor(share, engine, programs, loaded, layout)
+        return ranks.executor(
+            tuple(plan.dumps() for plan in plans),
+            lambda communicator: make_executor(share, engine, programs, loaded, layout, communicator),
+        )
+
+    executor = build(chosen.plans)
     if chosen.doubtful:
         from nanoflow.plan_recheck import recheck, without  # which needs this module
 
-        found = recheck(executor, chosen, run_fingerprint(model, engine), model, engine.max_running)
+        found = recheck(executor, chosen, here, share, engine.max_running)
         if not quiet:
             print(*found.notes, sep="\n", file=sys.stderr, flush=True)
         if found.lost:
-            executor.close()
+            executor.release() if isinstance(executor, TensorParallelExecutor) else executor.close()
             del executor
-            release(model.device)  # two KV caches would not fit
-            programs = [compile_program(plan, model.graph) for plan in without(chosen.plans, found.lost)]
-            executor = _executor(model, engine, programs, loaded, layout)
+            release(share.device)  # two KV caches would not fit
+            executor = build(without(chosen.plans, found.lost))
+    pages_per_sequence = -(-model.max_model_len // layout.page_size)
     scheduler = Scheduler(
-        kv=KVCache(pages, page_size, engine.max_running, pages_per_sequence),
+        kv=KVCache(layout.pages, layout.page_size, engine.max_running, pages_per_sequence),
         cut=executor.cut,
         max_batch_tokens=executor.cut.capacity,
         max_running=engine.max_running,
@@ -177,16 +210,22 @@ def run_fingerprint(model: Model, engine: EngineSection) -> Fingerprint:
     )
 
 
-def _executor(
-    model: Model, engine: EngineSection, programs: Sequence[Program], weights: Weights, kv: KVLayout
+def make_executor(
+    model: Model,
+    engine: EngineSection,
+    programs: Sequence[Program],
+    weights: Weights,
+    kv: KVLayout,
+    communicator: Communicator | None = None,
 ) -> CudaExecutor | ReferenceExecutor:
-    """What runs the programs on the model's device.
+    """What runs the programs on the model's device; `communicator` joins the ranks that share the model.
 
     Raises:
         OutOfMemoryError: there is too little left for the buffers or the CUDA graphs.
         PlanError: the device cannot be split as a plan says.
     """
     sizes: dict[str, Any] = {"slots": engine.max_running, "dtype": model.dtype, "device": model.device}
+    sizes["communicator"] = communicator
     if model.device.type != "cuda":
         return ReferenceExecutor(programs, weights, kv, **sizes)
     try:
@@ -230,8 +269,7 @@ def here_kv_tokens(model: Model, engine: EngineSection) -> int:
     """
     if model.device.type == "cuda":
         return gpu_kv_tokens(model.graph, engine, int(torch.cuda.mem_get_info(model.device)[1]), model.dtype)
-    page_size = _page_size(model, engine)
-    return (_kv_pages(model, engine, page_size, None) - 1) * page_size
+    return (kv_pages(model, engine, _kv_needs(model, engine, None)) - 1) * _page_size(model, engine)
 
 
 def _page_size(model: Model, engine: EngineSection) -> int:
@@ -243,33 +281,36 @@ def _page_bytes(graph: Graph, dtype: torch.dtype, page_size: int) -> int:
     return 2 * graph.layers * graph.kv_heads * graph.head_dim * page_size * dtype.itemsize
 
 
-def _kv_pages(
-    model: Model,
-    engine: EngineSection,
-    page_size: int,
-    job: Sequence[int] | None,
-    more: bool = False,
-    free: int | None = None,
-) -> int:
+def kv_layout(model: Model, engine: EngineSection, pages: int) -> KVLayout:
+    """A KV cache of so many pages, the reserved one included."""
+    page_size = _page_size(model, engine)
+    return KVLayout(pages, page_size, -(-model.max_model_len // page_size))
+
+
+def _kv_needs(model: Model, engine: EngineSection, job: Sequence[int] | None, more: bool = False) -> KVNeeds:
+    """What the job needs of the KV cache: `job` and `more` as `build_engine` has them."""
+    page_size = _page_size(model, engine)
+    longest = -(-model.max_model_len // page_size)
+    if job is None:
+        return KVNeeds(1, longest * (engine.max_running + more))
+    each = sorted((-(-min(tokens, model.max_model_len) // page_size) for tokens in job), reverse=True)
+    return KVNeeds(each[0] if each else 1, sum(each[: engine.max_running]) + longest * more)
+
+
+def kv_pages(model: Model, engine: EngineSection, needs: KVNeeds, free: int | None = None) -> int:
     """Pages of the KV cache, the reserved one included, by `engine.kv_memory` (see `kv_bytes`).
 
-    `free` memory of the device is measured unless given. Raises OutOfMemoryError if the longest request does not fit.
+    `free` memory of the device is measured unless given; on a CPU, ranks share it. Raises OutOfMemoryError if the
+    longest request does not fit.
     """
+    page_size = _page_size(model, engine)
     page_bytes = _page_bytes(model.graph, model.dtype, page_size)
-    if job is None:
-        each = [-(-model.max_model_len // page_size)] * engine.max_running
-        needed = 1
-    else:
-        each = sorted((-(-min(tokens, model.max_model_len) // page_size) for tokens in job), reverse=True)
-        needed = each[0] if each else 1
-    useful = sum(each[: engine.max_running])
-    if more:
-        useful += -(-model.max_model_len // page_size)
-    free = free_bytes(model.device) if free is None else free
-    size = kv_bytes(engine.kv_memory, device=model.device, job_bytes=(useful + 1) * page_bytes, free=free)
-    pages = min(size // page_bytes, useful + 1)
-    if pages < needed + 1:
-        need, room = (needed + 1) * page_bytes, (pages - 1) * page_size
+    if free is None:
+        free = free_bytes(model.device) // (model.graph.ranks if model.device.type == "cpu" else 1)
+    size = kv_bytes(engine.kv_memory, device=model.device, job_bytes=(needs.useful + 1) * page_bytes, free=free)
+    pages = min(size // page_bytes, needs.useful + 1)
+    if pages < needs.least + 1:
+        need, room = (needs.least + 1) * page_bytes, (pages - 1) * page_size
         holds = f" What is there holds {room} tokens: lower max_tokens or engine.max_model_len to that;"
         half = " use model.dtype: bfloat16, which halves what is needed;" if model.dtype.itemsize > 2 else ""
         raise OutOfMemoryError(

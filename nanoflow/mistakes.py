@@ -1,19 +1,20 @@
 """How a command ends on an error: one message for what the user can mend, a traceback for a bug."""
 
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from nanoflow.errors import UserError
+from nanoflow.errors import ParallelError, UserError
 from nanoflow.interrupt import Interrupted
 
-__all__ = ["EXIT_FAILED", "DebugOption", "is_mistake", "mistakes_as_messages", "short"]
+__all__ = ["EXIT_FAILED", "DebugOption", "exit_at_once", "is_mistake", "mistakes_as_messages", "short"]
 
 EXIT_FAILED = 2
 
@@ -35,9 +36,20 @@ def mistakes_as_messages(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         if mistake:
             typer.echo(f"error: {error}", err=True)
+            if isinstance(error, ParallelError):
+                # Threads may wait inside a library for a process that is gone, and the interpreter's end for them.
+                exit_at_once(EXIT_FAILED)
         else:
             typer.echo("error: this is a bug in NanoFlow; the lines above say where it is", err=True)
         raise typer.Exit(EXIT_FAILED) from None
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End the process without waiting for its threads."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(status)
 
 
 def short(path: Path) -> str:
@@ -52,6 +64,7 @@ def is_mistake(error: Exception) -> bool:
     below = (
         ("nanoflow.pipeline.plan", "PlanError"),
         ("nanoflow.models.config", "UnsupportedModel"),
+        ("nanoflow.ops.sharding", "ShardError"),
         ("nanoflow.search.profile", "ProfileError"),
     )
     for module, name in below:

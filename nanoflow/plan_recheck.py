@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from nanoflow.loading import Model
-from nanoflow.pipeline.cuda_executor import CudaExecutor
+from nanoflow.parallel.executor import RunExecutor
 from nanoflow.pipeline.plan import Plan
-from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.plan_choice import ChosenPlans
 from nanoflow.plans.case import MixOptions, choose_mix
 from nanoflow.plans.running import longest_request, mix_batch, mix_pages
@@ -37,9 +36,7 @@ class Rechecked:
     """A line for each plan in doubt."""
 
 
-def recheck(
-    executor: CudaExecutor | ReferenceExecutor, chosen: ChosenPlans, here: Fingerprint, model: Model, slots: int
-) -> Rechecked:
+def recheck(executor: RunExecutor, chosen: ChosenPlans, here: Fingerprint, model: Model, slots: int) -> Rechecked:
     """Measure the plans in doubt of `chosen`, which `executor` runs and nothing else uses yet, and keep what is found.
 
     One whose mix does not fit the run's KV cache, slots or lengths is not measured, and runs.
@@ -71,7 +68,7 @@ def without(plans: Sequence[Plan], lost: Sequence[int]) -> tuple[Plan, ...]:
     return tuple(plan for place, plan in enumerate(plans) if place not in lost)
 
 
-def _fits(mix: Mix, executor: CudaExecutor | ReferenceExecutor, model: Model, slots: int) -> bool:
+def _fits(mix: Mix, executor: RunExecutor, model: Model, slots: int) -> bool:
     layout = executor.bound.kv_layout
     return (
         mix_pages(mix, layout.page_size) <= layout.pages
@@ -80,7 +77,7 @@ def _fits(mix: Mix, executor: CudaExecutor | ReferenceExecutor, model: Model, sl
     )
 
 
-def _ratio(executor: CudaExecutor | ReferenceExecutor, place: int, sequential: int, mix: Mix, model: Model) -> float:
+def _ratio(executor: RunExecutor, place: int, sequential: int, mix: Mix, model: Model) -> float:
     """How many times as fast as in sequence; 0 if the outputs are wrong."""
     page_size, vocab_size = executor.bound.kv_layout.page_size, model.graph.vocab_size
     base, own = (mix_batch(mix, executor.cut, page_size, vocab_size, number) for number in (sequential, place))

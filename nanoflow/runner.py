@@ -6,7 +6,7 @@ weights are read; what is wrong with one line becomes that line's error record.
     lock the output; open the model; is this the run whose records are there?   else refuse
     mend the output; enter its records into the ledger
     feed: read, skip what has a record, tokenise ahead                          nothing left: done
-    build the engine, its KV cache sized by the requests that are ready
+    build the engine, its KV cache sized by the requests that are ready    (and with it the other ranks, if there are)
     while requests are left:
         fill the engine's queue from the feed; step; write what is finished
     report; sort the output, if that is asked for
@@ -26,6 +26,7 @@ from nanoflow.interrupt import Interrupts
 from nanoflow.ledger import Ledger
 from nanoflow.loading import Model, build_engine, open_model
 from nanoflow.monitoring import Monitoring
+from nanoflow.parallel.group import TensorGroup, check_ranks, tensor_ranks
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
 from nanoflow.report import RunReport, make_report
@@ -93,6 +94,7 @@ def run(
                 f"output.sort: {writer.path} is a device or a pipe, whose lines cannot be put in order afterwards; "
                 "set it to false, or output.path to a file"
             )
+        check_ranks(config.engine, config.parallel)
         model = open_model(config.model, config.engine)
         identity = fingerprint(config, model)
         ledger = Ledger()
@@ -105,12 +107,12 @@ def run(
         # With the first record, and not before: until then, these describe the run whose records are there.
         writer.before_first_line = lambda: _describe(config, identity)
         items = read_workload(config, model.graph.vocab_size, model.tokenizer)
-        with Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed:
+        with Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed, tensor_ranks(config, model) as ranks:
             ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
             if feed.exhausted:
                 _sort(config, writer, ledger, quiet)
                 return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
-            engine = engine_for(config, model, ahead, more=not feed.ended, quiet=quiet)
+            engine = engine_for(config, model, ahead, more=not feed.ended, quiet=quiet, ranks=ranks)
             feed.prepare = engine.check
             try:
                 began = time.perf_counter()
@@ -174,8 +176,15 @@ def _describe(config: RunConfig, identity: Fingerprint) -> None:
     save_config(config)
 
 
-def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool, quiet: bool = False) -> Engine:
-    """The engine, its KV cache sized by the first prompts; `more` may follow. `quiet` as `build_engine` has it."""
+def engine_for(
+    config: RunConfig,
+    model: Model,
+    ahead: list[Prompt],
+    more: bool,
+    quiet: bool = False,
+    ranks: TensorGroup | None = None,
+) -> Engine:
+    """The engine, its KV cache sized by the first prompts; `more` may follow. The rest as `build_engine` has it."""
     # Those that are too long become error records.
     fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
     job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
@@ -187,6 +196,7 @@ def engine_for(config: RunConfig, model: Model, ahead: list[Prompt], more: bool,
         job=job or [1],  # nothing but error records
         more=more,
         quiet=quiet,
+        ranks=ranks,
     )
 
 

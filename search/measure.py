@@ -9,22 +9,34 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from nanoflow.ops.batch import DenseBatch
 from nanoflow.ops.graph import RESIDUAL
-from nanoflow.pipeline.cuda_executor import CudaExecutor
-from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from nanoflow.ops.sampling import Sampler
+from nanoflow.pipeline.bound_programs import BoundPrograms
+from nanoflow.pipeline.executor import Executor
 
-__all__ = ["LARGEST_ERROR", "Block", "Comparison", "compare", "output_error", "run_block"]
+__all__ = ["LARGEST_ERROR", "Block", "Comparison", "Measured", "compare", "output_error", "run_block"]
 
 SETTLING = 0.2
 """Share of a block that is not counted."""
 LARGEST_ERROR = 0.05
 """Of the outputs of a plan that is right, see `output_error`: bfloat16 rounds otherwise where a product is cut
 otherwise."""
+
+
+class Measured(Executor, Protocol):
+    """An executor whose buffers, and last tokens, can be looked into."""
+
+    @property
+    def bound(self) -> BoundPrograms: ...
+
+    @property
+    def sampler(self) -> Sampler: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Comparison:
 
 
 def run_block(
-    executor: CudaExecutor | ReferenceExecutor,
+    executor: Measured,
     batch: DenseBatch,
     seconds: float,
     joules: Callable[[], float | None],
@@ -99,7 +111,7 @@ def run_block(
 
 
 def compare(
-    executor: CudaExecutor | ReferenceExecutor,
+    executor: Measured,
     batches: Mapping[str, DenseBatch],
     *,
     seconds: float,
@@ -124,7 +136,7 @@ def compare(
     return Comparison({name: tuple(blocks) for name, blocks in found.items()})
 
 
-def output_error(executor: CudaExecutor | ReferenceExecutor, base: DenseBatch, other: DenseBatch) -> float:
+def output_error(executor: Measured, base: DenseBatch, other: DenseBatch) -> float:
     """How far the last layer's outputs of the sampled rows are apart in two layouts of one batch.
 
     The root of the mean squared difference over that of `base`'s values: 0 where kernels add in the same order, some

@@ -54,8 +54,9 @@ class Process(Protocol):
     @property
     def pid(self) -> int: ...
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Its exit status, minus the signal that killed it. Raises subprocess.TimeoutExpired."""
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit status, minus the signal that killed it; None if that is not known. Raises
+        subprocess.TimeoutExpired."""
         ...
 
     def kill(self) -> None:
@@ -308,7 +309,8 @@ def _end_of(child: Child) -> Loss:
         status = child.process.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
         return Loss(child, f"{who} has closed its line and still runs")
-    if status >= 0:
-        return Loss(child, f"{who} has ended, with status {status} and without a word")
+    if status is None or status >= 0:
+        known = "" if status is None else f" with status {status},"
+        return Loss(child, f"{who} has ended,{known} without a word")
     hint = "; if nobody did that, memory ran out: see the system's log" if -status == signal.SIGKILL else ""
     return Loss(child, f"{who} was killed by {signal.Signals(-status).name}{hint}", signal=-status)

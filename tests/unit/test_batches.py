@@ -97,7 +97,7 @@ class Readers:
 def test_every_reader_takes_all_batches_whatever_their_size(seed: int, slot_bytes: int, slots: int) -> None:
     rng = np.random.default_rng(seed)
     sent = [random_batch(rng, int(rng.integers(30)), None) for _ in range(6)]
-    assert max(len(pack(batch)) for batch in sent) > slot_bytes or slot_bytes == 4096
+    assert slot_bytes > 64 or max(len(pack(batch)) for batch in sent) > 2 * slot_bytes  # some take several slots
     readers = Readers(2, slots=slots, slot_bytes=slot_bytes)
     threads = [readers.read(0, len(sent)), readers.read(1, len(sent), pause=0.001)]
     for batch in sent:

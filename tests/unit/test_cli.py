@@ -169,7 +169,7 @@ def test_a_wrong_call_ends_with_2(run_yaml: Path, arguments: list[str], expected
 def test_schema_prints_a_json_schema_with_every_section() -> None:
     schema = json.loads(cli.invoke(app, ["schema"]).stdout)
     assert list(schema["properties"]) == [
-        *("model", "workload", "sampling", "engine", "pipeline", "output", "report", "metrics")
+        *("model", "workload", "sampling", "engine", "pipeline", "parallel", "output", "report", "metrics")
     ]
     assert schema["required"] == ["model", "workload"]
     assert schema["additionalProperties"] is False

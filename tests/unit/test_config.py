@@ -48,7 +48,7 @@ def test_all_but_model_and_workload_has_a_default(run_yaml: Path) -> None:
 
 
 def test_the_keys_are_those_documented(run_yaml: Path) -> None:
-    sections = ["model", "workload", "sampling", "engine", "pipeline", "output", "report", "metrics"]
+    sections = ["model", "workload", "sampling", "engine", "pipeline", "parallel", "output", "report", "metrics"]
     assert list(RunConfig.model_fields) == sections
     keys = set(known_keys(RunConfig))
     assert {"model.path", "model.dtype", "model.weights", "workload.input", "pipeline.plan", "output.path"} <= keys

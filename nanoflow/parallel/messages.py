@@ -1,0 +1,70 @@
+"""What rank 0 and the other ranks of a tensor-parallel run say to each other while the engine is built.
+
+rank r          settings (as it is started)    open the model; its share
+rank r -> 0     HERE                           rank 0 knows that all have started before it waits for them
+rank 0 -> r     Load                           meet; load the share of the weights
+rank r -> 0     int                            pages that fit there
+rank 0 -> r     int, a descriptor              the least of all ranks' pages; the memory of the batches
+rank 0 -> r     Build                          executor of these plans
+rank r -> 0     READY                          then batches, up to the next Build or the line's end
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nanoflow.config_schema import EngineSection, ModelSection
+
+__all__ = ["HERE", "READY", "Build", "KVNeeds", "Load", "RankSettings"]
+
+HERE, READY = "here", "ready"
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """All that a rank is told before it opens the model."""
+
+    model: ModelSection
+    engine: EngineSection
+    """Its device is the rank's own."""
+    rank: int
+    size: int
+    threads: int
+    """Of the processor, for this rank."""
+    port: int
+    """On 127.0.0.1, of the store where ranks find each other."""
+    timeout: float
+    """Seconds that a rank waits for the others in a collective."""
+
+    def of_rank(self, rank: int) -> "RankSettings":
+        """Of another rank: on a GPU, the devices follow one another from rank 0's on."""
+        kind, _, index = self.engine.device.partition(":")
+        device = f"{kind}:{int(index or 0) + rank - self.rank}" if kind == "cuda" else kind
+        return replace(self, rank=rank, engine=self.engine.model_copy(update={"device": device}))
+
+
+@dataclass(frozen=True)
+class KVNeeds:
+    """What a job needs of the KV cache, in pages, the reserved one left out."""
+
+    least: int
+    """For its longest request."""
+    useful: int
+    """More are never used."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Meet the other ranks, and load the weights."""
+
+    weights: Literal["load", "random"]
+    needs: KVNeeds
+
+
+@dataclass(frozen=True)
+class Build:
+    """Make an executor."""
+
+    plans: tuple[str, ...]
+    """In their text form, so that all ranks run what rank 0 chose."""
+    number: int
+    """How many were made before it: each has communicators of its own."""

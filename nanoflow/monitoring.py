@@ -76,7 +76,8 @@ class Monitoring:
             recorder: is told of the engine's iterations.
             fresh: replace an earlier run's time series; otherwise its lines stay, and this run's follow them.
         """
-        self._meter = EnergyMeter(model.device)
+        parallel = self._config.parallel
+        self._meter = EnergyMeter(model.device, parallel.data * parallel.tensor)
         engine.record_to(recorder)
         self._series = SeriesWriter(
             self._config.output.series_path,
@@ -99,7 +100,7 @@ class Monitoring:
             recorder.error_sinks.append(self._metrics.error)
 
     def energy(self) -> Energy | None:
-        """What the device has used since `watch`; None where it cannot be measured."""
+        """What the devices have used since `watch`; None where it cannot be measured."""
         return self._meter.since_start() if self._meter is not None else None
 
     def finish(self) -> None:

@@ -8,7 +8,8 @@ dead replica held comes first again.
 
     target of a replica = min(full, max(LEAST_WAITING, all that waits / (2 * replicas)))
     it is filled up to its target once it is down to half of it
-    a request goes to the replica that is filled least; among equals to the one that holds the least for its size
+    a request goes to the replica that is filled least; among equals to the one that holds the least for its size,
+    then to the one that was given the fewest
 """
 
 from collections import deque
@@ -66,6 +67,8 @@ class _Hand:
     """Sequences that waited in its engine when it told last."""
     tokens_there: int = 0
     filling: bool = True
+    given: int = 0
+    """Requests so far."""
 
     @property
     def waiting(self) -> int:
@@ -166,7 +169,7 @@ class Dispatcher:
             filled = hand.filled(self._target(hand))
             hand.filling = filled < 1 and (hand.filling or filled <= REFILL)
             if hand.filling:
-                wanting.append((filled, len(hand.held) / hand.max_running, number))
+                wanting.append((filled, len(hand.held) / hand.max_running, hand.given, number))
         if not wanting:
             return None
         number = min(wanting)[-1]
@@ -175,6 +178,7 @@ class Dispatcher:
         pending: Pending = entry.parent
         self._waiting -= pending.params.n
         hand.held[pending.id] = pending
+        hand.given += 1
         hand.on_the_way.append(pending)
         hand.sequences_on_the_way += pending.params.n
         hand.tokens_on_the_way += len(pending.token_ids) * pending.params.n

@@ -1,0 +1,404 @@
+"""The main process's side: replicas as one engine, which a run's loop serves as it would serve one.
+
+Contract: a request whose record is not there belongs to the shared queue or to a living replica. When a replica is
+lost, what it had finished and sent is taken in first; the rest goes back to the queue's front, and the others run it.
+The loop never waits for a replica to take a message: each has a thread that sends.
+
+    start all replicas; wait until each is ready or lost; none is ready: the last one's failure is the run's
+    step:   hand out requests; wait a moment for messages; take in iterations and what is finished; hand out again
+    lost:   a line that says so; none is left: the run ends with the failure of the last
+    close:  ask all to end; take in their last words
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoflow.engine import EngineStats
+from nanoflow.errors import ParallelError
+from nanoflow.outputs import RequestOutput
+from nanoflow.parallel.processes import Child, Loss
+from nanoflow.pipeline.program import Program
+from nanoflow.recording import IterationRecord, Recorder
+from nanoflow.replicas.dispatch import Dispatcher, Pending
+from nanoflow.replicas.figures import ReplicaFigures
+from nanoflow.replicas.merging import Merger
+from nanoflow.replicas.messages import End, Ended, Give, Given, Ready, Told
+from nanoflow.replicas.totals import add_stats, all_programs
+from nanoflow.sampling_params import SamplingParams
+from nanoflow.serving import MOST_WAITING_TOKENS
+from nanoflow.tokenizer import Tokenizer
+
+__all__ = ["Pool"]
+
+STEP_SECONDS = 0.02
+"""How long a step waits for messages, at most."""
+END_SECONDS = 10.0
+"""How long replicas may take to end: an iteration may be in flight."""
+
+
+class Watches(Protocol):
+    """What watches children: `nanoflow.parallel.processes.Watch`."""
+
+    def add(self, child: Child) -> None: ...
+    def remove(self, child: Child) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False)
+class _Replica:
+    """One replica as the main process knows it."""
+
+    number: int
+    child: Child
+    outbox: SimpleQueue[Give | End | None] = field(default_factory=SimpleQueue)
+    ready: Ready | None = None
+    given: tuple[bool, bool] | None = None
+    """`expects_more` and `admitting` as it was last told."""
+    last: Told | None = None
+    completed: int = 0
+    errors: int = 0
+    output_tokens: int = 0
+    record: IterationRecord | None = None
+    """Of its newest iteration; None while nothing runs."""
+    silent: bool = False
+    """Whether nothing more can come from it."""
+    ended: Ended | None = None
+    loss: str | None = None
+
+
+class Pool:
+    """Replicas behind one shared queue. Use as a context manager, or call `close` or `kill`.
+
+    Args:
+        start: starts replica 0, 1, ...
+        count: replicas.
+        watch: makes what tells of a child's loss, by calling what it is given from a thread of its own.
+        max_model_len: tokens of a prompt with its output.
+        longest_first: the order of admission.
+
+    Raises:
+        ParallelError: none of them could start.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int], Child],
+        count: int,
+        watch: Callable[[Callable[[Loss], None]], Watches],
+        *,
+        max_model_len: int,
+        tokenizer: Tokenizer | None = None,
+        longest_first: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.scheduler = Dispatcher(count, max_model_len, longest_first=longest_first)
+        self.observers: list[Callable[[IterationRecord], None]] = []
+        """Called with each iteration of each replica; states in it (running, waiting, pages) are those of all."""
+        self._merger: Merger | None = None
+        self._submitted = 0
+        self._finished: list[RequestOutput] = []
+        self._losses: deque[Loss] = deque()
+        self._woken, self._wake = Pipe(duplex=False)
+        self._all: list[_Replica] = []
+        self._closed = False
+        self._watch = watch(self._lost)
+        try:
+            for number in range(count):
+                self._start(number, start)
+            while any(replica.ready is None for replica in self._alive):
+                self._receive(None)
+        except BaseException:
+            self.kill()
+            raise
+        first = self._ready[0]
+        self._most_waiting = self.scheduler.most_waiting(first.most_waiting)
+
+    def _start(self, number: int, start: Callable[[int], Child]) -> None:
+        replica = _Replica(number, start(number))
+        self._all.append(replica)
+        self._watch.add(replica.child)
+        Thread(target=_send, args=(replica,), name=f"send-{number}", daemon=True).start()
+
+    # What a run asks of its engine.
+
+    @property
+    def most_waiting(self) -> int:
+        """Sequences that the shared queue is filled up to."""
+        return self._most_waiting
+
+    @property
+    def unfinished(self) -> int:
+        """Requests submitted and not finished."""
+        return self.scheduler.unfinished
+
+    @property
+    def active(self) -> bool:
+        """Whether anything runs, or may begin to because a replica does not know yet that nothing is to."""
+        admitting = self.scheduler.admitting
+        return any(r.last is not None and (r.last.active or (r.last.admitting and not admitting)) for r in self._alive)
+
+    def submit(
+        self, prompt_token_ids: NDArray[np.int32], params: SamplingParams, *, key: Any, place: int, arrived: float
+    ) -> None:
+        """Queue a request. What is wrong with it is found by the replica that gets it, and comes back as its error."""
+        self.scheduler.add(Pending(self._submitted, prompt_token_ids, params, place, arrived, key))
+        self._submitted += 1
+
+    def step(self) -> list[RequestOutput]:
+        """Hand out requests, wait a moment for what replicas tell, and return the requests that have ended.
+
+        Raises ParallelError if none of them is left.
+        """
+        self._hand_out()
+        self._receive(STEP_SECONDS)
+        self._hand_out()
+        if self._merger is not None:
+            self._merger.advance(time.perf_counter())
+        finished, self._finished = self._finished, []
+        return finished
+
+    def record_to(self, recorder: Recorder) -> None:
+        """Tell `recorder` of every iteration from now on."""
+        self._merger = Merger(recorder, len(self._all))
+
+    # What the report asks.
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Those of all replicas."""
+        return all_programs([ready.programs for ready in self._ready])
+
+    @property
+    def stats(self) -> EngineStats:
+        """Totals over all replicas, lost ones included, as far as they have told."""
+        told = [(r.last.stats, r.ready.programs) for r in self._all if r.last is not None and r.ready is not None]
+        return add_stats([stats for stats, _ in told], [programs for _, programs in told], self.programs)
+
+    @property
+    def preemptions(self) -> int:
+        """Over all replicas."""
+        return sum(r.last.preemptions for r in self._all if r.last is not None)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Limits of a replica; KV tokens and running sequences are those of all together."""
+        sizes = dict(self._ready[0].sizes)
+        for name in ("kv_tokens", "max_running"):
+            sizes[name] = sum(ready.sizes[name] for ready in self._ready)
+        return sizes
+
+    @property
+    def kv_capacity(self) -> int:
+        """KV pages that can be in use, of all replicas."""
+        return sum(ready.kv_capacity for ready in self._ready)
+
+    def figures(self, seconds: float) -> list[ReplicaFigures]:
+        """What each replica did in a run of `seconds`."""
+        return [_figures(replica, seconds) for replica in self._all]
+
+    # Ends.
+
+    def close(self) -> None:
+        """Ask all replicas to end, and wait for their last words. Safe to call again."""
+        if self._closed:
+            return
+        for replica in self._alive:
+            self._watch.remove(replica.child)
+            replica.outbox.put(End())
+        deadline = time.monotonic() + END_SECONDS
+        waiting = [replica for replica in self._alive if not replica.silent]
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            ready = wait([replica.child.link for replica in waiting], left)
+            for replica in waiting:
+                if replica.child.link in ready:
+                    self._hear(replica)
+            waiting = [replica for replica in waiting if not replica.silent and replica.ended is None]
+        self._close(kill=False)
+
+    def kill(self) -> None:
+        """End all replicas at once."""
+        self._close(kill=True)
+
+    def _close(self, *, kill: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._watch.close()
+        for replica in self._alive:
+            if kill or replica.ended is None:
+                replica.child.kill()
+            replica.outbox.put(None)
+            replica.child.end()
+        if self._merger is not None:
+            self._merger.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.kill()
+
+    # Within.
+
+    @property
+    def _alive(self) -> list[_Replica]:
+        return [replica for replica in self._all if replica.loss is None]
+
+    @property
+    def _ready(self) -> Sequence[Ready]:
+        """Of those that came to be."""
+        return [replica.ready for replica in self._all if replica.ready is not None]
+
+    def _hand_out(self) -> None:
+        scheduler = self.scheduler
+        given: dict[int, list[Given]] = {}
+        while (assigned := scheduler.assign()) is not None:
+            given.setdefault(assigned[0], []).append(Given.of(assigned[1]))
+        # While hands get smaller, what a replica has is nearly all that it will get: pacing need not save room.
+        expects_more = scheduler.expects_more or (scheduler.waiting > 0 and not scheduler.ending)
+        terms = (expects_more, scheduler.admitting)
+        now = time.perf_counter()
+        for replica in self._alive:
+            requests = given.get(replica.number, ())
+            if not requests and replica.given == terms:
+                continue
+            replica.given = terms
+            if requests and self._merger is not None:
+                self._merger.works(replica.number, now)
+            replica.outbox.put(Give(tuple(requests), *terms))
+
+    def _receive(self, seconds: float | None) -> None:
+        """Wait for messages and losses, at most so long, and take them in."""
+        heard = [replica for replica in self._alive if not replica.silent]
+        ready = wait([*(replica.child.link for replica in heard), self._woken], seconds)
+        for replica in heard:
+            if replica.child.link in ready:
+                self._hear(replica)
+        if self._woken in ready:
+            self._woken.recv()
+        while self._losses:
+            self._lose(self._losses.popleft())
+
+    def _hear(self, replica: _Replica) -> bool:
+        """Take in one message; whether there was one."""
+        try:
+            message = replica.child.link.recv()
+        except (EOFError, OSError):
+            replica.silent = True  # it is dead, which the watch will tell
+            return False
+        if isinstance(message, Ready):
+            replica.ready = message
+            self.scheduler.join(
+                replica.number,
+                full=message.most_waiting,
+                most_tokens=MOST_WAITING_TOKENS,
+                max_running=message.max_running,
+            )
+        elif isinstance(message, Told):
+            self._take_in(replica, message)
+        elif isinstance(message, Ended):
+            replica.ended = message
+        return True
+
+    def _take_in(self, replica: _Replica, told: Told) -> None:
+        number = replica.number
+        replica.last = told
+        self.scheduler.told(number, taken=told.taken, waiting=told.waiting, waiting_tokens=told.waiting_tokens)
+        for record in told.iterations:
+            replica.record = record
+            replica.output_tokens += record.output_tokens
+            if self._merger is not None:
+                self._merger.observe(number, record)
+            if self.observers:
+                together = self._together(record)
+                for observer in self.observers:
+                    observer(together)
+        for done in told.done:
+            replica.completed += done.error is None
+            replica.errors += done.error is not None
+            self._finished.append(done.output(self.scheduler.finished(number, done.id)))
+        if not told.active and (not self.scheduler.holds(number) or not told.admitting):
+            replica.record = None
+            if self._merger is not None:
+                self._merger.rests(number)
+
+    def _together(self, record: IterationRecord) -> IterationRecord:
+        """`record` with the states of all replicas."""
+        newest = [replica.record for replica in self._alive if replica.record is not None]
+        return replace(
+            record,
+            running=sum(each.running for each in newest),
+            waiting=sum(each.waiting for each in newest),
+            kv_pages=sum(each.kv_pages for each in newest),
+            kv_capacity=self.kv_capacity,
+        )
+
+    def _lost(self, loss: Loss) -> None:
+        """Called from the watch's thread."""
+        self._losses.append(loss)
+        with suppress(OSError):
+            self._wake.send(None)
+
+    def _lose(self, loss: Loss) -> None:
+        replica = next(replica for replica in self._all if replica.child is loss.child)
+        replica.child.kill()  # it may hang, and must not go on with what others are about to run
+        with suppress(OSError):
+            while replica.child.link.poll() and self._hear(replica):
+                pass
+        replica.outbox.put(None)
+        replica.child.end()
+        replica.loss = loss.text
+        returned = self.scheduler.leave(replica.number)
+        if self._merger is not None:
+            self._merger.rests(replica.number)
+        left = len(self._alive)
+        if not loss.mistake and loss.trace:
+            print(loss.trace, file=sys.stderr, flush=True)
+        if not left:
+            goes_on = "what was finished is in the output, and the same command goes on"
+            none = "no replica could start" if not self._ready else f"no replica is left; {goes_on}"
+            raise ParallelError(f"{loss.text}; {none}")
+        others = "the other one goes" if left == 1 else f"the other {left} go"
+        what = f"{others} on with its {returned} unfinished requests" if returned else f"{others} on"
+        print(f"warning: {loss.text}; {what}", file=sys.stderr, flush=True)
+
+
+def _send(replica: _Replica) -> None:
+    """Send what is put into the outbox until None comes."""
+    while (message := replica.outbox.get()) is not None:
+        with suppress(OSError, ValueError):  # dead, which the watch will tell; or closed
+            replica.child.link.send(message)
+
+
+def _figures(replica: _Replica, seconds: float) -> ReplicaFigures:
+    stats = replica.last.stats if replica.last is not None else EngineStats()
+    return ReplicaFigures(
+        replica=replica.number,
+        completed=replica.completed,
+        errors=replica.errors,
+        output_tokens=replica.output_tokens,
+        iterations=stats.iterations,
+        rows=stats.rows,
+        busy_share=stats.busy_seconds / seconds if seconds else 0.0,
+        load_seconds=replica.ready.load_seconds if replica.ready is not None else None,
+        steady=replica.ended.steady if replica.ended is not None else None,
+        lost=replica.loss,
+    )

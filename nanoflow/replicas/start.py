@@ -1,0 +1,114 @@
+"""Starting the replicas of a run: which GPUs, threads and share of memory each gets."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanoflow.config_schema import EngineSection, RunConfig
+from nanoflow.devices import choose_device
+from nanoflow.errors import ConfigError
+from nanoflow.loading import Model, shard_model
+from nanoflow.memory import CPU_SHARE, parse_memory
+from nanoflow.parallel.processes import Child, Watch, start
+from nanoflow.parallel.torchrun import place
+from nanoflow.replicas.messages import Begin
+from nanoflow.replicas.pool import Pool
+
+__all__ = ["Place", "check_replicas", "places", "start_replicas"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one replica runs."""
+
+    environment: dict[str, str]
+    """Variables of its process, beside the main process's."""
+    engine: EngineSection
+    """The run's, with the device and the memory that are this replica's."""
+
+
+def check_replicas(config: RunConfig) -> None:
+    """Raises ConfigError if `parallel.data` asks for more than this machine has, or torchrun has started this process.
+
+    Nothing slow is done for it.
+    """
+    if config.parallel.data > 1:
+        if place() is not None:
+            raise ConfigError(
+                f"parallel.data: {config.parallel.data} replicas under torchrun are not supported; use `nanoflow run`, "
+                "which starts all processes itself"
+            )
+        places(config, choose_device(config.engine.device))
+
+
+def start_replicas(config: RunConfig, model: Model, job: Sequence[int], *, more: bool, quiet: bool) -> Pool:
+    """Start `parallel.data` replicas and wait until they are ready.
+
+    Args:
+        model: opened in this process; no weights are read here.
+        job, more: as `build_engine` has them. Each replica is made for the whole job: none knows what it will get.
+
+    Raises:
+        UserError: there are too few GPUs, the model cannot be split over `parallel.tensor`, or no replica could start.
+    """
+    where = places(config, model.device)
+    if config.parallel.tensor > 1:
+        shard_model(model, 0, config.parallel.tensor)  # what cannot be split is refused here, and not in every replica
+    lengths = np.array(job, np.int64)
+
+    def begin(number: int) -> Child:
+        mine = Begin(
+            config.model_copy(update={"engine": where[number].engine}),
+            lengths,
+            more,
+            quiet=quiet or number > 0,  # all have the same to say of plans
+        )
+        return start(
+            "nanoflow.replicas.serve:main", mine, name=f"replica {number}", environment=where[number].environment
+        )
+
+    return Pool(
+        begin,
+        len(where),
+        Watch,
+        max_model_len=model.max_model_len,
+        tokenizer=model.tokenizer,
+        longest_first=config.engine.order == "longest-first",
+    )
+
+
+def places(config: RunConfig, device: torch.device) -> list[Place]:
+    """Where each replica of a run on `device` runs. Raises ConfigError if there are too few GPUs."""
+    count, each = config.parallel.data, config.parallel.tensor
+    if device.type == "cuda":
+        first = device.index or 0
+        here = torch.cuda.device_count()
+        if first + count * each > here:
+            of = f" of {each} GPUs each" if each > 1 else ""
+            from_first = f", from cuda:{first} on," if first else ""
+            raise ConfigError(
+                f"parallel.data: {count} replicas{of} need {count * each} GPUs, and this machine has {here}{from_first}"
+                f"; set it to {max(1, (here - first) // each)}"
+            )
+        engine = config.engine.model_copy(update={"device": "cuda"})
+        return [Place(_gpus(range(begin, begin + each)), engine) for begin in range(first, first + count * each, each)]
+    # Each takes its part of the cores and of what is free.
+    threads = max(1, torch.get_num_threads() // count)
+    memory = parse_memory(config.engine.kv_memory)
+    share = CPU_SHARE if memory is None else memory
+    engine = config.engine.model_copy(update={"device": "cpu"})
+    if isinstance(share, float):
+        engine = engine.model_copy(update={"kv_memory": share / count})
+    return [Place({"OMP_NUM_THREADS": str(threads)}, engine)] * count
+
+
+def _gpus(numbers: range) -> dict[str, str]:
+    """What shows a process these GPUs alone, of those that this process sees: it then cannot touch another's."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = (
+        [name.strip() for name in shown.split(",")] if shown is not None else [str(n) for n in range(max(numbers) + 1)]
+    )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[number] for number in numbers)}

@@ -22,7 +22,11 @@ import torch
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Work
 
-__all__ = ["AllGather", "AllReduce", "Collective", "sum_in_rank_order"]
+__all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "sum_in_rank_order"]
+
+CTAS = {f"nccl_{count}": count for count in (2, 4, 8, 16)}
+"""All-reduces with NCCL on at most so many thread blocks, by the kernel's name: beside products that are to keep their
+SMs. On two H200s, products lost less beside 4 to 16 of them."""
 
 
 class Collective(Operation):
@@ -81,6 +85,11 @@ class AllReduce(Collective):
 
     def nccl(self, context: NanoContext) -> None:
         self.communicator(context).all_reduce(context.rows(self.buffer))
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """How many thread blocks NCCL takes is its communicator's matter: `BoundPrograms` makes one for each number."""
+        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl)}
 
 
 class AllGather(Collective):

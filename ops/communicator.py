@@ -54,10 +54,11 @@ class Communicator(Protocol):
         """Put rank `root`'s `tensor` (contiguous) in the place of everyone's."""
         ...
 
-    def twin(self, name: str) -> "Communicator":
+    def twin(self, name: str, max_ctas: int | None = None) -> "Communicator":
         """Another communicator of the same ranks, whose operations need no order with this one's: one for each lane.
 
-        Every rank asks for the same names in the same order. `close` closes the twins too.
+        Every rank asks for the same ones in the same order. With `max_ctas` NCCL's kernels have no more thread blocks.
+        `close` closes the twins too.
         """
         ...
 
@@ -80,6 +81,8 @@ class TorchCommunicator:
         device: where the tensors are. Of a GPU, it must be the current device of the process.
         timeout: seconds until a call gives up.
         loopback: all ranks are on this machine: gloo listens on 127.0.0.1 alone.
+        name: of a twin.
+        max_ctas: the most thread blocks of a kernel of NCCL; None: as many as NCCL likes.
 
     Raises:
         ValueError: a group of one, or a rank outside.
@@ -96,6 +99,7 @@ class TorchCommunicator:
         timeout: float = TIMEOUT,
         loopback: bool = True,
         name: str = "main",
+        max_ctas: int | None = None,
     ) -> None:
         if size < 2:
             raise ValueError(f"a communicator joins 2 ranks or more, not {size}: a single one needs none")
@@ -108,6 +112,7 @@ class TorchCommunicator:
         self._timeout = timeout
         self._loopback = loopback
         self._name = name
+        self._max_ctas = max_ctas
         self._twins: list[TorchCommunicator] = []
         self._backend: Any = None
         self._call("meeting", lambda: self._connect())
@@ -151,7 +156,7 @@ class TorchCommunicator:
         if tensor.numel():
             self._run("broadcast", lambda: self._backend.broadcast([tensor], options))
 
-    def twin(self, name: str) -> "TorchCommunicator":
+    def twin(self, name: str, max_ctas: int | None = None) -> "TorchCommunicator":
         """See `Communicator.twin`."""
         made = TorchCommunicator(
             self._store,
@@ -161,6 +166,7 @@ class TorchCommunicator:
             timeout=self._timeout,
             loopback=self._loopback,
             name=f"{self._name}/{name}",
+            max_ctas=max_ctas,
         )
         self._twins.append(made)
         return made
@@ -180,7 +186,7 @@ class TorchCommunicator:
         store = PrefixStore(f"tensor/{self._name}", self._store)
         limit = timedelta(seconds=self._timeout)
         if self._device.type == "cuda":
-            self._backend = _nccl(store, self._rank, self._size, limit)
+            self._backend = _nccl(store, self._rank, self._size, limit, self._max_ctas)
             # NCCL meets at the first operation; were that inside a capture, it would fail there.
             self._backend.allreduce([torch.zeros(1, device=self._device)]).wait()
             torch.cuda.synchronize(self._device)
@@ -220,7 +226,7 @@ class TorchCommunicator:
             ) from error
 
 
-def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta, max_ctas: int | None) -> Any:
     """A backend over NCCL, which reads what is set here once, at its first communicator."""
     # Two communicators may run at once: their kernels must start in one order on all ranks, that of the launches.
     os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] = "1"
@@ -230,4 +236,6 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
     return ProcessGroupNCCL(store, rank, size, options)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from nanoflow.ops.batch import TOKEN_ON_DEVICE
+from nanoflow.ops.collectives import CTAS
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 from nanoflow.ops.graph import RESIDUAL, Graph
@@ -48,8 +49,9 @@ class BoundPrograms:
         sampled_rows: the most rows that `head` takes at a time.
         confined: whether lanes have the SMs that their plan gives them, and no others; kernels are launched for those.
         caches: the KV cache of each layer, where it is there already (`make_caches`); None: allocated here.
-        communicator: to the other ranks, where the graph is that of one of several. Of the lanes that hold collectives,
-            each but the first gets a twin of it.
+        communicator: to the other ranks, where the graph is that of one of several. Of the lanes that hold
+            collectives, each but the first gets a twin of it, and one for each number of thread blocks that its kernels
+            name.
 
     Raises ValueError if there are more or fewer ranks than the graph was split for.
     """
@@ -86,7 +88,6 @@ class BoundPrograms:
             for name in specs[0]
         }
         self.communicator = communicator
-        self._communicators = _lane_communicators(communicator, programs)
         self.kv = make_caches(graph, kv, dtype, device) if caches is None else list(caches)
         outer = (*graph.prologue, *graph.epilogue)
         self._outer_kernels = {op.name: op.kernels[_kernel(op, programs[0].plan, device, dtype, None)] for op in outer}
@@ -102,6 +103,7 @@ class BoundPrograms:
                 op, sms = graph.operation(step.nano_op.op), self.sms(number, step)
                 name = _kernel(op, program.plan, device, dtype, sms)
                 self._names[number, op.name, sms], self._kernels[number, op.name, sms] = name, op.kernels[name]
+        self._communicators = {} if communicator is None else self._twins(communicator)
 
     def sms(self, program: int, step: Step) -> int | None:
         """SMs that a step of a program has; None if its lane is not confined."""
@@ -154,17 +156,30 @@ class BoundPrograms:
             self.kv[nano_op.layer],
             self.sms(batch.host.program, step),
             step.lane,
-            self._communicators.get(step.lane),
+            self._communicators.get((batch.host.program, nano_op.op, step.lane)),
         )
         return self.graph.operation(nano_op.op), context
 
+    def _twins(self, communicator: Communicator) -> dict[tuple[int, str, str], Communicator]:
+        """What collectives reach the other ranks with, by program, operation and lane.
 
-def _lane_communicators(communicator: Communicator | None, programs: Sequence[Program]) -> dict[str, Communicator]:
-    """What each lane reaches the other ranks with; the same lanes, in the same order, on every rank."""
-    if communicator is None:
-        return {}
-    lanes = dict.fromkeys(program.steps[i].lane for program in programs for i in program.collectives)
-    return {lane: communicator.twin(lane) if number else communicator for number, lane in enumerate(lanes)}
+        Two lanes have two: one communicator's operations would wait for each other. All are made here, in an order that
+        follows from the programs and so is the same on every rank.
+        """
+        made: dict[tuple[str, int | None], Communicator] = {}
+        found = {}
+        for number, program in enumerate(self.programs):
+            for index in program.collectives:
+                step = program.steps[index]
+                name = step.nano_op.op
+                ctas = CTAS.get(self._names[number, name, self.sms(number, step)])
+                if (step.lane, ctas) not in made:
+                    twin = step.lane if ctas is None else f"{step.lane}-{ctas}"
+                    # The first lane's can be that of the head, which runs when all lanes are done.
+                    first = not made and ctas is None
+                    made[step.lane, ctas] = communicator if first else communicator.twin(twin, ctas)
+                found[number, name, step.lane] = made[step.lane, ctas]
+        return found
 
 
 def make_caches(graph: Graph, kv: KVLayout, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from torch.distributed import HashStore
 from nanoflow import LLM, RequestOutput, SamplingParams, loading
 from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops.batch import DenseBatch
-from nanoflow.ops.collectives import sum_in_rank_order
+from nanoflow.ops.collectives import CTAS, sum_in_rank_order
 from nanoflow.ops.communicator import CommunicatorError, TorchCommunicator
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.graph import RESIDUAL, Graph
@@ -146,7 +146,7 @@ def test_random_plans_give_the_same_tokens(
     @given(plan=plans(sharded))
     def check(plan: Plan) -> None:
         plan = rows_of(plan, 12)
-        kernels = {"o_all_reduce": "nccl"} if len(plan.nano_batches) > 2 else {}
+        kernels = {"o_all_reduce": "nccl", "down_all_reduce": "nccl_4"} if len(plan.nano_batches) > 2 else {}
         programs = [compile_program(replace(plan, kernels=FrozenMapping(kernels)), sharded)]
         several_lanes.append(len({programs[0].steps[i].lane for i in programs[0].collectives}) > 1)
         made: list[ThreadRanks] = []
@@ -161,7 +161,9 @@ def test_random_plans_give_the_same_tokens(
         assert_same(generate(folder("llama"), FEW), expected)
         (ranks,) = made
         twins = [len(dict.fromkeys(rank.bound._communicators.values())) for rank in ranks.ranks]
-        assert twins == [len({programs[0].steps[i].lane for i in programs[0].collectives})] * 2
+        collectives = [programs[0].steps[i] for i in programs[0].collectives]
+        needed = {(step.lane, CTAS.get(kernels.get(step.nano_op.op, ""))) for step in collectives}
+        assert twins == [len(needed)] * 2
 
     check()
     assert sum(several_lanes) >= 3

@@ -7,7 +7,8 @@ use of it is refused. A layer starts from the residual and must end on it.
 Names, as plans use them. A port names its norms and linears; the builder names the rest: ``embed`` before the layers;
 ``qk_norm``, ``rope``, ``append``, ``decode_attention``, ``prefill_attention``, ``silu_mul``, ``add`` inside;
 ``final_norm`` and ``lm_head`` behind. After fusion, Llama's layer is: input_layernorm, qkv, rope_append,
-decode_attention, prefill_attention, o, add_norm, gate_up (which takes silu_mul in), down, add.
+decode_attention, prefill_attention, o, add_norm, gate_up (which takes silu_mul in), down, add. What a rank of tensor
+parallelism has of it, and its collectives, `nanoflow.ops.sharding` makes of the finished graph.
 """
 
 import re

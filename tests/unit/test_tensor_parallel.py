@@ -23,6 +23,7 @@ from nanoflow.ops.communicator import CommunicatorError, TorchCommunicator
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.sharding import shard_graph
+from nanoflow.pipeline.checker import check_program
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import KVLayout, Weights
 from nanoflow.pipeline.plan import FrozenMapping, Plan
@@ -31,7 +32,7 @@ from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.structured_outputs import StructuredOutputs
 from nanoflow.weights import load_weights
 from tests.unit.ops_harness import Pages, Piece, dense_batch
-from tests.unit.plan_strategies import plans
+from tests.unit.plan_strategies import full_batch, plans
 from tests.unit.rank_models import graph_of, save
 from tests.unit.rank_threads import CPU, ThreadRanks, connect, on_all
 from tests.unit.test_engine import REQUESTS, assert_same
@@ -148,6 +149,7 @@ def test_random_plans_give_the_same_tokens(
         plan = rows_of(plan, 12)
         kernels = {"o_all_reduce": "nccl", "down_all_reduce": "nccl_4"} if len(plan.nano_batches) > 2 else {}
         programs = [compile_program(replace(plan, kernels=FrozenMapping(kernels)), sharded)]
+        assert not check_program(programs[0], full_batch(len(plan.nano_batches)), page_size=2)
         several_lanes.append(len({programs[0].steps[i].lane for i in programs[0].collectives}) > 1)
         made: list[ThreadRanks] = []
 

@@ -161,12 +161,17 @@ def bench(
     """
     path = out if out is not None else config.output.bench_path
     _check_workload(config)
+    if config.parallel.data > 1:
+        raise ConfigError(
+            f"parallel.data: {config.parallel.data} replicas are not for a bench, which measures one engine: use "
+            "--set parallel.data=1; what several reach together is in the report of a run"
+        )
     _check_out(path, config)
     done: list[Repetition] = []
     report = None
     with interrupts_of_a_bench(quiet=quiet) as interrupts:
         started = time.perf_counter()
-        check_ranks(config.engine, config.parallel)
+        check_ranks(config.engine, config.parallel.tensor)
         model = open_model(config.model, config.engine)
         total = _count(config, model, requests)
         with (

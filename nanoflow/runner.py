@@ -6,7 +6,7 @@ weights are read; what is wrong with one line becomes that line's error record.
     lock the output; open the model; is this the run whose records are there?   else refuse
     mend the output; enter its records into the ledger
     feed: read, skip what has a record, tokenise ahead                          nothing left: done
-    build the engine, its KV cache sized by the requests that are ready    (and with it the other ranks, if there are)
+    build the engine, its KV cache sized by the requests that are ready    (and with it other ranks, or replicas)
     while requests are left:
         fill the engine's queue from the feed; step; write what is finished
     report; sort the output, if that is asked for
@@ -29,6 +29,8 @@ from nanoflow.monitoring import Monitoring
 from nanoflow.parallel.group import TensorGroup, check_ranks, tensor_ranks
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
+from nanoflow.replicas.pool import Pool
+from nanoflow.replicas.start import check_replicas, start_replicas
 from nanoflow.report import RunReport, make_report
 from nanoflow.resume import Fingerprint, check_same_run, fingerprint, read_output, save_state
 from nanoflow.search.ceilings import measure_ceilings
@@ -94,7 +96,10 @@ def run(
                 f"output.sort: {writer.path} is a device or a pipe, whose lines cannot be put in order afterwards; "
                 "set it to false, or output.path to a file"
             )
-        check_ranks(config.engine, config.parallel)
+        if config.parallel.data > 1:
+            check_replicas(config)
+        else:
+            check_ranks(config.engine, config.parallel.tensor)
         model = open_model(config.model, config.engine)
         identity = fingerprint(config, model)
         ledger = Ledger()
@@ -112,8 +117,12 @@ def run(
             if feed.exhausted:
                 _sort(config, writer, ledger, quiet)
                 return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
-            engine = engine_for(config, model, ahead, more=not feed.ended, quiet=quiet, ranks=ranks)
-            feed.prepare = engine.check
+            engine: Engine | Pool
+            if config.parallel.data > 1:
+                engine = start_replicas(config, model, _job(model, ahead), more=not feed.ended, quiet=quiet)
+            else:
+                engine = engine_for(config, model, ahead, more=not feed.ended, quiet=quiet, ranks=ranks)
+                feed.prepare = engine.check
             try:
                 began = time.perf_counter()
                 recorder = Recorder(began)
@@ -133,6 +142,8 @@ def run(
                 # After a signal, an iteration in flight is not waited for: the process is about to end.
                 if interrupts.signal is None:
                     engine.close()
+                elif isinstance(engine, Pool):
+                    engine.kill()
             feed.check()
             energy = monitoring.energy()
             monitoring.finish()
@@ -146,6 +157,7 @@ def run(
                 load_seconds=began - started,
                 energy=energy,
                 earlier=ledger.records,
+                replicas=engine.figures(ended - began) if isinstance(engine, Pool) else (),
             )
             report.save(config.output.report_path)
             if serving.complete:
@@ -185,19 +197,22 @@ def engine_for(
     ranks: TensorGroup | None = None,
 ) -> Engine:
     """The engine, its KV cache sized by the first prompts; `more` may follow. The rest as `build_engine` has it."""
-    # Those that are too long become error records.
-    fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
-    job = [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)]
     return build_engine(
         model,
         config.engine,
         config.pipeline,
         weights=config.model.weights,
-        job=job or [1],  # nothing but error records
+        job=_job(model, ahead),
         more=more,
         quiet=quiet,
         ranks=ranks,
     )
+
+
+def _job(model: Model, ahead: list[Prompt]) -> list[int]:
+    """For each completion, the tokens of its prompt with its longest output; those that are too long become records."""
+    fitting = (prompt for prompt in ahead if len(prompt.token_ids) < model.max_model_len)
+    return [prompt.longest for prompt in fitting for _ in range(prompt.request.params.n)] or [1]
 
 
 class _RequestCount:

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import torch
 
-from nanoflow.config_schema import EngineSection, ModelSection, ParallelSection, RunConfig
+from nanoflow.config_schema import EngineSection, ModelSection, RunConfig
 from nanoflow.devices import choose_device
 from nanoflow.errors import ConfigError, ParallelError
 from nanoflow.loading import Model, shard_model
@@ -44,14 +44,11 @@ BLAME_SECONDS = 5.0
 """How long the loss is waited for that explains why a collective failed."""
 
 
-def check_ranks(engine: EngineSection, parallel: ParallelSection) -> bool:
+def check_ranks(engine: EngineSection, tensor: int) -> bool:
     """Whether torchrun has started the ranks, if there are several.
 
     Raises ConfigError if it has started more or fewer, or if there are too few GPUs.
     """
-    if parallel.data > 1:
-        raise ConfigError(f"parallel.data: {parallel.data}, but this version runs one replica; set it to 1")
-    tensor = parallel.tensor
     by_torchrun = check_place(tensor)
     if tensor > 1:
         device = choose_device(engine.device)
@@ -68,10 +65,14 @@ def check_ranks(engine: EngineSection, parallel: ParallelSection) -> bool:
 def tensor_ranks(config: RunConfig, model: Model) -> "AbstractContextManager[TensorGroup | None]":
     """The other ranks that `parallel.tensor` asks for, started and waiting for orders; None if there are none.
 
+    Replicas (`parallel.data`) have ranks of their own: then this process has none.
+
     Raises (at once, or from `with`) ConfigError, and ShardError if `model` cannot be split over so many ranks.
     """
     size = config.parallel.tensor
-    by_torchrun = check_ranks(config.engine, config.parallel)
+    if config.parallel.data > 1:
+        return nullcontext()
+    by_torchrun = check_ranks(config.engine, size)
     if size == 1:
         return nullcontext()
     shard_model(model, 0, size)  # refused here, and not in every rank

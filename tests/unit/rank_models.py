@@ -1,18 +1,14 @@
-"""Tiny checkpoints for tests of tensor parallelism, without transformers: random weights, and logits far apart."""
+"""Tiny models for tests of tensor parallelism, with more heads than the other tests have: eight ranks get some."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
-from nanoflow.ops.linear import Linear
 from nanoflow.ops.operation import Weight
+from tests.gpu.checkpoints import save_model
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,25 +38,6 @@ def weights_of(graph: Graph) -> Iterator[tuple[int | None, str, Weight]]:
                 yield layer, op.name, weight
 
 
-def tensors(seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model holds."""
-    graph = graph_of(fused=False, **changes)
-    generator = torch.Generator().manual_seed(seed)
-    outer = {op.name: op for op in graph.prologue + graph.epilogue}
-    made: dict[str, torch.Tensor] = {}
-    for layer, name, weight in weights_of(graph):
-        op = outer[name] if layer is None else graph.operation(name)
-        rows = op.outputs if isinstance(op, Linear) else weight.shape[:1]
-        for part, count in zip(weight.parts, rows, strict=True):
-            shape = (count, *weight.shape[1:])
-            mean = 1.0 if part.endswith("norm.weight") else 0.0
-            prefix = "" if layer is None else f"model.layers.{layer}."
-            made.setdefault(prefix + part, torch.randn(shape, generator=generator) * 0.3 + mean)
-    return made
-
-
 def save(folder: Path, **changes: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
-    save_file(tensors(**changes), folder / "model.safetensors")
-    return folder
+    """Save the model into `folder`, with a tokenizer and logits that lie far apart."""
+    return save_model(folder, **{**CONFIG, **changes})

@@ -36,7 +36,6 @@ from tests.unit.plan_strategies import full_batch, plans
 from tests.unit.rank_models import graph_of, save
 from tests.unit.rank_threads import CPU, ThreadRanks, connect, on_all
 from tests.unit.test_engine import REQUESTS, assert_same
-from tests.unit.tiny_model import save_tokenizer
 
 BASE: dict[str, Any] = {"vocab_size": 301, "max_position_embeddings": 160}  # that 301 columns divide by nothing
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,9 +59,7 @@ Requests = list[tuple[list[int], SamplingParams]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @functools.cache
     def made(name: str) -> Path:
-        folder = save(tmp_path_factory.mktemp(name), **BASE, **MODELS[name])
-        save_tokenizer(folder)
-        return folder
+        return save(tmp_path_factory.mktemp(name), **BASE, **MODELS[name])
 
     return made
 
@@ -188,9 +185,9 @@ def step_logits(ranks: list[Any], batch: DenseBatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, 4])
 def test_all_ranks_have_the_same_bits(folder: Callable[[str], Path], size: int, dtype: torch.dtype) -> None:
-    """Residual and logits, in prompts and decode rows; near those of one rank, which are equal to themselves."""
+    """Residual and logits, in prompts and decode rows; near those of one rank."""
     whole = graph_of(**BASE)
     source = open_checkpoint(str(folder("llama")))
     pages = Pages(page_size=8, requests=2, columns=4)
@@ -224,9 +221,9 @@ def test_all_ranks_have_the_same_bits(folder: Callable[[str], Path], size: int, 
 
     for logits, one in zip(run(size), run(1), strict=True):
         assert all(torch.equal(logits[0], other) for other in logits[1:])
-        tolerance = 2e-5 if dtype is torch.float32 else 0.15
-        assert logits[0].shape == (logits[0].shape[0], 301)
-        assert float((logits[0] - one[0]).abs().max()) <= tolerance * float(one[0].float().std())
+        assert logits[0].shape[1] == 301
+        off = (logits[0].double() - one[0].double()).square().mean().sqrt() / one[0].double().std()
+        assert off <= (1e-5 if dtype is torch.float32 else 0.06), off
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

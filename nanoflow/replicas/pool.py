@@ -113,6 +113,7 @@ class Pool:
         self._losses: deque[Loss] = deque()
         self._woken, self._wake = Pipe(duplex=False)
         self._all: list[_Replica] = []
+        self._started = False
         self._closed = False
         self._watch = watch(self._lost)
         try:
@@ -120,6 +121,7 @@ class Pool:
                 self._start(number, start)
             while any(replica.ready is None for replica in self._alive):
                 self._receive(None)
+            self._tell_who_started()
         except BaseException:
             self.kill()
             raise
@@ -373,12 +375,26 @@ class Pool:
         if not loss.mistake and loss.trace:
             print(loss.trace, file=sys.stderr, flush=True)
         if not left:
-            goes_on = "what was finished is in the output, and the same command goes on"
-            none = "no replica could start" if not self._ready else f"no replica is left; {goes_on}"
-            raise ParallelError(f"{loss.text}; {none}")
-        others = "the other one goes" if left == 1 else f"the other {left} go"
-        what = f"{others} on with its {returned} unfinished requests" if returned else f"{others} on"
-        print(f"warning: {loss.text}; {what}", file=sys.stderr, flush=True)
+            if not self._ready:
+                raise ParallelError(f"{loss.text}; no replica could start")
+            raise ParallelError(
+                f"{loss.text}; no replica is left; what was finished is in the output, and the same command goes on"
+            )
+        if self._started:
+            others = "the other one goes" if left == 1 else f"the other {left} go"
+            what = f"{others} on with its {returned} unfinished requests" if returned else f"{others} on"
+            _warn(f"{loss.text}; {what}")
+
+    def _tell_who_started(self) -> None:
+        """What became of those that did not: only now is it known that there are others."""
+        self._started = True
+        for replica in self._all:
+            if replica.loss is not None:
+                _warn(f"{replica.loss}; the run goes on with {len(self._alive)} of {len(self._all)} replicas")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _send(replica: _Replica) -> None:

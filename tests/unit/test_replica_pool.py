@@ -304,7 +304,7 @@ def test_a_replica_that_cannot_start_is_a_warning_unless_none_can(
     with start_pool({0}) as pool:
         assert_same(Job(pool, model, items_of(COUNT)).run(), expected)
         assert [one.load_seconds for one in pool.figures(1.0)] == [None, 0.1]
-    assert "warning: replica 0 was killed by SIGKILL; the other one goes on\n" in capfd.readouterr().err
+    assert "warning: replica 0 was killed by SIGKILL; the run goes on with 1 of 2 replicas\n" in capfd.readouterr().err
     with pytest.raises(ParallelError, match="replica 1 was killed by SIGKILL; no replica could start"):
         start_pool({0, 1})
 

@@ -1,0 +1,240 @@
+"""Runs with `parallel.data`, in processes of their own: killed replicas, Ctrl-C, going on, no process left behind."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nanoflow.config_schema import RunConfig
+from nanoflow.errors import ConfigError
+from nanoflow.replicas import start
+from nanoflow.replicas.start import check_replicas, places
+from tests.unit.forks import ForkServer, Run, wait_for_lines
+from tests.unit.tiny_model import VOCAB, save_tiny_llama
+
+LIMIT = 60.0
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+class Job:
+    """Requests of which some are sampled; each takes some iterations."""
+
+    def __init__(self, folder: Path, server: ForkServer, model: Path) -> None:
+        self.folder, self.server, self.output = folder, server, folder / "o.jsonl"
+        rng = random.Random(5)
+        lines: list[Any] = []
+        for number in range(COUNT):
+            line = {"custom_id": f"r{number}", "prompt": [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 30))]}
+            lines.append(line | rng.choice([{}, {"temperature": 1.0}, {"temperature": 1.2, "seed": 7, "n": 2}]))
+        lines[11]["prompt"] = []
+        (folder / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbad\n")
+        config = {
+            "model": {"path": str(model)},
+            "workload": {"input": "in.jsonl"},
+            "sampling": {"max_tokens": 40, "ignore_eos": True},
+            "engine": {"device": "cpu", "kv_memory": "1MiB", "max_running": 3},
+            "output": {"path": str(self.output), "sort": True},
+            "report": {"series_seconds": 0.1},
+        }
+        (folder / "job.yaml").write_text(yaml.safe_dump(config))
+
+    def start(self, data: int, *arguments: str) -> Run:
+        return self.server.start(
+            self.folder, "run", self.folder / "job.yaml", "--set", f"parallel.data={data}", *arguments
+        )
+
+    def records(self) -> dict[str | None, Any]:
+        """By custom_id, without times; every line must be whole and of a request of its own."""
+        lines = self.output.read_bytes().splitlines()
+        records = {record["custom_id"]: record for record in map(json.loads, lines)}
+        assert len(records) == len(lines)
+        for record in records.values():
+            if record["response"]:
+                del record["response"]["body"]["created"]
+        return records
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.output.with_name("o.report.json").read_text())
+        return report
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, server: ForkServer, model: Path) -> Iterator[Job]:
+    yield Job(tmp_path, server, model)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, server: ForkServer, model: Path) -> dict[str | None, Any]:
+    """Of a run without replicas."""
+    job = Job(tmp_path_factory.mktemp("undisturbed"), server, model)
+    run = job.start(1)
+    assert run.wait() == 1, run.stderr
+    assert len(job.records()) == COUNT + 1
+    return job.records()
+
+
+def replicas_of(run: Run, count: int) -> list[int]:
+    """Their processes, once all are there, in order."""
+    end = time.monotonic() + LIMIT
+    while len(found := Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()) < count:
+        assert time.monotonic() < end, "the replicas do not start"
+        time.sleep(0.005)
+    return sorted(map(int, found))
+
+
+def assert_gone(pids: list[int]) -> None:
+    end = time.monotonic() + LIMIT
+    for pid in pids:
+        while Path(f"/proc/{pid}/stat").exists():
+            assert time.monotonic() < end, f"process {pid} is left"
+            time.sleep(0.01)
+
+
+def test_three_replicas_of_which_one_is_killed(job: Job, undisturbed: dict[str | None, Any]) -> None:
+    run = job.start(3)
+    pids = replicas_of(run, 3)
+    wait_for_lines(job.output, 8)
+    os.kill(pids[1], signal.SIGKILL)
+    assert run.wait() == 1, run.stderr
+    assert job.records() == undisturbed
+    ids = [record["id"] for record in map(json.loads, job.output.read_bytes().splitlines())]
+    assert ids == sorted(ids, key=lambda id: int(id.rpartition("_")[2]))  # output.sort
+    assert f"warning: replica 1 (process {pids[1]}) was killed by SIGKILL" in run.stderr
+    assert "the other 2 go on with its" in run.stderr and "Traceback" not in run.stderr
+    assert_gone(pids)
+    report = job.report
+    assert report["parallel"] == {"tensor": 1, "data": 3} and report["completed"] == COUNT - 1
+    assert [one["lost"] is not None for one in report["replicas"]] == [False, True, False]
+    assert sum(one["completed"] for one in report["replicas"]) == COUNT - 1
+    assert sum(one["iterations"] for one in report["replicas"]) == report["iterations"]
+    assert 0 < report["executor_busy_share"] < 1
+    series = [json.loads(line) for line in job.output.with_name("o.series.jsonl").read_text().splitlines()]
+    assert sum(line["iterations"] for line in series) == pytest.approx(report["iterations"], rel=1e-3)
+    assert sum(line["seconds"] for line in series) == pytest.approx(report["seconds"], rel=0.1)
+    assert "replica 2" in run.stdout
+
+
+def test_all_killed_and_gone_on_with(job: Job, undisturbed: dict[str | None, Any]) -> None:
+    run = job.start(2)
+    pids = replicas_of(run, 2)
+    wait_for_lines(job.output, 8)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert run.wait() == 2
+    assert (
+        "was killed by SIGKILL" in run.stderr and "no replica is left; what was finished is in the output" in run.stderr
+    )
+    assert "Traceback" not in run.stderr
+    assert 8 <= len(job.records()) < COUNT
+    again = job.start(1)
+    assert again.wait() == 1, again.stderr
+    assert job.records() == undisturbed
+
+
+def test_ctrl_c_finishes_what_runs_and_leaves_nobody(job: Job, undisturbed: dict[str | None, Any]) -> None:
+    run = job.start(2)
+    pids = replicas_of(run, 2)
+    wait_for_lines(job.output, 6)
+    began = time.monotonic()
+    run.kill(signal.SIGINT)
+    assert run.wait() == 130, run.stderr
+    assert time.monotonic() - began < 30
+    assert_gone(pids)
+    records = job.records()
+    assert 6 <= len(records) < COUNT and f"{len(records)} requests have their record" in run.stderr
+    assert "warning" not in run.stderr and "Traceback" not in run.stderr
+    assert all(undisturbed[key] == record for key, record in records.items())
+
+
+def test_replicas_end_with_the_run_however_it_ends(job: Job) -> None:
+    run = job.start(2)
+    pids = replicas_of(run, 2)
+    time.sleep(random.uniform(0.0, 4.0))
+    run.kill(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert_gone(pids)
+
+
+def test_what_no_replica_can_do_is_the_runs_message(job: Job) -> None:
+    run = job.start(2, "--set", "engine.kv_memory=1KiB")
+    assert run.wait() == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: replica ") and "engine.kv_memory: 1KiB is 1.0 KiB here" in line
+    assert line.endswith("; no replica could start")
+    assert not job.output.exists()
+
+
+def config_of(**changes: Any) -> RunConfig:
+    values: dict[str, Any] = {"model": {"path": "m"}, "workload": {"synthetic": {"input_len": 1, "output_len": 1}}}
+    return RunConfig.model_validate(values | changes)
+
+
+def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def shown(device: str, **parallel: int) -> list[str]:
+        found = places(config_of(parallel=parallel), torch.device(device))
+        assert {place.engine.device for place in found} == {"cuda"}
+        return [place.environment["CUDA_VISIBLE_DEVICES"] for place in found]
+
+    assert shown("cuda", data=3) == ["0", "1", "2"]
+    assert shown("cuda:2", data=3, tensor=2) == ["2,3", "4,5", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, 5,GPU-aa,1,0,2,3,4")
+    assert shown("cuda", data=2, tensor=2) == ["7,5", "GPU-aa,1"]
+    with pytest.raises(
+        ConfigError, match=r"^parallel.data: 5 replicas of 2 GPUs each need 10 GPUs, and .* has 8; set it to 4$"
+    ):
+        places(config_of(parallel={"data": 5, "tensor": 2}), torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"need 8 GPUs, and this machine has 8, from cuda:1 on,; set it to 7$"):
+        places(config_of(parallel={"data": 8}), torch.device("cuda", 1))
+
+
+def test_a_cpu_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    for asked, given in (("auto", 0.25 / 3), (0.6, 0.2), ("2GiB", "2GiB")):
+        found = places(config_of(parallel={"data": 3}, engine={"kv_memory": asked}), torch.device("cpu"))
+        assert len(found) == 3
+        for place in found:
+            assert place.environment == {"OMP_NUM_THREADS": "4"} and place.engine.device == "cpu"
+            assert place.engine.kv_memory == (pytest.approx(given) if isinstance(given, float) else given)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = places(config_of(parallel={"data": 3}), torch.device("cpu"))
+    assert found[0].environment == {"OMP_NUM_THREADS": "1"}
+
+
+def test_torchrun_and_bench_refuse_replicas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nanoflow.bench import bench
+
+    config = config_of(parallel={"data": 2}, output={"path": str(tmp_path / "o.jsonl")})
+    with pytest.raises(ConfigError, match=r"parallel\.data: 2 replicas are not for a bench"):
+        bench(config)
+    monkeypatch.setattr(start, "place", lambda: object())
+    with pytest.raises(
+        ConfigError, match=r"parallel\.data: 2 replicas under torchrun are not supported; use `nanoflow run`"
+    ):
+        check_replicas(config)
+    check_replicas(config_of())

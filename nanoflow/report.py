@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,6 +172,9 @@ class RunReport:
     versions: dict[str, str]
     plan_share: float = 1.0
     """Share of the iterations that ran the plan; the others were sequential, too small or too large for it."""
+    parallel: dict[str, int] = field(default_factory=lambda: {"tensor": 1, "data": 1})
+    """Devices that shared each layer, and replicas. Bounds, energy and power limit are of all devices together, the
+    other ceilings of one."""
     replicas: list[ReplicaFigures] = field(default_factory=list)
     """Of a run with several, what each did; all other figures are sums over them, or means."""
 
@@ -191,7 +195,9 @@ class RunReport:
 
     def print(self, console: Console) -> None:
         """Print the summary as a table."""
-        table = Table(title=f"{self.model} on {self.device}, {self.dtype}, plan {self.plan}", show_header=False)
+        spread = "".join(f", {name} {count}" for name, count in self.parallel.items() if count > 1)
+        title = f"{self.model} on {self.device}{spread}, {self.dtype}, plan {self.plan}"
+        table = Table(title=title, show_header=False)
         table.add_column(style="bold")
         table.add_column()
         for name, value in self.rows():
@@ -240,7 +246,9 @@ class RunReport:
     def _bound_line(self) -> str:
         shares = ", ".join(f"{share:.0%} of the {resource} bound" for resource, share in self.bound_reached.items())
         rate = f"{self.ceilings.flops / 1e9:,.0f} GFLOP/s, {self.ceilings.bytes_per_second / 1e9:,.0f} GB/s"
-        return f"{self.bound_by}: reached {shares} (measured here: {rate})"
+        devices = prod(self.parallel.values())
+        each = f", on each of {devices} devices" if devices > 1 else ""
+        return f"{self.bound_by}: reached {shares} (measured here: {rate}{each})"
 
 
 class Ran(Protocol):
@@ -293,8 +301,9 @@ def make_report(
     if energy is not None:
         ceilings = replace(ceilings, power_limit_watts=energy.power_limit_watts)
         energy = replace(energy, joules_per_token=_rate(energy.joules, tokens_in + tokens_out))
-    # What one device sustains is measured; each replica has its own.
-    together = _times(ceilings, max(1, len(replicas)))
+    # What one device sustains is measured; each rank of each replica has its own.
+    parallel = {"tensor": config.parallel.tensor, "data": max(1, len(replicas))}
+    together = _times(ceilings, prod(parallel.values()))
     reach: Bounds = bounds(stats.cost, together, energy.joules if energy is not None else None)
     return RunReport(
         schema_version=SCHEMA_VERSION,
@@ -346,6 +355,7 @@ def make_report(
         config=config.model_dump(mode="json", exclude_none=True),
         versions=versions(),
         plan_share=_rate(stats.planned_iterations, stats.iterations) if stats.iterations else 1.0,
+        parallel=parallel,
         replicas=list(replicas),
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nanoflow.config import load_config
+from nanoflow.config import load_config, refuse_ranks
 from nanoflow.errors import InputError
 from nanoflow.interrupt import Interrupted, Interrupts
 from nanoflow.mistakes import DebugOption, mistakes_as_messages
@@ -57,6 +57,7 @@ def tune(
         if gpu is not None and not simulate:
             raise InputError(f"--gpu {gpu}: it is what --simulate estimates; use --device to say where to measure")
         loaded = load_config(config, overrides or ())
+        refuse_ranks(loaded, "nanoflow tune")
         if simulate:
             from nanoflow.tuning.simulated import print_simulated, simulate_job  # loads torch
 

@@ -262,6 +262,7 @@ class TensorGroup:
     def _lost(self, loss: Loss) -> None:
         """In the watch's thread."""
         self._losses.append(loss)
+        loss.child.process.kill()  # of one that hangs: whoever waits for it is told that it will not come
         if not self._heard.is_set():
             self._heard.set()
             threading.Thread(target=self._end_process, name="last resort", daemon=True).start()

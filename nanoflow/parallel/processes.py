@@ -310,7 +310,7 @@ def _end_of(child: Child) -> Loss:
     except subprocess.TimeoutExpired:
         return Loss(child, f"{who} has closed its line and still runs")
     if status is None or status >= 0:
-        known = "" if status is None else f" with status {status},"
-        return Loss(child, f"{who} has ended,{known} without a word")
+        known = "" if status is None else f"with status {status} and "
+        return Loss(child, f"{who} has ended {known}without a word")
     hint = "; if nobody did that, memory ran out: see the system's log" if -status == signal.SIGKILL else ""
     return Loss(child, f"{who} was killed by {signal.Signals(-status).name}{hint}", signal=-status)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from nanoflow.config_schema import RunConfig
 from nanoflow.devices import choose_device
-from nanoflow.loading import machine_fingerprint, open_model, run_fingerprint
+from nanoflow.loading import machine_fingerprint, open_model, run_fingerprint, shard_model
 from nanoflow.plan_choice import measured_again
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.store import Verdict, judge, plan_folders, stored_plans
@@ -24,7 +24,7 @@ def judge_stored(config: RunConfig | None) -> tuple[Fingerprint, list[Verdict]]:
     if config is None:
         here = machine_fingerprint(choose_device("auto"))
         return here, judge(stored_plans(), here)
-    model = open_model(config.model, config.engine)
+    model = shard_model(open_model(config.model, config.engine), 0, config.parallel.tensor)
     here = run_fingerprint(model, config.engine)
     verdicts = judge(stored_plans(), here, model.graph, config.engine.max_batch_tokens)
     return here, [measured_again(verdict, here) for verdict in verdicts]

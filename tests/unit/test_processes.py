@@ -92,8 +92,8 @@ def test_a_child_ignores_what_a_terminal_sends_to_all(begin: Callable[..., Child
     [
         ("raise", "rank 1 failed: ArithmeticError: seven is no even number"),
         ("mistake", "rank 1: engine.device: cuda:9 is not there; use cuda:0"),
-        ("exit", "rank 1 (process {pid}) has ended, with status 0, without a word"),
-        ("return", "rank 1 (process {pid}) has ended, with status 0, without a word"),
+        ("exit", "rank 1 (process {pid}) has ended with status 0 and without a word"),
+        ("return", "rank 1 (process {pid}) has ended with status 0 and without a word"),
     ],
 )
 def test_the_parent_hears_how_a_child_ended(begin: Callable[..., Child], what: str, text: str) -> None:

@@ -1,0 +1,361 @@
+"""`nanoflow run` with several ranks, on gloo: the tokens of one rank, and one clear end whichever process is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.unit.forks import ForkServer, Run, wait_for_lines
+from tests.unit.tiny_model import VOCAB, save_tiny_llama
+
+FAST = "from tests.unit.rank_zygote import install; install({sabotage!r}); "
+"""Ranks are forks; each runs `sabotage` first."""
+SLOW = "import nanoflow.pipeline.reference_executor as e, time; run = e.ReferenceExecutor._run; "
+SLOW += "e.ReferenceExecutor._run = lambda *a: (time.sleep({}), run(*a))[1]; "
+LIMIT = 30.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("ranks") / "model")
+
+
+class Job:
+    """Ten requests, greedy ones and sampled ones, and a bad line; three run at a time, on two ranks."""
+
+    def __init__(self, folder: Path, model: Path, server: ForkServer) -> None:
+        self.folder, self.server = folder, server
+        self.output = folder / "o.jsonl"
+        rng = random.Random(5)
+        lines: list[Any] = []
+        for number in range(10):
+            line = {"custom_id": f"r{number}", "prompt": [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 30))]}
+            lines.append(line | rng.choice([{}, {"temperature": 1.0}, {"temperature": 1.2, "seed": 7, "n": 2}]))
+        (folder / "in.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, lines)) + "\n")
+        config = {
+            "model": {"path": str(model)},
+            "workload": {"input": "in.jsonl"},
+            "sampling": {"max_tokens": 6, "ignore_eos": True},
+            "engine": {"device": "cpu", "kv_memory": "1MiB", "max_running": 3},
+            "parallel": {"tensor": 2},
+            "output": {"path": str(self.output)},
+        }
+        (folder / "job.yaml").write_text(yaml.safe_dump(config))
+
+    def start(self, *arguments: str, before: str = "", sabotage: str = "", fast: bool = True) -> Run:
+        """Start the run; `before` is Python that rank 0 runs first, `sabotage` what the others do."""
+        first = (FAST.format(sabotage=sabotage) if fast else "") + before
+        return self.server.start(self.folder, "run", self.folder / "job.yaml", *arguments, before=first)
+
+    def records(self) -> dict[str | None, Any]:
+        """By custom_id, without times; every line must be whole and of a request of its own."""
+        lines = self.output.read_bytes().splitlines() if self.output.exists() else []
+        records = {record["custom_id"]: record for record in map(json.loads, lines)}
+        assert len(records) == len(lines)
+        for record in records.values():
+            if record["response"]:
+                del record["response"]["body"]["created"]
+        return records
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path, server: ForkServer) -> Iterator[Job]:
+    job = Job(tmp_path, model, server)
+    yield job
+    end = time.monotonic() + LIMIT
+    while left := processes_of(job):  # a process that was killed by its line's end may need a moment
+        assert time.monotonic() < end, f"processes {left} are left"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, model: Path, server: ForkServer) -> dict[str | None, Any]:
+    """What a run on one rank writes."""
+    job = Job(tmp_path_factory.mktemp("one"), model, server)
+    run = job.start("--set", "parallel.tensor=1", fast=False)
+    assert run.wait() == 1, run.stderr
+    assert len(job.records()) == 11
+    return job.records()
+
+
+def processes_of(job: Job) -> list[int]:
+    """Processes that write to the terminal of the job's run: its ranks, unless they have ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.readlink(entry / "fd/2") == str(job.folder / "stderr"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def workers(run: Run, job: Job) -> list[int]:
+    """The other ranks, once they are there (and, of forks, what forks them: it has no line to rank 0)."""
+    end = time.monotonic() + LIMIT
+    while True:
+        found = [pid for pid in processes_of(job) if pid != run.pid and os.getsid(pid) == pid]
+        if found:
+            return found
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def assert_lost(run: Run, text: str, seconds: float = LIMIT) -> None:
+    """The run ends in time, with the one message that `text` is in."""
+    started = time.monotonic()
+    assert run.wait() == 2, run.stderr
+    assert time.monotonic() - started < seconds
+    assert run.stderr.count("error: ") == 1 and "Traceback" not in run.stderr, run.stderr
+    message = run.stderr[run.stderr.index("error: ") :]
+    assert text in message, run.stderr
+    assert "what was finished is in the output, and the same command goes on" in message
+
+
+def assert_goes_on(job: Job, one_rank: dict[str | None, Any]) -> None:
+    run = job.start()
+    assert run.wait() == 1, run.stderr
+    assert job.records() == one_rank
+
+
+def test_ranks_give_the_tokens_of_one(job: Job, one_rank: dict[str | None, Any]) -> None:
+    run = job.start(fast=False)
+    assert run.wait() == 1, run.stderr
+    assert job.records() == one_rank
+    assert "Traceback" not in run.stderr and "rank" not in run.stderr
+    report = json.loads(job.output.with_name("o.report.json").read_text())
+    assert report["parallel"] == {"tensor": 2, "data": 1} and report["device"] == "cpu"
+    assert "tensor 2" in run.stdout
+    # More ranks than key/value heads, and a plan whose lanes meet other ranks.
+    more = job.start("--set", "parallel.tensor=4", "--restart")
+    assert more.wait() == 1, more.stderr
+    assert job.records() == one_rank
+
+
+@pytest.mark.parametrize("lines", [0, 3])
+def test_a_rank_that_is_killed_ends_the_run(job: Job, one_rank: dict[str | None, Any], lines: int) -> None:
+    run = job.start(before=SLOW.format(0.02), fast=lines > 0)
+    worker = workers(run, job)[0]
+    if lines:
+        wait_for_lines(job.output, lines)
+    os.kill(worker, signal.SIGKILL)
+    assert_lost(run, f"rank 1 (process {worker}) was killed by SIGKILL")
+    assert lines <= len(job.records()) < 11
+    assert_goes_on(job, one_rank)
+
+
+def test_ranks_end_when_rank_0_is_killed(job: Job, one_rank: dict[str | None, Any]) -> None:
+    run = job.start(before=SLOW.format(0.02), fast=False)
+    worker = workers(run, job)[0]
+    wait_for_lines(job.output, 2)
+    assert worker in processes_of(job)
+    run.kill(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    end = time.monotonic() + LIMIT
+    while processes_of(job):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert_goes_on(job, one_rank)
+
+
+@pytest.mark.slow
+def test_kills_of_any_rank_at_random_moments(job: Job, one_rank: dict[str | None, Any]) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(12):
+        run = job.start("--set", "parallel.tensor=4", "--restart", before=SLOW.format(0.01))
+        victim = run.pid if rng.random() < 0.3 else rng.choice(workers(run, job))
+        time.sleep(rng.uniform(0.0, 3.0))
+        started = time.monotonic()
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            assert run.wait() == 1, run.stderr
+        else:
+            # 1: it had come to its end just before.
+            assert run.wait() in (-signal.SIGKILL if victim == run.pid else 2, 1), run.stderr
+        assert time.monotonic() - started < LIMIT
+        while processes_of(job):
+            assert time.monotonic() - started < LIMIT
+            time.sleep(0.01)
+        job.records()
+    assert_goes_on(job, one_rank)
+
+
+FAIL_IN_ITERATION = """
+import nanoflow.pipeline.reference_executor as e
+run, count = e.ReferenceExecutor._run, []
+def fail(*arguments):
+    count.append(0)
+    if len(count) > 4:
+        raise ArithmeticError("seven is no even number")
+    return run(*arguments)
+e.ReferenceExecutor._run = fail
+"""
+NO_MEMORY = """
+import nanoflow.parallel.worker as w
+from nanoflow.errors import OutOfMemoryError
+def none(*arguments): raise OutOfMemoryError("engine.kv_memory: 3 GiB are missing; lower it")
+w.kv_pages = none
+"""
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "text"),
+    [
+        (FAIL_IN_ITERATION, "rank 1 failed: ArithmeticError: seven is no even number"),
+        (NO_MEMORY, "rank 1: engine.kv_memory: 3 GiB are missing; lower it"),
+    ],
+)
+def test_what_a_rank_raises_is_the_message(job: Job, sabotage: str, text: str) -> None:
+    run = job.start(sabotage=sabotage)
+    assert_lost(run, text)
+
+
+def test_debug_shows_the_traceback_of_a_rank(job: Job) -> None:
+    run = job.start("--debug", sabotage=FAIL_IN_ITERATION)
+    assert run.wait() == 2
+    assert "in fail\n" in run.stderr and "ArithmeticError: seven" in run.stderr
+
+
+def test_of_several_ranks_the_one_at_fault_is_named(job: Job) -> None:
+    run = job.start("--set", "parallel.tensor=4", sabotage=f"if rank == 2: exec({FAIL_IN_ITERATION!r}, globals())")
+    assert_lost(run, "rank 2 failed: ArithmeticError: seven is no even number")
+
+
+def test_a_rank_that_is_stopped_ends_the_run(job: Job) -> None:
+    """Its silence is what tells: rank 0 waits for it in a collective, whose own timeout is far away."""
+    run = job.start(before=SLOW.format(0.02) + "import nanoflow.parallel.group as g; g.SILENT_SECONDS = 3.0; ")
+    worker = workers(run, job)[0]
+    wait_for_lines(job.output, 2)
+    os.kill(worker, signal.SIGSTOP)
+    assert_lost(run, f"rank 1 (process {worker}) has given no sign of life for 3 s")
+
+
+STUCK = """
+import nanoflow.parallel.group as g, nanoflow.parallel.executor as x, os, time
+g.GRACE_SECONDS = 1.0
+collect, count = x.TensorParallelExecutor.collect, []
+def stuck(self):
+    count.append(0)
+    if len(count) == 9:
+        os.kill(self._ranks._ranks[0].pid, 9)
+        time.sleep(600)
+    return collect(self)
+x.TensorParallelExecutor.collect = stuck
+"""
+
+
+def test_a_run_that_waits_inside_a_library_ends_too(job: Job) -> None:
+    """As on a GPU, where rank 0 would wait for ever."""
+    run = job.start(before=STUCK)
+    assert_lost(run, "was killed by SIGKILL")
+    assert job.records()
+
+
+def test_ctrl_c_once_finishes_what_runs(job: Job, one_rank: dict[str | None, Any]) -> None:
+    run = job.start(before=SLOW.format(0.02))
+    wait_for_lines(job.output, 3)
+    run.kill(signal.SIGINT)
+    assert run.wait() == 130, run.stderr
+    assert "stopping: what finishes within 5 s is written" in run.stderr and "error: " not in run.stderr
+    assert 3 <= len(job.records()) < 11
+    assert_goes_on(job, one_rank)
+
+
+def test_ctrl_c_twice_stops_at_once(job: Job) -> None:
+    run = job.start(before=SLOW.format(0.5))
+    wait_for_lines(job.output, 1)
+    run.kill(signal.SIGINT)
+    time.sleep(0.2)
+    started = time.monotonic()
+    run.kill(signal.SIGINT)
+    assert run.wait() == 130, run.stderr
+    assert time.monotonic() - started < 4.5
+    assert "error: " not in run.stderr and "Traceback" not in run.stderr
+
+
+def test_ctrl_c_before_requests_run(job: Job) -> None:
+    run = job.start(fast=False)  # it takes seconds to import
+    workers(run, job)
+    run.kill(signal.SIGINT)
+    assert run.wait() == 130
+    assert run.stderr == "stopped before any request ran; the output is as it was\n"
+
+
+def place(rank: int, size: int, folder: Path) -> str:
+    """What torchrun's processes find in their environment."""
+    found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 29500}
+    found["TORCHELASTIC_RUN_ID"] = folder.name  # type: ignore[assignment]
+    return f"import os; os.environ.update({ {key: str(value) for key, value in found.items()} })"
+
+
+def as_torchrun(job: Job, size: int, *arguments: str, before: str = "") -> list[Run]:
+    runs = []
+    for rank in range(size):
+        folder = job.folder / f"rank{rank}"
+        folder.mkdir(exist_ok=True)
+        first = place(rank, size, job.folder) + "; " + before
+        runs.append(job.server.start(folder, "run", job.folder / "job.yaml", *arguments, before=first))
+    return runs
+
+
+def test_processes_of_torchrun_become_the_ranks(job: Job, one_rank: dict[str | None, Any]) -> None:
+    runs = as_torchrun(job, 2, before=SLOW.format(0.02))
+    wait_for_lines(job.output, 2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        runs[1].kill(number)  # a terminal's Ctrl-C reaches all of them: rank 0 decides
+    assert [run.wait() for run in runs] == [1, 0], runs[0].stderr
+    assert job.records() == one_rank
+    assert runs[1].stderr == "" and runs[1].stdout == ""
+
+
+def test_a_rank_of_torchrun_that_is_killed(job: Job) -> None:
+    runs = as_torchrun(job, 2, before=SLOW.format(0.02))
+    wait_for_lines(job.output, 2)
+    runs[1].kill(signal.SIGKILL)
+    assert_lost(runs[0], f"rank 1 (process {runs[1].pid}) has ended without a word")
+    assert runs[1].wait() == -signal.SIGKILL
+
+
+def test_torchrun_with_another_number_of_processes(job: Job) -> None:
+    runs = as_torchrun(job, 3)
+    assert runs[0].wait() == 2
+    message = "error: parallel.tensor: 2, but torchrun has started 3 processes; set it to 3, or --nproc-per-node to 2\n"
+    assert runs[0].stderr == message
+    for run in runs[1:]:  # torchrun ends them
+        run.kill(signal.SIGKILL)
+        run.wait()
+
+
+@pytest.mark.slow
+def test_torchrun_itself(job: Job, one_rank: dict[str | None, Any]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nanoflow", "run"]
+    done = subprocess.run(
+        [*command, str(job.folder / "job.yaml"), "--quiet"], capture_output=True, text=True, timeout=120
+    )
+    # torchrun takes status 1, of a run with an error record, for a failure.
+    assert "error: " not in done.stderr.lower().split("traceback")[0]
+    assert job.records() == one_rank
+
+
+def test_heads_that_cannot_be_shared_are_refused_before_anything_starts(job: Job) -> None:
+    run = job.start("--set", "parallel.tensor=3", fast=False, before="import nanoflow.parallel.group as g; del g.start")
+    assert run.wait() == 2
+    assert run.stderr.startswith("error: parallel.tensor: 3 ranks cannot share this model")

@@ -38,7 +38,7 @@ from nanoflow.sequence import Sequence
 from nanoflow.tokenizer import TextStream, Tokenizer
 from nanoflow.waiting import BLOCK
 
-__all__ = ["Engine", "EngineStats"]
+__all__ = ["LEAST_WAITING", "Engine", "EngineStats"]
 
 Tokens = ListLike[int] | NDArray[np.int32]
 

@@ -77,8 +77,6 @@ class Ready:
     """The engine is there."""
 
     max_running: int
-    most_waiting: int
-    """Sequences that the engine's queue should be filled up to in the middle of a run."""
     sizes: dict[str, int]
     """The engine's limits, as reports show them."""
     kv_capacity: int

@@ -26,7 +26,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.engine import EngineStats
+from nanoflow.engine import LEAST_WAITING, EngineStats
 from nanoflow.errors import ParallelError
 from nanoflow.outputs import RequestOutput
 from nanoflow.parallel.processes import Child, Loss
@@ -125,8 +125,7 @@ class Pool:
         except BaseException:
             self.kill()
             raise
-        first = self._ready[0]
-        self._most_waiting = self.scheduler.most_waiting(first.most_waiting)
+        self._most_waiting = self.scheduler.most_waiting(max(map(_full, self._ready)))
 
     def _start(self, number: int, start: Callable[[int], Child]) -> None:
         replica = _Replica(number, start(number))
@@ -310,7 +309,7 @@ class Pool:
             replica.ready = message
             self.scheduler.join(
                 replica.number,
-                full=message.most_waiting,
+                full=_full(message),
                 most_tokens=MOST_WAITING_TOKENS,
                 max_running=message.max_running,
             )
@@ -391,6 +390,12 @@ class Pool:
         for replica in self._all:
             if replica.loss is not None:
                 _warn(f"{replica.loss}; the run goes on with {len(self._alive)} of {len(self._all)} replicas")
+
+
+def _full(ready: Ready) -> int:
+    """Sequences that wait in a replica in the middle of a run: two generations, also where an order by length is asked
+    for, since the shared queue is in that order."""
+    return max(LEAST_WAITING, 2 * ready.max_running)
 
 
 def _warn(text: str) -> None:

@@ -143,7 +143,6 @@ def main(link: Line, begin: Begin) -> None:
         link.send(
             Ready(
                 max_running=engine.scheduler.max_running,
-                most_waiting=engine.most_waiting,
                 sizes=engine.sizes,
                 kv_capacity=engine.kv_capacity,
                 programs=engine.programs,

@@ -56,7 +56,6 @@ class ReplicaThread:
         with suppress(EOFError, OSError):
             ready = Ready(
                 engine.scheduler.max_running,
-                engine.most_waiting,
                 engine.sizes,
                 engine.kv_capacity,
                 engine.programs,

@@ -50,14 +50,20 @@ def show(
 
 @app.command()
 def check(
-    file: PlanArgument, model: ModelOption = None, layers: LayersOption = None, debug: DebugOption = False
+    file: PlanArgument,
+    model: ModelOption = None,
+    layers: LayersOption = None,
+    tensor: Annotated[
+        int, typer.Option("--tensor", metavar="N", min=1, help="Ranks that share the model, as parallel.tensor says.")
+    ] = 1,
+    debug: DebugOption = False,
 ) -> None:
     """Check the plan against the model, and against this machine's GPU if there is one; nothing is run."""
     with mistakes_as_messages(debug):
         from nanoflow.plans.case import open_case  # loads torch
         from nanoflow.plans.check import check as check_plan
 
-        findings = check_plan(open_case(file, model, layers=layers))
+        findings = check_plan(open_case(file, model, layers=layers, tensor=tensor))
     for finding in findings:
         typer.echo(f"{finding.name:<10} {finding.text}")
     typer.echo(f"{file} can run")

@@ -12,7 +12,7 @@ from nanoflow.pipeline.dependencies import producer
 from nanoflow.pipeline.grid import Block, Cell, Name, plain, render_order
 from nanoflow.pipeline.plan import Entry, FrozenMapping, Plan, PlanError, Stage
 
-__all__ = ["complete_period", "render_period"]
+__all__ = ["complete_period", "ranks_hint", "render_period"]
 
 GRID_WIDTH = 112
 """Columns of the schedules in messages."""
@@ -73,9 +73,8 @@ def _check_entries(plan: Plan, graph: Graph) -> None:
             for place, entry in enumerate(entries):
                 where = f"period[{index}].{stage.partition}.{lane}[{place}]: {entry}"
                 if entry.op not in operations:
-                    raise _marked(
-                        plan, {entry}, f"{where}: unknown operation {entry.op!r}{_hint(entry.op, operations)}"
-                    )
+                    hint = ranks_hint(entry.op, graph) or _hint(entry.op, operations)
+                    raise _marked(plan, {entry}, f"{where}: unknown operation {entry.op!r}{hint}")
                 if entry.nano_batch is not None and entry.nano_batch not in nano_batches:
                     raise _marked(
                         plan,
@@ -104,6 +103,13 @@ def _check_entries(plan: Plan, graph: Graph) -> None:
 
 def _marked(plan: Plan, entries: set[Entry], message: str) -> PlanError:
     return PlanError(f"{message}\n{render_period(plan.period, entries)}")
+
+
+def ranks_hint(name: str, graph: Graph) -> str:
+    """The mend where a plan of several ranks names operation `name` of a model that has one; else nothing."""
+    if graph.ranks > 1 or not name.endswith(("_all_reduce", "_all_gather")):
+        return ""
+    return "; it is there where ranks share the model: set parallel.tensor (plan check: --tensor)"
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from fractions import Fraction
 
 from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.period import ranks_hint
 from nanoflow.pipeline.plan import WHOLE, Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 
@@ -111,7 +112,8 @@ def _check_kernels(plan: Plan, graph: Graph) -> None:
     operations = {op.name: op for op in (*graph.layer, *graph.prologue, *graph.epilogue)}
     for name, kernel in plan.kernels.items():
         if name not in operations:
-            raise PlanError(f"kernels.{name}: unknown operation {name!r}{_hint(name, operations)}")
+            hint = ranks_hint(name, graph) or _hint(name, operations)
+            raise PlanError(f"kernels.{name}: unknown operation {name!r}{hint}")
         known = operations[name].kernels
         if kernel not in known:
             raise PlanError(f"kernels.{name}: unknown kernel {kernel!r}{_hint(kernel, known)}")

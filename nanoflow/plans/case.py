@@ -11,6 +11,7 @@ from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Work
+from nanoflow.ops.sharding import ShardError, shard_graph
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.program import Program, compile_program
@@ -122,13 +123,19 @@ class MixOptions:
 
 
 def open_case(
-    file: str | Path, model: str | None = None, mix: MixOptions | None = None, *, layers: int | None = None
+    file: str | Path,
+    model: str | None = None,
+    mix: MixOptions | None = None,
+    *,
+    layers: int | None = None,
+    tensor: int = 1,
 ) -> PlanCase:
     """Read the plan of `file`, and validate it against the model.
 
     Args:
         model: a folder, a GGUF file or the name of a shipped shape; by default the shipped one that the plan names.
         layers: only so many of the model's; by default all.
+        tensor: ranks that share the model; the graph is then one of theirs.
 
     Raises:
         UserError, PlanError: one message that names what is wrong, and the mend.
@@ -140,7 +147,10 @@ def open_case(
             raise InputError(f"--layers {layers}: {name} has {graph.layers}; give a number from 1 to {graph.layers}")
         graph = replace(graph, layers=layers)  # its windows, if any, are those of the first layers
     try:
+        graph = shard_graph(graph, 0, tensor)
         validate(plan, graph)
+    except ShardError as error:
+        raise InputError(f"--tensor {tensor}: {error}") from None
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from None
     return PlanCase(

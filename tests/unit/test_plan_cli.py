@@ -184,6 +184,26 @@ def test_check_says_what_was_checked(plan: str, monkeypatch: pytest.MonkeyPatch)
     assert result.output.endswith("tuned.yaml can run\n")
 
 
+def test_check_takes_plans_of_several_ranks(tmp_path: Path) -> None:
+    """The one of the documentation, which has its sums in a lane of their own."""
+    text = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    period = text[: text.index("    network: [o_all_reduce.a")].rindex("```yaml\n") + len("```yaml\n")
+    period_text = text[period : text.index("```", period)]
+    head = EXAMPLE[: EXAMPLE.index("partitions:")].replace("sms: 132\n", "")
+    path = tmp_path / "ranks.yaml"
+    path.write_text(f"{head}kernels: {{o_all_reduce: nccl_8}}\n{period_text}")
+    result = run("check", str(path), "--tensor", "2", "--layers", "3")
+    assert result.exit_code == 0, result.output
+    assert "in 2 lanes have an order" in result.output and "none on 8 random mixes" in result.output
+    assert "3 layers of 12 operations" in result.output
+    told = "unknown operation 'o_all_reduce'; it is there where ranks share the model: set parallel.tensor"
+    assert f"kernels.o_all_reduce: {told}" in mistake("check", str(path))
+    path.write_text(f"{head}{period_text}")
+    assert f"network[0]: o_all_reduce.a: {told}" in mistake("check", str(path))
+    text = mistake("check", str(path), "--tensor", "3")
+    assert "--tensor 3: parallel.tensor: 3 ranks cannot share this model: there are 32 query heads" in text
+
+
 def test_check_compares_the_plan_with_this_machine(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "gpu_problem", lambda index: None)
 

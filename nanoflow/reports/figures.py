@@ -6,7 +6,18 @@ from typing import Any, Literal
 
 from nanoflow.report import Percentiles, RunReport
 
-__all__ = ["LATENCIES", "NONE", "SUMMARY", "Figure", "Latency", "all_figures", "difference", "write_number"]
+__all__ = [
+    "LATENCIES",
+    "NONE",
+    "REPLICA_COLUMNS",
+    "SUMMARY",
+    "Figure",
+    "Latency",
+    "all_figures",
+    "difference",
+    "replica_rows",
+    "write_number",
+]
 
 NONE = "\N{EN DASH}"
 """Stands where a run has no such number."""
@@ -103,6 +114,43 @@ LATENCIES = (
     Latency("normalised_latency_ms", "Normalised latency", "End to end, over the request's output tokens."),
     Latency("iteration_ms", "Iteration", "Time that the executor spent on one dense batch."),
 )
+
+
+REPLICA_COLUMNS = (
+    "Replica",
+    "Completed",
+    "Errors",
+    "Output tokens",
+    "Iterations",
+    "Rows, mean",
+    "Busy (%)",
+    "Loading (s)",
+    "Steady tokens/s",
+    "Lost",
+)
+
+
+def replica_rows(report: RunReport) -> list[list[str]]:
+    """For each replica of a run with several, a cell for each of `REPLICA_COLUMNS`."""
+
+    def number(value: float | None) -> str:
+        return NONE if value is None else write_number(value)
+
+    return [
+        [
+            str(one.replica),
+            f"{one.completed:,}",
+            f"{one.errors:,}",
+            f"{one.output_tokens:,}",
+            f"{one.iterations:,}",
+            number(one.rows / one.iterations if one.iterations else None),
+            f"{one.busy_share * 100:.1f}",
+            number(one.load_seconds),
+            number((one.steady or {}).get("total_tokens_per_second")),
+            one.lost or NONE,
+        ]
+        for one in report.replicas
+    ]
 
 
 def difference(figure: Figure, report: RunReport, base: RunReport) -> float | None:

@@ -10,7 +10,16 @@ from markupsafe import Markup
 
 from nanoflow.report import RunReport
 from nanoflow.reports.charts import Line, Scale, bar, chart, time_scale
-from nanoflow.reports.figures import LATENCIES, SUMMARY, Figure, Latency, difference, write_number
+from nanoflow.reports.figures import (
+    LATENCIES,
+    REPLICA_COLUMNS,
+    SUMMARY,
+    Figure,
+    Latency,
+    difference,
+    replica_rows,
+    write_number,
+)
 from nanoflow.reports.load import Run
 
 __all__ = ["as_html"]
@@ -47,6 +56,8 @@ def as_html(runs: Sequence[Run]) -> str:
         latency_rows=[(latency, rows) for latency in LATENCIES if (rows := _rows(latency.figures, reports))],
         bounds=[(run, _bounds(run.report)) for run in runs],
         power=_power(runs),
+        replica_columns=REPLICA_COLUMNS,
+        replicas=[(run, replica_rows(run.report)) for run in runs if run.report.replicas],
         plans=[(run, _plan(run.report)) for run in runs],
         configs=[yaml.safe_dump(run.report.config, sort_keys=False, allow_unicode=True) for run in runs],
         number=write_number,

@@ -6,7 +6,17 @@ from dataclasses import asdict
 
 import yaml
 
-from nanoflow.reports.figures import LATENCIES, NONE, SUMMARY, Figure, all_figures, difference, write_number
+from nanoflow.reports.figures import (
+    LATENCIES,
+    NONE,
+    REPLICA_COLUMNS,
+    SUMMARY,
+    Figure,
+    all_figures,
+    difference,
+    replica_rows,
+    write_number,
+)
 from nanoflow.reports.load import Run
 
 __all__ = ["as_json", "as_markdown"]
@@ -45,6 +55,10 @@ def as_markdown(runs: Sequence[Run]) -> str:
         "Seconds that the run's work takes at each measured ceiling alone, and their share of the run's time.",
         _table(["", *names], [[resource, *(_bound(run, resource) for run in runs)] for resource in resources]),
     ]
+    for run in runs:
+        if run.report.replicas:
+            title = f"## Replicas of {run.name}" if len(runs) > 1 else "## Replicas"
+            parts += [title, _table(REPLICA_COLUMNS, replica_rows(run.report))]
     for run in runs:
         title = f" of {run.name}" if len(runs) > 1 else ""
         config = yaml.safe_dump(run.report.config, sort_keys=False, allow_unicode=True)

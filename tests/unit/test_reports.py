@@ -20,6 +20,7 @@ from nanoflow.loading import build_engine, open_model
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.power import Energy
 from nanoflow.recording import Recorder
+from nanoflow.replicas.figures import ReplicaFigures
 from nanoflow.report import SCHEMA_VERSION, RunReport, make_report
 from nanoflow.reports.charts import Line, Scale, chart, time_scale
 from nanoflow.reports.figures import SUMMARY, difference, write_number
@@ -230,6 +231,22 @@ def test_several_runs_stand_side_by_side_with_their_differences(report: RunRepor
     assert data["runs"][0]["report"] == json.loads(json.dumps(asdict(report)))
     worse = as_html(load_runs(runs_of([faster, report], tmp_path)))
     assert '<em class="worse">-20.0%</em>' in worse
+
+
+def test_replicas_have_a_table_of_their_own(report: RunReport, tmp_path: Path) -> None:
+    one = ReplicaFigures(0, 5, 1, 1234, 20, 300, 0.875, 2.5, {"total_tokens_per_second": 4321.0}, None)
+    other = replace(one, replica=1, iterations=0, load_seconds=None, steady=None, lost="replica 1 <was> killed")
+    several = replace(report, replicas=[one, other])
+    (run,) = load_runs([save(several, tmp_path, "several")])
+    assert run.report == several
+    (alone,) = load_runs([save(report, tmp_path, "alone")])
+    text = as_markdown([run])
+    assert "## Replicas\n" in text and "| 0 | 5 | 1 | 1,234 | 20 | 15 | 87.5 | 2.5 | 4,321 | \N{EN DASH} |" in text
+    assert "## Replicas of several" in as_markdown([alone, run]) and "Replicas" not in as_markdown([alone])
+    page = as_html([run])
+    assert "<h2>Replicas</h2>" in page and "replica 1 &lt;was&gt; killed" in page
+    assert "<h2>Replicas</h2>" not in as_html([alone])
+    assert "5 requests and 1 with errors, 1,234 output tokens in 20 iterations, 88% of the time busy" in shown(several)
 
 
 def test_what_a_job_is_called_cannot_become_part_of_the_page(report: RunReport, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation,
 __all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "sum_in_rank_order"]
 
 CTAS = {f"nccl_{count}": count for count in (2, 4, 8, 16)}
-"""All-reduces with NCCL on at most so many thread blocks, by the kernel's name: beside products that are to keep their
-SMs. On two H200s, products lost less beside 4 to 16 of them."""
+"""All-reduces with NCCL on at most so many thread blocks, by the kernel's name: products beside them lose no more SMs
+than that. By itself NCCL takes what it likes."""
 
 
 class Collective(Operation):

@@ -14,16 +14,18 @@ from nanoflow.pipeline.executor import KVLayout, Weights
 from nanoflow.pipeline.program import Program
 
 CPU = torch.device("cpu")
+LIMIT = 120.0
+"""Seconds after which nothing is waited for any more, on any machine."""
 Result = TypeVar("Result")
 
 
 def on_all(function: Callable[[int], Result], size: int) -> list[Result]:
     """`function` of every rank, each in a thread of its own; raises what the first that failed raised."""
     with ThreadPoolExecutor(max_workers=size) as pool:
-        return [future.result(timeout=60) for future in [pool.submit(function, rank) for rank in range(size)]]
+        return [future.result(timeout=LIMIT) for future in [pool.submit(function, rank) for rank in range(size)]]
 
 
-def connect(size: int, timeout: float = 20.0) -> list[TorchCommunicator]:
+def connect(size: int, timeout: float = 60.0) -> list[TorchCommunicator]:
     store = HashStore()
     return on_all(lambda rank: TorchCommunicator(store, rank, size, CPU, timeout=timeout), size)
 
@@ -71,16 +73,16 @@ class ThreadRanks:
         collecting = [thread.submit(e.collect) for e, thread in zip(self.ranks, self._threads, strict=True)]
         # Rank 0 waits for no other: their masked iterations end only once it has gone on.
         self._collected.append(collecting)
-        first: StepOutput = collecting[0].result(timeout=60)
+        first: StepOutput = collecting[0].result(timeout=LIMIT)
         return first
 
     def close(self) -> None:
         for collecting in self._collected:
-            first, *others = [future.result(timeout=60) for future in collecting]
+            first, *others = [future.result(timeout=LIMIT) for future in collecting]
             for other in others:
                 assert other.logprobs is None and other.tokens.tolist() == first.tokens.tolist()
         for executor, thread in zip(self.ranks, self._threads, strict=True):
-            thread.submit(executor.close).result(timeout=60)
+            thread.submit(executor.close).result(timeout=LIMIT)
             thread.shutdown()
         for communicator in self.communicators:
             communicator.close()

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,8 @@ def test_a_twin_needs_no_order_with_its_original() -> None:
 
 
 def test_ranks_that_do_not_come_are_missed_in_time() -> None:
-    group = connect(2, timeout=0.3)
+    group = connect(2)
+    group[1]._backend.set_timeout(timedelta(seconds=0.3))  # they are to miss each other, not the meeting
     with pytest.raises(CommunicatorError, match=r"rank 1 of 2: the other ranks did not take part in the all-reduce"):
         group[1].all_reduce(torch.ones(4))
     with pytest.raises(CommunicatorError, match=r"rank 0 of 3: .* in the meeting"):

@@ -162,8 +162,6 @@ class Done:
 class Told:
     """What a replica has done since it told last, and how it stands."""
 
-    time: float
-    """By `time.perf_counter`: its iterations up to then are told."""
     taken: int
     """Requests that came to its engine since."""
     waiting: int

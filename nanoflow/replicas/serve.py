@@ -12,6 +12,7 @@ does. Grammars are compiled by the thread that listens, away from the loop.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
@@ -104,7 +105,6 @@ class Loop:
         self._told = time.perf_counter()
         self._tell_main(
             Told(
-                time=self._told,
                 taken=self._taken,
                 waiting=scheduler.waiting,
                 waiting_tokens=scheduler.waiting_tokens,
@@ -123,6 +123,8 @@ class Loop:
 
 def main(link: Line, begin: Begin) -> None:
     """What a replica's process runs. What it raises is told by whoever started it (`nanoflow.parallel.processes`)."""
+    if begin.quiet:
+        warnings.simplefilter("ignore")  # the first one warns of the same
     config = begin.config
     started = time.perf_counter()
     model = open_model(config.model, config.engine)

@@ -83,26 +83,27 @@ def start_replicas(config: RunConfig, model: Model, job: Sequence[int], *, more:
 def places(config: RunConfig, device: torch.device) -> list[Place]:
     """Where each replica of a run on `device` runs. Raises ConfigError if there are too few GPUs."""
     count, each = config.parallel.data, config.parallel.tensor
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
     if device.type == "cuda":
         first = device.index or 0
         here = torch.cuda.device_count()
         if first + count * each > here:
             of = f" of {each} GPUs each" if each > 1 else ""
-            from_first = f", from cuda:{first} on," if first else ""
+            begin = f" from cuda:{first} on" if first else ""
             raise ConfigError(
-                f"parallel.data: {count} replicas{of} need {count * each} GPUs, and this machine has {here}{from_first}"
-                f"; set it to {max(1, (here - first) // each)}"
+                f"parallel.data: {count} replicas{of} need {count * each} GPUs{begin}, and this machine has {here}; "
+                f"set it to {max(1, (here - first) // each)} or less"
             )
         engine = config.engine.model_copy(update={"device": "cuda"})
-        return [Place(_gpus(range(begin, begin + each)), engine) for begin in range(first, first + count * each, each)]
-    # Each takes its part of the cores and of what is free.
-    threads = max(1, torch.get_num_threads() // count)
+        starts = range(first, first + count * each, each)
+        return [Place(threads | _gpus(range(start, start + each)), engine) for start in starts]
+    # Each takes its part of what is free.
     memory = parse_memory(config.engine.kv_memory)
     share = CPU_SHARE if memory is None else memory
     engine = config.engine.model_copy(update={"device": "cpu"})
     if isinstance(share, float):
         engine = engine.model_copy(update={"kv_memory": share / count})
-    return [Place({"OMP_NUM_THREADS": str(threads)}, engine)] * count
+    return [Place(threads, engine)] * count
 
 
 def _gpus(numbers: range) -> dict[str, str]:

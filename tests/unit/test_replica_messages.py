@@ -1,18 +1,29 @@
 """What replicas tell: packed outputs come back as they were; iterations of several become one course of time."""
 
+import json
 import pickle
 import random
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nanoflow.engine import EngineStats
+from nanoflow.models.config import ModelConfig
+from nanoflow.models.registry import build_graph
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
+from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.recording import IterationRecord, Recorder
 from nanoflow.replicas.dispatch import Pending
 from nanoflow.replicas.merging import Merger
 from nanoflow.replicas.messages import Done, Give, Given
+from nanoflow.replicas.totals import add_stats, all_programs
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.timeline import COLUMNS, Amounts
+
+CONFIG = Path(__file__).parents[2] / "configs/models/tiny-llama/config.json"
 
 
 def logprobs_of(rng: random.Random, tokens: list[int], top: int) -> list[TokenLogprobs]:
@@ -144,3 +155,25 @@ def test_nothing_is_lost_whatever_the_order() -> None:
     assert course["decode_rows"] == pytest.approx(rows) and course["iterations"] == pytest.approx(rows / 10)
     assert course["seconds"] == pytest.approx(course.end) == recorder.last
     assert course["busy_seconds"] <= course.end + 1e-6
+
+
+def test_totals_of_replicas_that_run_different_plans() -> None:
+    graph = build_graph(ModelConfig.from_dict(json.loads(CONFIG.read_text())))
+
+    def program(capacity: int) -> Program:
+        return compile_program(Plan.sequential(graph, capacity), graph)
+
+    small, middle, whole = program(16), program(32), program(64)
+    here: list[list[Program]] = [[small, whole], [program(64)], [middle, small, whole]]
+    together = all_programs(here)
+    assert [one.plan.capacity for one in together] == [16, 32, 64]
+    stats = [
+        EngineStats(iterations=7, program_iterations=Counter({0: 5, 1: 2}), planned_iterations=5, largest_batch=9),
+        EngineStats(iterations=4, program_iterations=Counter({0: 4}), planned_iterations=4, rows=3, largest_batch=60),
+        EngineStats(iterations=6, program_iterations=Counter({0: 3, 1: 2, 2: 1}), busy_seconds=0.5, padding_rows=2),
+    ]
+    total = add_stats(stats, here, together)
+    assert total.program_iterations == {0: 7, 1: 3, 2: 7}
+    assert (total.iterations, total.planned_iterations, total.largest_batch) == (17, 9, 60)
+    assert (total.rows, total.padding_rows, total.busy_seconds) == (3, 2, 0.5)
+    assert stats[0].program_iterations == {0: 5, 1: 2}  # as they were

@@ -203,12 +203,16 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown("cuda:2", data=3, tensor=2) == ["2,3", "4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, 5,GPU-aa,1,0,2,3,4")
     assert shown("cuda", data=2, tensor=2) == ["7,5", "GPU-aa,1"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    for place in places(config_of(parallel={"data": 3}), torch.device("cuda")):
+        assert place.environment["OMP_NUM_THREADS"] == "4"
+    five, eight = config_of(parallel={"data": 5, "tensor": 2}), config_of(parallel={"data": 8})
     with pytest.raises(
-        ConfigError, match=r"^parallel.data: 5 replicas of 2 GPUs each need 10 GPUs, and .* has 8; set it to 4$"
+        ConfigError, match=r"5 replicas of 2 GPUs each need 10 GPUs, and .* has 8; set it to 4 or less$"
     ):
-        places(config_of(parallel={"data": 5, "tensor": 2}), torch.device("cuda"))
-    with pytest.raises(ConfigError, match=r"need 8 GPUs, and this machine has 8, from cuda:1 on,; set it to 7$"):
-        places(config_of(parallel={"data": 8}), torch.device("cuda", 1))
+        places(five, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"8 replicas need 8 GPUs from cuda:1 on, and .* has 8; set it to 7 or less$"):
+        places(eight, torch.device("cuda", 1))
 
 
 def test_a_cpu_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ side, with collectives where partial results meet, the ranks compute what the wh
     linear, shard "rows"       inputs / size; partial sums, then an all-reduce; the bias is on rank 0 alone
     attention, rope, ...       heads / size query heads; the key/value heads that those attend to
     embedding, norms, add      whole
-    head                       ceil(vocabulary / size) columns, zeros behind the last; then an all-gather of the logits
+    head                       vocabulary / size columns, rounded up, zeros behind the last; then an all-gather of the
+                               logits
 
 Where there are more ranks than key/value heads, each of those is held by size / kv_heads ranks, and so is its cache.
 Shares of all ranks have the same shape, so one plan serves them all.
@@ -33,6 +34,9 @@ __all__ = ["ShardError", "shard_graph"]
 
 Range = tuple[int, int]
 Op = TypeVar("Op", bound=Operation)
+
+HEAD_COLUMNS = 8
+"""A rank's columns of the head are a multiple: 16 bytes in 16-bit types, below which GPUs store and multiply slower."""
 
 _BY_HEADS = (QKNorm, Rope, Append, RopeAppend, DecodeAttention, PrefillAttention)
 
@@ -177,7 +181,7 @@ class _Sharding:
     def head(self, op: Linear) -> list[Operation]:
         """The head over the rank's vocabulary, and the logits of all ranks side by side."""
         columns = sum(op.outputs)
-        share = -(-columns // self.size)
+        share = -(-columns // (self.size * HEAD_COLUMNS)) * HEAD_COLUMNS
         rows = (min(self.rank * share, columns), min((self.rank + 1) * share, columns))
         source, gathered = f"{op.target}_share", f"{op.target}_gathered"
         self.columns |= {source: share, gathered: self.size * share}

@@ -30,23 +30,26 @@ HEAD_SIZES = range(16, 257, 16)
 """Head sizes that the attention kernels take: whole matrix-unit tiles, and no more than fits into registers."""
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, use: bool = True) -> torch.device:
     """The device that ``engine.device`` means; ``auto`` is the first GPU if it can be used, else the CPU.
+
+    Without `use`, other processes will compute on it: this one only looks, which takes no memory there, and does not
+    fail where a GPU is for one process at a time.
 
     Raises ConfigError, with the reason and the mend, for a GPU that cannot be used.
     """
     if name == "auto":
-        return torch.device("cuda" if gpu_problem(0) is None else "cpu")
+        return torch.device("cuda" if gpu_problem(0, use=use) is None else "cpu")
     device = torch.device(name)
     if device.type == "cuda":
-        problem = gpu_problem(device.index or 0)
+        problem = gpu_problem(device.index or 0, use=use)
         if problem is not None:
             raise ConfigError(f"engine.device: {name} was asked for, but {problem}; or use cpu")
     return device
 
 
-def gpu_problem(index: int) -> str | None:
-    """Why torch cannot run NanoFlow on GPU `index`, with the mend; None if it can."""
+def gpu_problem(index: int, *, use: bool = True) -> str | None:
+    """Why torch cannot run NanoFlow on GPU `index`, with the mend; None if it can. `use`: see `choose_device`."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch 2.11 or later"
     driver = driver_cuda_version()
@@ -72,7 +75,8 @@ def gpu_problem(index: int) -> str | None:
         return f"this machine has {count} GPU{'s' if count > 1 else ''}: use {there}"
     try:
         capability = torch.cuda.get_device_capability(index)
-        torch.cuda.mem_get_info(index)  # makes the context: what cannot start fails here
+        if use:
+            torch.cuda.mem_get_info(index)  # makes the context: what cannot start fails here
     except RuntimeError as error:
         return f"CUDA cannot start on it ({str(error).splitlines()[0]}): see what nvidia-smi says"
     if capability < MIN_CAPABILITY:

@@ -75,9 +75,12 @@ class Model:
     """Tokens of a prompt with its output."""
 
 
-def open_model(model: ModelSection, engine: EngineSection) -> Model:
-    """Open the checkpoint and trace the graph; no weights are read yet. Raises UserError or UnsupportedModel."""
-    device = choose_device(engine.device)
+def open_model(model: ModelSection, engine: EngineSection, *, use: bool = True) -> Model:
+    """Open the checkpoint and trace the graph; no weights are read yet. Raises UserError or UnsupportedModel.
+
+    `use`: whether this process will compute on the device (see `choose_device`).
+    """
+    device = choose_device(engine.device, use=use)
     dtype = _dtype(model.dtype, device)
     checkpoint = open_checkpoint(model.path, need_weights=model.weights == "load")
     config = ModelConfig.from_dict(checkpoint.config)

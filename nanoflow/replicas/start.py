@@ -41,7 +41,7 @@ def check_replicas(config: RunConfig) -> None:
                 f"parallel.data: {config.parallel.data} replicas under torchrun are not supported; use `nanoflow run`, "
                 "which starts all processes itself"
             )
-        places(config, choose_device(config.engine.device))
+        places(config, choose_device(config.engine.device, use=False))
 
 
 def start_replicas(config: RunConfig, model: Model, job: Sequence[int], *, more: bool, quiet: bool) -> Pool:

@@ -74,6 +74,8 @@ def test_a_context_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     torch.cuda.mem_get_info = fail
     assert gpu_problem(0) == "CUDA cannot start on it (CUDA error: out of memory): see what nvidia-smi says"
+    # Whoever only looks starts none.
+    assert gpu_problem(0, use=False) is None and choose_device("auto", use=False) == torch.device("cuda")
 
 
 def test_head_sizes() -> None:

@@ -96,7 +96,7 @@ def test_a_mix_gives_the_reference_executors_tokens(
     made: list[CudaExecutor] = []
     filled: Counter[bool] = Counter()
 
-    def executor(model: Any, engine: Any, programs: Any, weights: Any, kv: Any) -> CudaExecutor:
+    def executor(model: Any, engine: Any, programs: Any, weights: Any, kv: Any, *_: Any) -> CudaExecutor:
         sizes = {"slots": engine.max_running, "dtype": model.dtype, "device": model.device}
         made.append(CudaExecutor(programs, weights, kv, **sizes))
         assert set(made[0]._layers) == graphs and set(made[0]._heads) == {8, 16, 24}
@@ -109,7 +109,7 @@ def test_a_mix_gives_the_reference_executors_tokens(
         monkeypatch.setattr(made[0]._static, "fill", counted)
         return made[0]
 
-    monkeypatch.setattr(loading, "_executor", executor)
+    monkeypatch.setattr(loading, "make_executor", executor)
     for op in (DecodeAttention, PrefillAttention):  # as on a GPU; the kernels for a CPU look at the batch itself
         monkeypatch.setattr(op, "preferred_kernel", lambda *_: "triton")
     # The head takes 24 rows at a time at most, and memory for some 25 pages makes requests wait and be preempted.
@@ -127,10 +127,10 @@ def test_batches_of_a_single_row(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     with LLM(model=folder, **options) as llm:
         expected = llm.generate([[5, 6, 7], [9]], params)
 
-    def executor(model: Any, engine: Any, programs: Any, weights: Any, kv: Any) -> CudaExecutor:
+    def executor(model: Any, engine: Any, programs: Any, weights: Any, kv: Any, *_: Any) -> CudaExecutor:
         return CudaExecutor(programs, weights, kv, slots=engine.max_running, dtype=model.dtype, device=model.device)
 
-    monkeypatch.setattr(loading, "_executor", executor)
+    monkeypatch.setattr(loading, "make_executor", executor)
     with LLM(model=folder, **options) as llm:
         assert isinstance(llm.engine.executor, CudaExecutor) and not llm.engine.executor._layers
         assert gc.get_freeze_count() > 10_000, "the collector leaves alone what is loaded"

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,61 @@ def test_ctrl_c_finishes_what_runs_and_leaves_nobody(job: Job, undisturbed: dict
     assert 6 <= len(records) < COUNT and f"{len(records)} requests have their record" in run.stderr
     assert "warning" not in run.stderr and "Traceback" not in run.stderr
     assert all(undisturbed[key] == record for key, record in records.items())
+
+
+@pytest.mark.slow
+def test_replicas_killed_at_random_moments(job: Job, undisturbed: dict[str | None, Any]) -> None:
+    """Also while they load, and several of them: the same command again and again ends with all records."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    ends = []
+    for _ in range(6):
+        run = job.start(2)
+        pids = replicas_of(run, 2)
+        for pid in rng.sample(pids, rng.choice([1, 1, 2])):
+            time.sleep(rng.uniform(0.0, 3.0))
+            with suppress(ProcessLookupError):  # it has ended with the run
+                os.kill(pid, signal.SIGKILL)
+        ends.append(run.wait())
+        assert ends[-1] in (1, 2) and "Traceback" not in run.stderr, run.stderr
+        assert_gone(pids)
+        if ends[-1] == 1:
+            assert job.records() == undisturbed
+            for file in job.folder.glob("o.*"):
+                file.unlink()
+    again = job.start(1)
+    assert again.wait() == 1, again.stderr
+    assert job.records() == undisturbed
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_replica_is_killed(job: Job, undisturbed: dict[str | None, Any]) -> None:
+    run = job.start(2, "--set", "parallel.tensor=2")
+    pids = replicas_of(run, 2)
+    wait_for_lines(job.output, 8)
+    children = Path(f"/proc/{pids[1]}/task/{pids[1]}/children").read_text().split()
+    (rank,) = map(int, children)
+    os.kill(rank, signal.SIGKILL)
+    assert run.wait() == 1, run.stderr
+    assert job.records() == undisturbed
+    assert f"warning: replica 1: rank 1 (process {rank}) was killed by SIGKILL" in run.stderr
+    assert "the other one goes on with its" in run.stderr and "Traceback" not in run.stderr
+    assert_gone([*pids, rank])
+    report = job.report
+    assert report["parallel"] == {"tensor": 2, "data": 2}
+    assert sum(one["completed"] for one in report["replicas"]) == COUNT - 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_replicas_load_ends_all(job: Job, number: int) -> None:
+    run = job.start(2)
+    pids = replicas_of(run, 2)
+    run.kill(number)
+    assert run.wait() == 128 + number
+    assert run.stderr == "stopped before any request ran; the output is as it was\n"
+    assert_gone(pids)
+    assert not job.output.exists()
 
 
 def test_replicas_end_with_the_run_however_it_ends(job: Job) -> None:

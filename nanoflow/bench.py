@@ -175,7 +175,7 @@ def bench(
         model = open_model(config.model, config.engine)
         total = _count(config, model, requests)
         with (
-            tensor_ranks(config, model) as ranks,
+            tensor_ranks(config, model, "the repetitions that came to their end are saved") as ranks,
             Bench(
                 model,
                 _engine(config, model, requests, quiet, ranks),

@@ -40,6 +40,7 @@ from nanoflow.writer import OutputWriter
 
 __all__ = ["LOOK_AHEAD_SECONDS", "RunOutcome", "engine_for", "run"]
 
+GOES_ON = "what was finished is in the output, and the same command goes on"
 LOOK_AHEAD_SECONDS = 5.0
 """How long requests are gathered, at most, before the KV cache is sized by them."""
 
@@ -100,7 +101,7 @@ def run(
             check_replicas(config)
         else:
             check_ranks(config.engine, config.parallel.tensor)
-        model = open_model(config.model, config.engine)
+        model = open_model(config.model, config.engine, use=config.parallel.data == 1)
         identity = fingerprint(config, model)
         ledger = Ledger()
         if not restart and writer.size:
@@ -112,7 +113,10 @@ def run(
         # With the first record, and not before: until then, these describe the run whose records are there.
         writer.before_first_line = lambda: _describe(config, identity)
         items = read_workload(config, model.graph.vocab_size, model.tokenizer)
-        with Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed, tensor_ranks(config, model) as ranks:
+        with (
+            Feed(items, ledger, model.tokenizer, model.checkpoint.path) as feed,
+            tensor_ranks(config, model, GOES_ON) as ranks,
+        ):
             ahead = feed.look_ahead(LOOK_AHEAD_SECONDS)
             if feed.exhausted:
                 _sort(config, writer, ledger, quiet)

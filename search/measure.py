@@ -8,13 +8,13 @@ are neighbours. A block is cut at its begin, where the card still runs as the bl
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from nanoflow.ops.batch import DenseBatch
+from nanoflow.ops.batch import TOKEN_ON_DEVICE, DenseBatch
 from nanoflow.ops.graph import RESIDUAL
 from nanoflow.ops.sampling import Sampler
 from nanoflow.pipeline.bound_programs import BoundPrograms
@@ -143,13 +143,12 @@ def output_error(executor: Measured, base: DenseBatch, other: DenseBatch) -> flo
     thousandths in bfloat16 where they do not.
     """
     outputs = []
-    last_tokens = executor.sampler.last_tokens.clone()
+    # What the first samples is not what the second starts from, on whichever rank: both bring their tokens along.
+    last_tokens = executor.sampler.last_tokens.cpu().numpy().copy()
     for batch in (base, other):
         assert batch.sampling is not None
-        executor.sampler.last_tokens.copy_(last_tokens)  # what the first sampled is not what the second starts from
-        if last_tokens.is_cuda:
-            torch.cuda.synchronize(last_tokens.device)
-        executor.launch(batch)
+        token_ids = np.where(batch.token_ids == TOKEN_ON_DEVICE, last_tokens[batch.slots], batch.token_ids)
+        executor.launch(replace(batch, token_ids=token_ids.astype(np.int32)))
         executor.collect()
         rows = torch.from_numpy(batch.sampling.rows.astype(np.int64)).to(executor.bound.device)
         outputs.append(executor.bound.buffers[RESIDUAL][rows].double())

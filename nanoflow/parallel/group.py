@@ -5,13 +5,11 @@ left. Rank 0's main thread raises `ParallelError` as soon as it is where it can;
 library for a rank that is gone, a thread prints the message and ends the process: results are with the system already.
 """
 
-import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import send_handle
@@ -24,13 +22,12 @@ from nanoflow.config_schema import EngineSection, ModelSection, RunConfig
 from nanoflow.devices import choose_device
 from nanoflow.errors import ConfigError, ParallelError
 from nanoflow.loading import Model, shard_model
-from nanoflow.mistakes import EXIT_FAILED
 from nanoflow.ops.batch import DenseBatch
 from nanoflow.ops.communicator import TIMEOUT, Communicator, CommunicatorError, TorchCommunicator
 from nanoflow.parallel.batches import BatchWriter
 from nanoflow.parallel.executor import RankExecutor, TensorParallelExecutor
 from nanoflow.parallel.messages import HERE, READY, Build, Load, RankSettings
-from nanoflow.parallel.processes import SILENT_SECONDS, Child, Loss, Watch, start
+from nanoflow.parallel.processes import SILENT_SECONDS, Child, Loss, Watch, leave, start
 from nanoflow.parallel.torchrun import accept_ranks, check_place
 
 __all__ = ["TensorGroup", "check_ranks", "tensor_ranks"]
@@ -62,10 +59,10 @@ def check_ranks(engine: EngineSection, tensor: int) -> bool:
     return by_torchrun
 
 
-def tensor_ranks(config: RunConfig, model: Model) -> "AbstractContextManager[TensorGroup | None]":
+def tensor_ranks(config: RunConfig, model: Model, then: str) -> "AbstractContextManager[TensorGroup | None]":
     """The other ranks that `parallel.tensor` asks for, started and waiting for orders; None if there are none.
 
-    Replicas (`parallel.data`) have ranks of their own: then this process has none.
+    Replicas (`parallel.data`) have ranks of their own: then this process has none. `then` as `TensorGroup` has it.
 
     Raises (at once, or from `with`) ConfigError, and ShardError if `model` cannot be split over so many ranks.
     """
@@ -76,7 +73,7 @@ def tensor_ranks(config: RunConfig, model: Model) -> "AbstractContextManager[Ten
     if size == 1:
         return nullcontext()
     shard_model(model, 0, size)  # refused here, and not in every rank
-    return TensorGroup(config.model, config.engine, size, torchrun=by_torchrun)
+    return TensorGroup(config.model, config.engine, size, torchrun=by_torchrun, then=then)
 
 
 class TensorGroup:
@@ -87,12 +84,16 @@ class TensorGroup:
         engine: as configured; on a GPU, rank r has the r-th device from `engine.device` on.
         size: all ranks, this one included.
         torchrun: they were started by torchrun, and come by themselves.
+        then: what the user is told of a lost rank's consequences, behind the cause.
 
     Raises (from `with`) ConfigError if the device cannot be used.
     """
 
-    def __init__(self, model: ModelSection, engine: EngineSection, size: int, *, torchrun: bool = False) -> None:
+    def __init__(
+        self, model: ModelSection, engine: EngineSection, size: int, *, torchrun: bool = False, then: str = ""
+    ) -> None:
         self.size = size
+        self._then = f"; {then}" if then else ""
         self._model, self._engine, self._torchrun = model, engine, torchrun
         self._ranks: list[Child] = []
         self._losses: list[Loss] = []
@@ -110,7 +111,7 @@ class TensorGroup:
 
     def __enter__(self) -> Self:
         device = choose_device(self._engine.device)
-        share = max(1, self._threads // self.size)
+        share = self._threads if device.type == "cuda" else max(1, self._threads // self.size)
         self._device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
         engine = self._engine.model_copy(update={"device": str(self._device)})
         self._store, port = open_store()
@@ -245,9 +246,9 @@ class TensorGroup:
         """Why the run cannot go on, of all that is known."""
         self._heard.wait(BLAME_SECONDS)
         if not self._losses:
-            return ParallelError(f"rank 0: {error}{_GOES_ON}")
+            return ParallelError(f"{error}{self._then}")
         loss = self._cause()
-        explained = ParallelError(f"{loss.text}{_GOES_ON}")
+        explained = ParallelError(f"{loss.text}{self._then}")
         explained.add_note(loss.trace)
         return explained
 
@@ -271,12 +272,9 @@ class TensorGroup:
         """End the process unless it ends by itself: its main thread may wait for a rank that is gone."""
         if self._finished.wait(GRACE_SECONDS):
             return
-        show_cursor = "\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
-        with suppress(OSError):
-            os.write(2, f"\r{show_cursor}error: {self._cause().text}{_GOES_ON}\n".encode())
         for rank in self._ranks:
             rank.process.kill()
-        os._exit(EXIT_FAILED)
+        leave(f"{self._cause().text}{self._then}")
 
     def _watch_iterations(self) -> None:
         """On a GPU nothing else notices a rank that lives, but does not take part."""
@@ -306,9 +304,6 @@ class TensorGroup:
             rank.end()
         if self._writer is not None:
             self._writer.close()
-
-
-_GOES_ON = "; what was finished is in the output, and the same command goes on"
 
 
 def open_store() -> tuple[Any, int]:

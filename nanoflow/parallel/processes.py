@@ -29,9 +29,21 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
-__all__ = ["BEAT_SECONDS", "SILENT_SECONDS", "Child", "Line", "Loss", "Process", "Watch", "enter", "live", "start"]
+__all__ = [
+    "BEAT_SECONDS",
+    "SILENT_SECONDS",
+    "Child",
+    "Line",
+    "Loss",
+    "Process",
+    "Watch",
+    "enter",
+    "leave",
+    "live",
+    "start",
+]
 
 Line: TypeAlias = "Connection[Any, Any]"
 
@@ -42,7 +54,7 @@ SILENT_SECONDS = 120.0
 loading delays them; code that holds the interpreter's lock does, for some seconds."""
 END_SECONDS = 10.0
 """How long a child that was asked to end may take."""
-EXIT_FAILED, EXIT_ORPHAN = 1, 3
+EXIT_FAILED, EXIT_ORPHAN = 2, 3
 
 BOOTSTRAP = "from nanoflow.parallel.processes import enter; enter({target!r}, {parent}, {life}, {link})"
 """What a child's interpreter runs, once modules are found where the parent finds them."""
@@ -164,7 +176,8 @@ def enter(target: str, parent: int, life: int, link: int) -> None:
 
 def live(work: Callable[[], None], life: Line) -> None:
     """Call `work` and end the process with it; does not return. What it raises are the process's last words."""
-    guardian = _Guardian(life)
+    global _guardian
+    _guardian = guardian = _Guardian(life)
     guardian.start()
     status = 0
     try:
@@ -177,6 +190,16 @@ def live(work: Callable[[], None], life: Line) -> None:
             stream.flush()
     # Not the interpreter's own end: it would wait for threads that compute, and for libraries that wait for peers.
     os._exit(status)
+
+
+def leave(text: str) -> NoReturn:
+    """End this process at once, whatever its threads wait for. `text` says why: to its parent if it is a child, else on
+    standard error."""
+    if _guardian is None or not _guardian.tell((text, True, "")):
+        show_cursor = "\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
+        with suppress(OSError):
+            os.write(2, f"\r{show_cursor}error: {text}\n".encode())  # not print: a thread may hang inside of one
+    os._exit(EXIT_FAILED)
 
 
 def _last_words(error: BaseException) -> tuple[str, bool, str]:
@@ -223,6 +246,10 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended in the meantime
         os._exit(EXIT_ORPHAN)
+
+
+_guardian: _Guardian | None = None
+"""Of this process, if it is a child."""
 
 
 class Watch:

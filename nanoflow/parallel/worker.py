@@ -35,9 +35,9 @@ def work(line: Line, settings: RankSettings) -> None:
     warnings.simplefilter("ignore")  # rank 0 warns of the same
     torch.set_num_threads(settings.threads)
     size, rank = settings.size, settings.rank
+    if settings.engine.device.startswith("cuda"):
+        torch.cuda.set_device(settings.engine.device)  # first: nothing is to take memory of another rank's
     model = shard_model(open_model(settings.model, settings.engine), rank, size)
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)
     line.send(HERE)
     order: Load = line.recv()
     store = _store(settings)

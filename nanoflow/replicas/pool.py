@@ -113,6 +113,8 @@ class Pool:
         self._losses: deque[Loss] = deque()
         self._woken, self._wake = Pipe(duplex=False)
         self._all: list[_Replica] = []
+        self._failure: ParallelError | None = None
+        """Why no replica is left."""
         self._started = False
         self._closed = False
         self._watch = watch(self._lost)
@@ -121,6 +123,8 @@ class Pool:
                 self._start(number, start)
             while any(replica.ready is None for replica in self._alive):
                 self._receive(None)
+            if self._failure is not None:
+                raise self._failure
             self._tell_who_started()
         except BaseException:
             self.kill()
@@ -161,7 +165,7 @@ class Pool:
     def step(self) -> list[RequestOutput]:
         """Hand out requests, wait a moment for what replicas tell, and return the requests that have ended.
 
-        Raises ParallelError if none of them is left.
+        Raises ParallelError if no replica is left and requests are; what the last one had finished comes before.
         """
         self._hand_out()
         self._receive(STEP_SECONDS)
@@ -169,6 +173,8 @@ class Pool:
         if self._merger is not None:
             self._merger.advance(time.perf_counter())
         finished, self._finished = self._finished, []
+        if self._failure is not None and not finished and self.unfinished:
+            raise self._failure
         return finished
 
     def record_to(self, recorder: Recorder) -> None:
@@ -243,6 +249,7 @@ class Pool:
                 replica.child.kill()
             replica.outbox.put(None)
             replica.child.end()
+        self._wake.close()
         if self._merger is not None:
             self._merger.finish()
 
@@ -374,12 +381,9 @@ class Pool:
         if not loss.mistake and loss.trace:
             print(loss.trace, file=sys.stderr, flush=True)
         if not left:
-            if not self._ready:
-                raise ParallelError(f"{loss.text}; no replica could start")
-            raise ParallelError(
-                f"{loss.text}; no replica is left; what was finished is in the output, and the same command goes on"
-            )
-        if self._started:
+            then = "no replica is left; what was finished is in the output, and the same command goes on"
+            self._failure = ParallelError(f"{loss.text}; {then if self._ready else 'no replica could start'}")
+        elif self._started:
             others = "the other one goes" if left == 1 else f"the other {left} go"
             what = f"{others} on with its {returned} unfinished requests" if returned else f"{others} on"
             _warn(f"{loss.text}; {what}")

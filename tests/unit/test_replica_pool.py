@@ -248,9 +248,22 @@ def test_when_all_are_dead_the_run_ends_with_the_last_ones_message(
         ):
             job.run(each)
         machine.pool.close()  # which is nothing to wait for
+        # All that had come from them was written.
+        answered = [record for record in job.written.records.values() if record["response"] is not None]
+        assert sum(one.completed for one in machine.pool.figures(1.0)) == len(answered)
     assert "warning: replica 1 was killed by SIGKILL; the other one goes on" in capfd.readouterr().err
     assert 20 <= len(job.written.records) < COUNT
     assert_same(job.written.records, {key: expected[key] for key in job.written.records})
+
+
+def test_deaths_after_the_last_request_harm_nothing(config: RunConfig, model: Model, expected: Records) -> None:
+    def each(job: Job) -> None:
+        if len(job.written.records) == COUNT:
+            for number in range(2):
+                machine.kill(number)
+
+    with Machine(config, model, 2) as machine:
+        assert_same(Job(machine.pool, model, items_of(COUNT)).run(each), expected)
 
 
 def test_after_a_signal_what_runs_is_finished_and_nothing_begun(config: RunConfig, model: Model) -> None:

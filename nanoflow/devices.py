@@ -147,8 +147,13 @@ def check_head_size(head_dim: int, device: torch.device) -> None:
         )
 
 
-def memory_shortage(need: int, free: int, dtype: torch.dtype, device: torch.device | str) -> OutOfMemoryError:
-    """The error for a model whose weights take `need` bytes in `dtype`, more than is free; it says what would fit."""
+def memory_shortage(
+    need: int, free: int, dtype: torch.dtype, device: torch.device | str, ranks: int = 1
+) -> OutOfMemoryError:
+    """The error for a model whose weights take `need` bytes in `dtype`, more than is free; it says what would fit.
+
+    Of `ranks` that share the model, `need` and `free` are one's.
+    """
     device = torch.device(device)
     name = str(dtype).removeprefix("torch.")
     ways = []
@@ -160,10 +165,11 @@ def memory_shortage(need: int, free: int, dtype: torch.dtype, device: torch.devi
         total = int(torch.cuda.mem_get_info(device)[1])
         if free < 0.9 * total:
             ways.append(f"ending what else uses the GPU ({format_bytes(total - free)} of {format_bytes(total)} in use)")
-        gpus = 1 << max(1, ceil(need / (0.8 * total)) - 1).bit_length()
-        ways.append(f"{gpus} such GPUs under tensor parallelism (not in this version), with room for the KV cache")
+        gpus = max(2 * ranks, 1 << (ceil(ranks * need / (0.8 * total)) - 1).bit_length())
+        ways.append(f"parallel.tensor: {gpus} with so many GPUs, which leaves room for the KV cache")
     ways.append("a smaller model")
+    whose = " on one rank" if ranks > 1 else ""
     return OutOfMemoryError(
-        f"the model's weights need {format_bytes(need)} as {name} and {format_bytes(free)} are free on {device}: "
+        f"the model's weights{whose} need {format_bytes(need)} as {name} and {format_bytes(free)} are free on {device}: "
         f"{format_bytes(need - free)} are missing, before any KV cache. What would fit: {'; '.join(ways)}."
     )

@@ -257,4 +257,4 @@ def _randomise(item: _Item, tensor: torch.Tensor, seed: int) -> None:
 def _check_memory(graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
     need, have = required_bytes(graph, dtype), free_bytes(device)
     if need > have:
-        raise memory_shortage(need, have, dtype, device)
+        raise memory_shortage(need, have, dtype, device, graph.ranks)

@@ -111,6 +111,8 @@ def test_what_would_fit_on_a_gpu(
 ) -> None:
     fake_gpus(monkeypatch, free=free * GIB)
     message = str(memory_shortage(need * GIB, free * GIB, dtype, "cuda:0"))
-    for word in [*words, f"{gpus} such GPUs under tensor parallelism", "a smaller model"]:
+    for word in [*words, f"parallel.tensor: {gpus} with so many GPUs", "a smaller model"]:
         assert word in message
     assert ("in use" in message) == (free < 70)
+    of_two = str(memory_shortage(need * GIB, free * GIB, dtype, "cuda:0", 2))
+    assert "weights on one rank need" in of_two and f"parallel.tensor: {2 * gpus} with" in of_two

@@ -170,6 +170,6 @@ def memory_shortage(
     ways.append("a smaller model")
     whose = " on one rank" if ranks > 1 else ""
     return OutOfMemoryError(
-        f"the model's weights{whose} need {format_bytes(need)} as {name} and {format_bytes(free)} are free on {device}: "
-        f"{format_bytes(need - free)} are missing, before any KV cache. What would fit: {'; '.join(ways)}."
+        f"the model's weights{whose} need {format_bytes(need)} as {name} and {format_bytes(free)} are free on "
+        f"{device}: {format_bytes(need - free)} are missing, before any KV cache. What would fit: {'; '.join(ways)}."
     )

@@ -5,5 +5,6 @@
 - `serve`: a replica's process: its engine, and the loop that feeds it from the messages.
 - `pool`: the main process's side, which stands where a run has its engine.
 - `merging`: the iterations of several replicas as one course of time.
-- `totals`: the figures of all replicas, and of each, for the report.
+- `figures`, `totals`: what each replica did, and all together, for the report.
+- `start`: which GPUs, threads and memory each gets.
 """

@@ -17,19 +17,23 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import Any
 
 from nanoflow.engine import Engine
 from nanoflow.errors import InputError
 from nanoflow.loading import build_engine, open_model
 from nanoflow.parallel.group import TensorGroup
-from nanoflow.parallel.processes import Line
+from nanoflow.parallel.processes import Line, leave
 from nanoflow.power import EnergyMeter
 from nanoflow.recording import IterationRecord
 from nanoflow.replicas.messages import Begin, Done, End, Ended, Give, Given, Ready, Told
 from nanoflow.steady_state import EngineLog
 
-__all__ = ["Loop", "listen", "main"]
+__all__ = ["Loop", "listen", "main", "watch_steps"]
 
+HANG_SECONDS = 300.0
+"""How long an iteration on a GPU may take: the first may compile kernels, and launched work never takes minutes."""
+TICK_SECONDS = 1.0
 TELL_SECONDS = 0.05
 """Between two messages, at most, while something runs and nothing is finished."""
 
@@ -47,6 +51,10 @@ class Loop:
     """
 
     def __init__(self, engine: Engine, tell: Callable[[Told | Ended], None], meter: EnergyMeter) -> None:
+        self.steps = 0
+        """Iterations begun."""
+        self.stepping = False
+        """Whether one is going on."""
         self.inbox: SimpleQueue[Message] = SimpleQueue()
         """What has come; requests in it were checked."""
         self._engine = engine
@@ -68,7 +76,10 @@ class Loop:
             if not self._take_in(wait=not works):
                 break
             if engine.active or (engine.unfinished and engine.scheduler.admitting):
+                self.steps += 1
+                self.stepping = True
                 self._done += map(Done.of, engine.step())
+                self.stepping = False
             if self._done or time.perf_counter() - self._told >= TELL_SECONDS:
                 self._tell()
         steady = self._log.steady()
@@ -160,8 +171,21 @@ def main(link: Line, begin: Begin) -> None:
 
         loop = Loop(engine, tell, EnergyMeter(model.device))
         Thread(target=listen, args=(link, engine, loop.inbox), name="listen", daemon=True).start()
+        if model.device.type == "cuda":
+            Thread(target=watch_steps, args=(loop, leave), name="watch-steps", daemon=True).start()
         loop.run()
         engine.close()
+
+
+def watch_steps(loop: Loop, end: Callable[[str], Any], *, seconds: float = HANG_SECONDS) -> None:
+    """Call `end` with the reason when an iteration takes longer than `seconds`: nothing else sees that a GPU hangs."""
+    seen, waited = 0, 0.0
+    while waited <= seconds:
+        time.sleep(TICK_SECONDS)
+        # By own ticks: time in which this process is stopped does not count.
+        waited = waited + TICK_SECONDS if loop.stepping and loop.steps == seen else 0.0
+        seen = loop.steps
+    end(f"an iteration has not come to its end in {seconds:.0f} s: its GPU hangs")
 
 
 def listen(link: Line, engine: Engine, inbox: "SimpleQueue[Message]") -> None:

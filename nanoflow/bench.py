@@ -90,7 +90,7 @@ class Bench:
             feed.prepare = engine.check
             feed.look_ahead(LOOK_AHEAD_SECONDS)
             began = time.perf_counter()
-            meter, recorder = EnergyMeter(model.device), Recorder(began)
+            meter, recorder = EnergyMeter(model.device, config.parallel.tensor), Recorder(began)
             log = EngineLog(engine, meter, began)
             progress = RunProgress(feed.totals, quiet=self._quiet)
             engine.observers += [recorder.observe, log.observe, progress.observe]

@@ -45,7 +45,7 @@ class Repetition:
         report = self.report
         values: dict[str, float | None] = {
             **self.whole.figures,
-            **_reached(self.whole, report.ceilings),
+            **_reached(self.whole, report.all_ceilings),
             "seconds": report.seconds,
             "total_tokens_per_second": report.total_tokens_per_second,
             "output_tokens_per_second": report.output_tokens_per_second,
@@ -62,7 +62,7 @@ class Repetition:
         """The same of its steady state, as far as it has meaning there; empty if there was none."""
         if self.steady is None:
             return {}
-        values = {**self.steady.figures, **_reached(self.steady, self.report.ceilings)}
+        values = {**self.steady.figures, **_reached(self.steady, self.report.all_ceilings)}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -113,8 +113,10 @@ class BenchReport:
     repetitions: list[dict[str, Any]]
     """Each one's ``report`` (without what is the same in all), ``whole``, ``steady`` and ``course``."""
     ceilings: Ceilings
+    """Of one device, but for the power limit, which is that of all."""
     model: str
     device: str
+    """Where the job ran, and how it was spread over several of these."""
     dtype: str
     plan: str
     sizes: dict[str, int]
@@ -195,7 +197,7 @@ def make_bench_report(
         repetitions=kept,
         ceilings=last.ceilings,
         model=last.model,
-        device=last.device,
+        device=last.on,
         dtype=last.dtype,
         plan=last.plan,
         sizes=last.sizes,

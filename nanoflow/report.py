@@ -179,6 +179,16 @@ class RunReport:
     """Of a run with several, what each did; all other figures are sums over them, or means."""
 
     @property
+    def all_ceilings(self) -> Ceilings:
+        """What all devices of the run sustain together."""
+        return _times(self.ceilings, prod(self.parallel.values()))
+
+    @property
+    def on(self) -> str:
+        """The device, and how the run was spread over several."""
+        return self.device + "".join(f", {name} {count}" for name, count in self.parallel.items() if count > 1)
+
+    @property
     def reached(self) -> float:
         """Share reached of the bound that bounds the run."""
         return self.bound_reached[self.bound_by]
@@ -195,9 +205,7 @@ class RunReport:
 
     def print(self, console: Console) -> None:
         """Print the summary as a table."""
-        spread = "".join(f", {name} {count}" for name, count in self.parallel.items() if count > 1)
-        title = f"{self.model} on {self.device}{spread}, {self.dtype}, plan {self.plan}"
-        table = Table(title=title, show_header=False)
+        table = Table(title=f"{self.model} on {self.on}, {self.dtype}, plan {self.plan}", show_header=False)
         table.add_column(style="bold")
         table.add_column()
         for name, value in self.rows():

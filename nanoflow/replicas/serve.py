@@ -169,7 +169,7 @@ def main(link: Line, begin: Begin) -> None:
             except OSError:
                 raise EOFError from None  # the main process has gone
 
-        loop = Loop(engine, tell, EnergyMeter(model.device))
+        loop = Loop(engine, tell, EnergyMeter(model.device, config.parallel.tensor))
         Thread(target=listen, args=(link, engine, loop.inbox), name="listen", daemon=True).start()
         if model.device.type == "cuda":
             Thread(target=watch_steps, args=(loop, leave), name="watch-steps", daemon=True).start()

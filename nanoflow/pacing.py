@@ -18,7 +18,7 @@ iterations; for equal lengths that makes R* = capacity / (input + output / 2) ru
 output) rows a batch. Since the rate is found anew all the time, a wrong guess about lengths is corrected as it shows.
 """
 
-from math import ceil, inf
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,7 +146,7 @@ class Pacer:
         return sustainable_rate(
             running,
             queue,
-            queued=inf if self._queue.expects_more else len(self._queue),
+            queued=len(self._queue) + self._queue.expected,
             capacity=_STEADY_SHARE * self._tokens,
             max_running=_STEADY_SHARE * self._max_running,
             highest=self._max_tokens / self._mean_prompt,

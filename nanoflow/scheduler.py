@@ -28,6 +28,7 @@ iteration i.
 import time
 from collections.abc import Iterable, Sequence as Many
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,11 +183,20 @@ class Scheduler:
     @property
     def expects_more(self) -> bool:
         """Whether more sequences will be added while others run; pacing then takes the queue for endless."""
-        return self._queue.expects_more
+        return self._queue.expected > 0
 
     @expects_more.setter
     def expects_more(self, value: bool) -> None:
-        self._queue.expects_more = value
+        self._queue.expected = inf if value else 0.0
+
+    @property
+    def expected(self) -> float:
+        """Sequences that will be added while others run, where their number is known; infinite if they are many."""
+        return self._queue.expected
+
+    @expected.setter
+    def expected(self, value: float) -> None:
+        self._queue.expected = value
 
     def check(self, prompt: int, max_tokens: int) -> int:
         """Output tokens that a sequence with `prompt` prompt tokens may have.

@@ -27,8 +27,8 @@ class WaitingQueue:
     """Sequences in order. One that ends while it waits (`finish_reason` set) leaves without a word."""
 
     def __init__(self) -> None:
-        self.expects_more = False
-        """Whether more sequences will come; then predictions take the queue for endless."""
+        self.expected = 0.0
+        """Sequences that will come, as far as is known; infinite: predictions take the queue for endless."""
         self.prompt_tokens = 0
         """Tokens of the prompts of all that wait."""
         self._longest_first = False

@@ -14,7 +14,7 @@ dead replica held comes first again.
 
 from collections import deque
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import numpy as np
@@ -121,11 +121,6 @@ class Dispatcher:
         """Requests without a record, wherever they are."""
         return len(self._queue) + sum(len(hand.held) for hand in self._hands.values())
 
-    @property
-    def ending(self) -> bool:
-        """Whether all requests that there will be are known and so few that hands get smaller."""
-        return any(self._target(hand) < hand.full for hand in self._hands.values())
-
     def most_waiting(self, full: int) -> int:
         """Sequences that the shared queue is filled up to: all whose number decides when hands get smaller.
 
@@ -203,6 +198,15 @@ class Dispatcher:
         """A request has its answer, or its error; it is nobody's any more."""
         return self._hands[replica].held.pop(id)
 
+    def expected(self, replica: int) -> float:
+        """Sequences that a replica will get beside those that it holds: infinite, or its share of all that wait."""
+        if self.expects_more:
+            return inf
+        hand = self._hands.get(replica)
+        if hand is None or not self._waiting:
+            return 0.0
+        return max(1.0, self._everywhere / self.replicas - hand.waiting)
+
     def holds(self, replica: int) -> int:
         """Requests in a replica's hands."""
         hand = self._hands.get(replica)
@@ -211,8 +215,12 @@ class Dispatcher:
     def _target(self, hand: _Hand) -> int:
         if self.expects_more:
             return hand.full
-        everywhere = self._waiting + sum(other.waiting for other in self._hands.values())
-        return min(hand.full, max(LEAST_WAITING, ceil(everywhere / (2 * self.replicas))))
+        return min(hand.full, max(LEAST_WAITING, ceil(self._everywhere / (2 * self.replicas))))
+
+    @property
+    def _everywhere(self) -> int:
+        """Sequences that wait, in the queue and in hands."""
+        return self._waiting + sum(hand.waiting for hand in self._hands.values())
 
     def _entry(self, pending: Pending) -> Sequence:
         """The request as the queue orders it: by index, or by the length that its output may have."""

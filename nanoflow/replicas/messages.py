@@ -62,7 +62,8 @@ class Give:
     """Requests, and what a replica should know of those to come."""
 
     requests: tuple[Given, ...] = ()
-    expects_more: bool = False
+    expected: float = 0.0
+    """Sequences that it will get after these, about; infinite: as many as it can take."""
     admitting: bool = True
     """Whether what waits may begin; if not, what runs goes on to its end."""
 

@@ -66,7 +66,7 @@ class _Replica:
     outbox: SimpleQueue[Give | End | None] = field(default_factory=SimpleQueue)
     ready: Ready | None = None
     given: tuple[bool, bool] | None = None
-    """`expects_more` and `admitting` as it was last told."""
+    """Whether it was last told to expect more, and to admit."""
     last: Told | None = None
     completed: int = 0
     errors: int = 0
@@ -280,18 +280,18 @@ class Pool:
         given: dict[int, list[Given]] = {}
         while (assigned := scheduler.assign()) is not None:
             given.setdefault(assigned[0], []).append(Given.of(assigned[1]))
-        # While hands get smaller, what a replica has is nearly all that it will get: pacing need not save room.
-        expects_more = scheduler.expects_more or (scheduler.waiting > 0 and not scheduler.ending)
-        terms = (expects_more, scheduler.admitting)
         now = time.perf_counter()
         for replica in self._alive:
             requests = given.get(replica.number, ())
+            expected = scheduler.expected(replica.number)
+            # Of a number that shrinks with every request, only its end is worth a message of its own.
+            terms = (expected > 0, scheduler.admitting)
             if not requests and replica.given == terms:
                 continue
             replica.given = terms
             if requests and self._merger is not None:
                 self._merger.works(replica.number, now)
-            replica.outbox.put(Give(tuple(requests), *terms))
+            replica.outbox.put(Give(tuple(requests), expected, scheduler.admitting))
 
     def _receive(self, seconds: float | None) -> None:
         """Wait for messages and losses, at most so long, and take them in."""

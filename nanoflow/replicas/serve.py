@@ -99,7 +99,7 @@ class Loop:
                 for request in message.requests:
                     self._submit(request)
                 scheduler = self._engine.scheduler
-                scheduler.expects_more, scheduler.admitting = message.expects_more, message.admitting
+                scheduler.expected, scheduler.admitting = message.expected, message.admitting
         return True
 
     def _submit(self, request: Given) -> None:

@@ -1,5 +1,7 @@
 """Pacing and admission: batches alike, KV memory in use, nothing over-committed. No model, tokens are zeros."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -230,6 +232,12 @@ def test_a_queue_that_grows_is_taken_for_endless():
         scheduler.add(Sequence(index, np.zeros(256, np.int32), SamplingParams(max_tokens=256, ignore_eos=True), seed=0))
     formed = scheduler.form()
     assert formed is not None and scheduler.paced and formed.batch.tokens < 100
+    assert scheduler.expects_more and scheduler.expected == math.inf
+    scheduler.expects_more = False
+    scheduler.expected = 5000.0  # which is as good as endless
+    scheduler.add(Sequence(25, np.zeros(256, np.int32), SamplingParams(max_tokens=256, ignore_eos=True), seed=0))
+    formed = scheduler.form()
+    assert formed is not None and scheduler.paced and formed.batch.tokens < 300 and scheduler.expects_more
     scheduler.expects_more = False
     scheduler.add(Sequence(24, np.zeros(256, np.int32), SamplingParams(max_tokens=256, ignore_eos=True), seed=0))
     formed = scheduler.form()

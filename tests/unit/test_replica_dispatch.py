@@ -1,6 +1,7 @@
 """Who gets which request: fake replicas of different speeds, deaths, orders."""
 
 import heapq
+import math
 import random
 from collections import Counter
 
@@ -106,7 +107,7 @@ def test_hands_are_full_in_the_middle_of_a_run_and_small_at_its_end() -> None:
     for id in range(300):
         dispatcher.add(pending(id))
     given = Counter(assigned[0] for assigned in iter(dispatcher.assign, None))
-    assert given == {0: 50, 1: 50} and not dispatcher.ending
+    assert given == {0: 50, 1: 50} and dispatcher.expected(0) == math.inf
     for number in range(2):  # what waits has been begun, down to just above half: no refill yet
         dispatcher.told(number, taken=50, waiting=26, waiting_tokens=0)
     assert dispatcher.assign() is None
@@ -114,13 +115,19 @@ def test_hands_are_full_in_the_middle_of_a_run_and_small_at_its_end() -> None:
     assert Counter(assigned[0] for assigned in iter(dispatcher.assign, None)) == {0: 25}
     # All are known now: 175 in the queue and 76 waiting in hands; a quarter of that is more than a full hand ...
     dispatcher.expects_more = False
-    assert not dispatcher.ending
+    assert dispatcher.assign() is None
+    assert dispatcher.expected(0) == 251 / 2 - 50 and dispatcher.expected(1) == 251 / 2 - 26
     # ... until there are fewer.
     dispatcher.told(0, taken=25, waiting=0, waiting_tokens=0)
     dispatcher.told(1, taken=0, waiting=0, waiting_tokens=0)
-    assert dispatcher.ending
     given = Counter(assigned[0] for assigned in iter(dispatcher.assign, None))
     assert given == {0: 44, 1: 44}
+    assert dispatcher.waiting == 87 and dispatcher.expected(0) == 175 / 2 - 44
+    for _ in range(20):
+        for number in range(2):
+            dispatcher.told(number, taken=given[number], waiting=0, waiting_tokens=0)
+        given = Counter(assigned[0] for assigned in iter(dispatcher.assign, None))
+    assert dispatcher.waiting == 0 and dispatcher.expected(0) == dispatcher.expected(1) == 0
 
 
 def test_a_few_requests_are_spread() -> None:

@@ -59,10 +59,10 @@ def test_an_output_comes_back_as_it_was(top: int | None, length: int) -> None:
 
 def test_a_request_travels_without_its_key() -> None:
     pending = Pending(1, np.arange(3, dtype=np.int32), SamplingParams(seed=4), place=9, arrived=2.0, key=lambda: 0)
-    give = pickle.loads(pickle.dumps(Give((Given.of(pending),), expects_more=True)))
+    give = pickle.loads(pickle.dumps(Give((Given.of(pending),), expected=2.5)))
     (there,) = give.requests
     assert (there.id, there.place, there.arrived, there.params) == (1, 9, 2.0, pending.params)
-    assert there.token_ids.tolist() == [0, 1, 2] and give.expects_more and give.admitting
+    assert there.token_ids.tolist() == [0, 1, 2] and give.expected == 2.5 and give.admitting
 
 
 def iteration(end: float, seconds: float, *, rows: int = 10, running: int = 5) -> IterationRecord:

@@ -33,6 +33,9 @@ from nanoflow.parallel.torchrun import accept_ranks, check_place
 __all__ = ["TensorGroup", "check_ranks", "tensor_ranks"]
 
 TARGET = "nanoflow.parallel.worker:work"
+ITERATION_SECONDS = TIMEOUT
+WATCHED_DEVICES = ("cuda",)
+"""Where an iteration that does not end ends the run. On a CPU one may take minutes, and collectives have a timeout."""
 GRACE_SECONDS = 8.0
 """After a rank's loss, how long rank 0 may take to end by itself."""
 SETTLE_SECONDS = 1.0
@@ -97,6 +100,7 @@ class TensorGroup:
         self._model, self._engine, self._torchrun = model, engine, torchrun
         self._ranks: list[Child] = []
         self._losses: list[Loss] = []
+        self._broken = False
         self._heard = threading.Event()
         self._watch: Watch | None = None
         self._writer: BatchWriter | None = None
@@ -134,7 +138,7 @@ class TensorGroup:
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        if self._device.type == "cuda":
+        if self._device.type in WATCHED_DEVICES:
             threading.Thread(target=self._watch_iterations, name="iterations", daemon=True).start()
         return self
 
@@ -150,7 +154,7 @@ class TensorGroup:
     @property
     def lost(self) -> bool:
         """Whether a rank has ended, or hangs."""
-        return bool(self._losses)
+        return bool(self._losses) or self._broken
 
     # Building the engine, in this order.
 
@@ -219,7 +223,8 @@ class TensorGroup:
 
     def _meet(self) -> Communicator:
         with self.blamed():
-            return TorchCommunicator(self._store, 0, self.size, self._device, name=f"build {self._builds}")
+            name = f"build {self._builds}"
+            return TorchCommunicator(self._store, 0, self.size, self._device, timeout=TIMEOUT, name=name)
 
     def _tell(self, message: object) -> None:
         with self.blamed():
@@ -246,6 +251,7 @@ class TensorGroup:
         """Why the run cannot go on, of all that is known."""
         self._heard.wait(BLAME_SECONDS)
         if not self._losses:
+            self._broken = True  # a rank lives, but is not to be waited for
             return ParallelError(f"{error}{self._then}")
         loss = self._cause()
         explained = ParallelError(f"{loss.text}{self._then}")
@@ -261,9 +267,11 @@ class TensorGroup:
         return (killed or causes or losses)[0]
 
     def _lost(self, loss: Loss) -> None:
-        """In the watch's thread."""
+        """In the thread of who watches."""
+        if any(known.child is loss.child for known in self._losses):
+            return  # it was killed here, for hanging
         self._losses.append(loss)
-        loss.child.process.kill()  # of one that hangs: whoever waits for it is told that it will not come
+        loss.child.process.kill()  # if it hangs: whoever waits for it learns that it will not come
         if not self._heard.is_set():
             self._heard.set()
             threading.Thread(target=self._end_process, name="last resort", daemon=True).start()
@@ -277,15 +285,15 @@ class TensorGroup:
         leave(f"{self._cause().text}{self._then}")
 
     def _watch_iterations(self) -> None:
-        """On a GPU nothing else notices a rank that lives, but does not take part."""
+        """On a GPU nothing else notices a rank that lives, but does not take part in a graph's collectives."""
         tick = 1.0
         while not self._finished.wait(tick):
             # By own ticks: time in which this process is stopped does not count.
             if self._awaited is None:
                 continue
             self._awaited += tick
-            if self._awaited > TIMEOUT and not self._losses:
-                text = f"an iteration has not come to its end in {TIMEOUT:.0f} s: a rank hangs"
+            if self._awaited > ITERATION_SECONDS and not self._losses:
+                text = f"an iteration has not come to its end in {ITERATION_SECONDS:.0f} s: a rank hangs"
                 self._lost(Loss(self._ranks[0], text))
 
     def _finish(self, patience: float | None) -> None:

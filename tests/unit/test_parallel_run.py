@@ -140,11 +140,14 @@ def test_ranks_give_the_tokens_of_one(job: Job, one_rank: dict[str | None, Any])
     assert "Traceback" not in run.stderr and "rank" not in run.stderr
     report = json.loads(job.output.with_name("o.report.json").read_text())
     assert report["parallel"] == {"tensor": 2, "data": 1} and report["device"] == "cpu"
-    assert "tensor 2" in run.stdout
-    # More ranks than key/value heads, and a plan whose lanes meet other ranks.
-    more = job.start("--set", "parallel.tensor=4", "--restart")
+    assert "on cpu, tensor 2, float32" in run.stdout
+    more = job.start("--set", "parallel.tensor=4", "--restart")  # more than there are key/value heads
     assert more.wait() == 1, more.stderr
     assert job.records() == one_rank
+    # The same work on twice the devices.
+    with_four = json.loads(job.output.with_name("o.report.json").read_text())
+    for resource, seconds in report["bound_seconds"].items():
+        assert with_four["bound_seconds"][resource] == pytest.approx(seconds / 2, rel=0.2)
 
 
 @pytest.mark.parametrize("lines", [0, 3])
@@ -246,6 +249,25 @@ def test_a_rank_that_is_stopped_ends_the_run(job: Job) -> None:
     wait_for_lines(job.output, 2)
     os.kill(worker, signal.SIGSTOP)
     assert_lost(run, f"rank 1 (process {worker}) has given no sign of life for 3 s")
+
+
+HANG = FAIL_IN_ITERATION.replace('raise ArithmeticError("seven is no even number")', "import time; time.sleep(600)")
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ("g.TIMEOUT = 3.0; g.BLAME_SECONDS = 0.1", "rank 0 of 2: the other ranks did not take part in the all-"),
+        (
+            "g.ITERATION_SECONDS = 3.0; g.WATCHED_DEVICES = ('cpu',)",
+            "an iteration has not come to its end in 3 s: a rank hangs",
+        ),
+    ],
+)
+def test_a_rank_that_lives_and_takes_no_part(job: Job, limits: str, text: str) -> None:
+    """Either a collective gives up, or, where none would, the iteration."""
+    run = job.start(before=f"import nanoflow.parallel.group as g; {limits}; ", sabotage=HANG)
+    assert_lost(run, text)
 
 
 STUCK = """

@@ -15,13 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
-from queue import SimpleQueue
-from threading import Thread
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +32,8 @@ from nanoflow.recording import IterationRecord, Recorder
 from nanoflow.replicas.dispatch import Dispatcher, Pending
 from nanoflow.replicas.figures import ReplicaFigures
 from nanoflow.replicas.merging import Merger
-from nanoflow.replicas.messages import End, Ended, Give, Given, Ready, Told
+from nanoflow.replicas.messages import End, Give, Given, Ready, Told
+from nanoflow.replicas.remote import Remote
 from nanoflow.replicas.totals import add_stats, all_programs
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.serving import MOST_WAITING_TOKENS
@@ -57,30 +55,8 @@ class Watches(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(eq=False)
-class _Replica:
-    """One replica as the main process knows it."""
-
-    number: int
-    child: Child
-    outbox: SimpleQueue[Give | End | None] = field(default_factory=SimpleQueue)
-    ready: Ready | None = None
-    given: tuple[bool, bool] | None = None
-    """Whether it was last told to expect more, and to admit."""
-    last: Told | None = None
-    completed: int = 0
-    errors: int = 0
-    output_tokens: int = 0
-    record: IterationRecord | None = None
-    """Of its newest iteration; None while nothing runs."""
-    silent: bool = False
-    """Whether nothing more can come from it."""
-    ended: Ended | None = None
-    loss: str | None = None
-
-
 class Pool:
-    """Replicas behind one shared queue. Use as a context manager, or call `close` or `kill`.
+    """Replicas behind one shared queue. Call `close` or `kill` in the end.
 
     Args:
         start: starts replica 0, 1, ...
@@ -112,7 +88,7 @@ class Pool:
         self._finished: list[RequestOutput] = []
         self._losses: deque[Loss] = deque()
         self._woken, self._wake = Pipe(duplex=False)
-        self._all: list[_Replica] = []
+        self._all: list[Remote] = []
         self._failure: ParallelError | None = None
         """Why no replica is left."""
         self._started = False
@@ -132,10 +108,9 @@ class Pool:
         self._most_waiting = self.scheduler.most_waiting(max(map(_full, self._ready)))
 
     def _start(self, number: int, start: Callable[[int], Child]) -> None:
-        replica = _Replica(number, start(number))
+        replica = Remote(number, start(number))
         self._all.append(replica)
         self._watch.add(replica.child)
-        Thread(target=_send, args=(replica,), name=f"send-{number}", daemon=True).start()
 
     # What a run asks of its engine.
 
@@ -214,7 +189,7 @@ class Pool:
 
     def figures(self, seconds: float) -> list[ReplicaFigures]:
         """What each replica did in a run of `seconds`."""
-        return [_figures(replica, seconds) for replica in self._all]
+        return [replica.figures(seconds) for replica in self._all]
 
     # Ends.
 
@@ -224,7 +199,7 @@ class Pool:
             return
         for replica in self._alive:
             self._watch.remove(replica.child)
-            replica.outbox.put(End())
+            replica.send(End())
         deadline = time.monotonic() + END_SECONDS
         waiting = [replica for replica in self._alive if not replica.silent]
         while waiting and (left := deadline - time.monotonic()) > 0:
@@ -245,29 +220,15 @@ class Pool:
         self._closed = True
         self._watch.close()
         for replica in self._alive:
-            if kill or replica.ended is None:
-                replica.child.kill()
-            replica.outbox.put(None)
-            replica.child.end()
+            replica.end(kill=kill or replica.ended is None)
         self._wake.close()
         if self._merger is not None:
             self._merger.finish()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.kill()
-
     # Within.
 
     @property
-    def _alive(self) -> list[_Replica]:
+    def _alive(self) -> list[Remote]:
         return [replica for replica in self._all if replica.loss is None]
 
     @property
@@ -291,7 +252,7 @@ class Pool:
             replica.given = terms
             if requests and self._merger is not None:
                 self._merger.works(replica.number, now)
-            replica.outbox.put(Give(tuple(requests), expected, scheduler.admitting))
+            replica.send(Give(tuple(requests), expected, scheduler.admitting))
 
     def _receive(self, seconds: float | None) -> None:
         """Wait for messages and losses, at most so long, and take them in."""
@@ -305,15 +266,10 @@ class Pool:
         while self._losses:
             self._lose(self._losses.popleft())
 
-    def _hear(self, replica: _Replica) -> bool:
+    def _hear(self, replica: Remote) -> bool:
         """Take in one message; whether there was one."""
-        try:
-            message = replica.child.link.recv()
-        except (EOFError, OSError):
-            replica.silent = True  # it is dead, which the watch will tell
-            return False
+        message = replica.receive()
         if isinstance(message, Ready):
-            replica.ready = message
             self.scheduler.join(
                 replica.number,
                 full=_full(message),
@@ -322,17 +278,13 @@ class Pool:
             )
         elif isinstance(message, Told):
             self._take_in(replica, message)
-        elif isinstance(message, Ended):
-            replica.ended = message
-        return True
+        return message is not None
 
-    def _take_in(self, replica: _Replica, told: Told) -> None:
+    def _take_in(self, replica: Remote, told: Told) -> None:
         number = replica.number
-        replica.last = told
         self.scheduler.told(number, taken=told.taken, waiting=told.waiting, waiting_tokens=told.waiting_tokens)
         for record in told.iterations:
             replica.record = record
-            replica.output_tokens += record.output_tokens
             if self._merger is not None:
                 self._merger.observe(number, record)
             if self.observers:
@@ -340,8 +292,6 @@ class Pool:
                 for observer in self.observers:
                     observer(together)
         for done in told.done:
-            replica.completed += done.error is None
-            replica.errors += done.error is not None
             self._finished.append(done.output(self.scheduler.finished(number, done.id)))
         if not told.active and (not self.scheduler.holds(number) or not told.admitting):
             replica.record = None
@@ -367,12 +317,11 @@ class Pool:
 
     def _lose(self, loss: Loss) -> None:
         replica = next(replica for replica in self._all if replica.child is loss.child)
-        replica.child.kill()  # it may hang, and must not go on with what others are about to run
+        replica.child.kill()  # it may hang, and must not go on with what the others are about to run
         with suppress(OSError):
             while replica.child.link.poll() and self._hear(replica):
                 pass
-        replica.outbox.put(None)
-        replica.child.end()
+        replica.end(kill=True)
         replica.loss = loss.text
         returned = self.scheduler.leave(replica.number)
         if self._merger is not None:
@@ -404,26 +353,3 @@ def _full(ready: Ready) -> int:
 
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _send(replica: _Replica) -> None:
-    """Send what is put into the outbox until None comes."""
-    while (message := replica.outbox.get()) is not None:
-        with suppress(OSError, ValueError):  # dead, which the watch will tell; or closed
-            replica.child.link.send(message)
-
-
-def _figures(replica: _Replica, seconds: float) -> ReplicaFigures:
-    stats = replica.last.stats if replica.last is not None else EngineStats()
-    return ReplicaFigures(
-        replica=replica.number,
-        completed=replica.completed,
-        errors=replica.errors,
-        output_tokens=replica.output_tokens,
-        iterations=stats.iterations,
-        rows=stats.rows,
-        busy_share=stats.busy_seconds / seconds if seconds else 0.0,
-        load_seconds=replica.ready.load_seconds if replica.ready is not None else None,
-        steady=replica.ended.steady if replica.ended is not None else None,
-        lost=replica.loss,
-    )

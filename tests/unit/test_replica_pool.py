@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -316,7 +317,7 @@ def test_a_replica_that_cannot_start_is_a_warning_unless_none_can(
         monkeypatch.setattr(FakeWatch, "add", add)
         return Pool(start, 2, watch, max_model_len=model.max_model_len, tokenizer=model.tokenizer)
 
-    with start_pool({0}) as pool:
+    with closing(start_pool({0})) as pool:
         assert_same(Job(pool, model, items_of(COUNT)).run(), expected)
         assert [one.load_seconds for one in pool.figures(1.0)] == [None, 0.1]
     assert "warning: replica 0 was killed by SIGKILL; the run goes on with 1 of 2 replicas\n" in capfd.readouterr().err

@@ -106,7 +106,6 @@ class TensorGroup:
         self._writer: BatchWriter | None = None
         self._store: Any = None
         self._builds = 0
-        self._load: Load | None = None
         self._awaited: float | None = None
         """Seconds for which an iteration has been waited for, if one is."""
         self._finished = threading.Event()
@@ -161,7 +160,6 @@ class TensorGroup:
     def load(self, order: Load) -> None:
         """Wait until all ranks have started, have them load, and meet them."""
         self._hear(HERE)
-        self._load = order
         self._tell(order)
         self._communicator = self._meet()
 

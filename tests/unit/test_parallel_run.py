@@ -244,11 +244,11 @@ def test_of_several_ranks_the_one_at_fault_is_named(job: Job) -> None:
 
 def test_a_rank_that_is_stopped_ends_the_run(job: Job) -> None:
     """Its silence is what tells: rank 0 waits for it in a collective, whose own timeout is far away."""
-    run = job.start(before=SLOW.format(0.02) + "import nanoflow.parallel.group as g; g.SILENT_SECONDS = 3.0; ")
+    run = job.start(before=SLOW.format(0.02) + "import nanoflow.parallel.group as g; g.SILENT_SECONDS = 5.0; ")
     worker = workers(run, job)[0]
     wait_for_lines(job.output, 2)
     os.kill(worker, signal.SIGSTOP)
-    assert_lost(run, f"rank 1 (process {worker}) has given no sign of life for 3 s")
+    assert_lost(run, f"rank 1 (process {worker}) has given no sign of life for 5 s")
 
 
 HANG = FAIL_IN_ITERATION.replace('raise ArithmeticError("seven is no even number")', "import time; time.sleep(600)")
@@ -257,7 +257,7 @@ HANG = FAIL_IN_ITERATION.replace('raise ArithmeticError("seven is no even number
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
-        ("g.TIMEOUT = 3.0; g.BLAME_SECONDS = 0.1", "rank 0 of 2: the other ranks did not take part in the all-"),
+        ("g.TIMEOUT = 5.0; g.BLAME_SECONDS = 0.1", "rank 0 of 2: the other ranks did not take part in the all-"),
         (
             "g.ITERATION_SECONDS = 3.0; g.WATCHED_DEVICES = ('cpu',)",
             "an iteration has not come to its end in 3 s: a rank hangs",

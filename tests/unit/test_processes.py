@@ -117,12 +117,13 @@ def test_the_parent_hears_of_a_kill(begin: Callable[..., Child], number: signal.
 def test_a_child_that_is_stopped_grows_silent(begin: Callable[..., Child]) -> None:
     loud, stopped = begin("tell_pid_and", "wait", name="rank 1"), begin("tell_pid_and", "stop", name="rank 2")
     heard: queue.Queue[Loss] = queue.Queue()
-    watch = Watch(heard.put, silent_seconds=3.5)
-    watch.add(loud)
-    watch.add(stopped)
+    watch = Watch(heard.put, silent_seconds=5.5)
+    for child in (loud, stopped):
+        child.link.recv()  # it has started
+        watch.add(child)
     loss = heard.get(timeout=LIMIT)
     watch.close()
-    assert loss.child is stopped and "rank 2" in loss.text and "no sign of life for 4 s" in loss.text
+    assert loss.child is stopped and "rank 2" in loss.text and "no sign of life for 6 s" in loss.text
     assert heard.empty()
 
 

@@ -1,6 +1,7 @@
 """``nanoflow tune``: plans for a job, searched for and measured here, or only estimated."""
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from nanoflow.config import load_config, refuse_ranks
 from nanoflow.errors import InputError
 from nanoflow.interrupt import Interrupted, Interrupts
-from nanoflow.mistakes import DebugOption, mistakes_as_messages
+from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
 
 __all__ = ["tune"]
 
@@ -43,6 +44,10 @@ def tune(
     device: Annotated[
         str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N; by default CONFIG's.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="FILE", help="Save what was measured as JSON, and with matplotlib a picture."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of what is proposed.")] = 0,
     debug: DebugOption = False,
 ) -> None:
@@ -56,6 +61,10 @@ def tune(
             raise InputError(f"--device {device}: --simulate runs on no device; use --gpu to say what is estimated")
         if gpu is not None and not simulate:
             raise InputError(f"--gpu {gpu}: it is what --simulate estimates; use --device to say where to measure")
+        if record is not None and simulate:
+            raise InputError(f"--record {record}: --simulate measures nothing; use --out to save what it finds")
+        if record is not None and record.suffix != ".json":
+            raise InputError(f"--record {record}: give a name that ends in .json; the picture has .png in its place")
         loaded = load_config(config, overrides or ())
         refuse_ranks(loaded, "nanoflow tune")
         if simulate:
@@ -85,8 +94,16 @@ def tune(
             typer.echo("stopped before anything was measured", err=True)
             raise typer.Exit(128 + interrupt.signal) from None
         print_outcome(outcome, Console())
+        if record is not None:
+            from nanoflow.tuning.record import outcome_record, plot_search, save_record
+
+            save_record(outcome, record)
+            pictures = plot_search(outcome_record(outcome), record) if find_spec("matplotlib") else []
+            for path in (record, *pictures):
+                typer.echo(f"saved {short(path.absolute())}")
     if outcome.signal is not None:
-        options = {"--minutes": minutes, "--trials": trials, "--out": out, "--device": device, "--seed": seed or None}
+        options = {"--minutes": minutes, "--trials": trials, "--out": out, "--device": device, "--record": record}
+        options["--seed"] = seed or None
         again = ["nanoflow", "tune", str(config), *(part for key in overrides or () for part in ("--set", key))]
         again += [part for name, value in options.items() if value is not None for part in (name, f"{value}")]
         typer.echo(f"stopped: what was measured is kept in {outcome.folder}; to go on: {shlex.join(again)}", err=True)

@@ -16,9 +16,11 @@ import torch
 from nanoflow.ops.attention_cpu import decode_blocks, paged_decode, segment_mask, segment_prefill
 from nanoflow.ops.operation import KV, Access, Cost, Kernel, NanoContext, Operation, RowClass, Work
 
-__all__ = ["FEWER_PROGRAMS", "DecodeAttention", "PrefillAttention"]
+__all__ = ["FEWER_PROGRAMS", "LANE_PROGRAMS", "DecodeAttention", "PrefillAttention"]
 
-FEWER_PROGRAMS = {f"triton_{count}": count for count in (2, 3, 4)}
+LANE_PROGRAMS = 5
+"""Programs of decode attention on each SM of a lane on sm_90, unless the plan's kernel has another number."""
+FEWER_PROGRAMS = {f"triton_{count}": count for count in range(2, LANE_PROGRAMS)}
 """Decode attention with so many programs an SM, by the kernel's name: in a lane they leave memory bandwidth to the
 products beside it, which the measured choice, the fastest alone, does not."""
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from nanoflow.ops.attention import LANE_PROGRAMS
 from nanoflow.ops.decode_list_triton import COLUMNS, decode_segments, list_blocks, pages_in_a_row
 from nanoflow.ops.decode_work import FIELDS, HEADER
 from nanoflow.ops.device_batch import BatchPart
@@ -105,7 +106,7 @@ def decode_config(
         return DecodeConfig(block, stages=2, warps=4, programs_per_sm=2, tma=tma)
     few = sms is not None and sms <= FEW_SMS
     if tma and few:
-        return DecodeConfig(block, stages=3, warps=1, programs_per_sm=5, tma=True)
+        return DecodeConfig(block, stages=3, warps=1, programs_per_sm=LANE_PROGRAMS, tma=True)
     if tma:
         return DecodeConfig(block, stages=3, warps=2, programs_per_sm=4, tma=True)
     return DecodeConfig(block, stages=3, warps=4, programs_per_sm=2, tma=False)

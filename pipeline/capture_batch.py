@@ -12,11 +12,15 @@ __all__ = ["capture_batch"]
 
 def capture_batch(plan: Plan, program: int, rows: int) -> DenseBatch:
     """A batch of `rows` rows that makes every operation run on every nano-batch: a decode row, a prompt of one token,
-    padding. A nano-batch whose share of decode rows, or of prefill rows, is nothing gets none."""
+    padding.
+
+    A nano-batch has them whatever its shares: what does not fit the others is dealt to it all the same, and a graph
+    that was captured without decode attention, or without prefill attention, could not be replayed for it then.
+    """
     parts = []
-    for nano_batch, count in zip(plan.nano_batches, nano_batch_rows(plan, rows), strict=True):
-        decode = min(count, int(nano_batch.decode > 0))
-        prefill = min(count - decode, int(nano_batch.prefill > 0))
+    for count in nano_batch_rows(plan, rows):
+        decode = min(count, 1)
+        prefill = min(count - decode, 1)
         parts.append((decode, prefill, count - decode - prefill))
     starts = np.cumsum([0, *(sum(part) for part in parts)])
     nano_batches = tuple(NanoBatchRows(int(start), *part) for start, part in zip(starts[:-1], parts, strict=True))

@@ -22,6 +22,7 @@ from typing import Any
 from nanoflow.ops.operation import Cost, Operation, Work
 from nanoflow.search.profile import At, Pair, Profile, Solo, axes_of, work_at
 from nanoflow.search.rates import CeilingRates, Energy, Running
+from nanoflow.search.simulate import CLOCK_ENERGY
 
 __all__ = ["ProfileRates", "profile_rates"]
 
@@ -68,18 +69,47 @@ class ProfileRates:
         return self._seconds[key]
 
     def kept(self, running: Running, beside: Sequence[Running]) -> float:
-        """Of several beside it, each takes its share of what the others left."""
+        """As measured for the pair; of several beside it, each takes its share of what the others left."""
         share, unknown = 1.0, []
         for other in beside:
             pairs = self._pairs.get((running.op.name, other.op.name), ())
             alike = [pair for pair in pairs if (pair.sms is None) == (running.sms is None)]
             if alike:
-                share *= _between(sorted((pair.sms or 0, pair.kept) for pair in alike), running.sms or 0)
+                known = sorted((pair.sms or 0, self._kept_by(pair, running, other)) for pair in alike)
+                share *= _between(known, running.sms or 0)
             else:
                 unknown.append(other)
         if unknown:
             share *= self.base.kept(running, unknown)
         return min(1.0, share)
+
+    def _kept_by(self, pair: Pair, running: Running, other: Running) -> float:
+        """What `running` keeps beside `other`, as `pair` has it, and less where the ceilings say so of work of these
+        sizes: few rows read more of memory in their time than those that were measured."""
+        measured = (
+            Running(running.op, work_at(axes_of(running.op), pair.at), pair.sms),
+            Running(other.op, work_at(axes_of(other.op), pair.other_at), pair.other_sms),
+        )
+        size = self.base.kept(running, [other]) / self.base.kept(measured[0], [measured[1]])
+        return min(1.0, size) * self._at_full_clock(pair, running.op, other.op)
+
+    def _at_full_clock(self, pair: Pair, op: Operation, other: Operation) -> float:
+        """What `op` keeps beside `other`, had power limited nothing.
+
+        A pair runs so long that the power limit answers, and what was measured has a lower clock in it. With D the
+        watts of the work at the speeds that were kept, but with the joules of the full clock, P the limit and W what is
+        drawn whatever runs, all was stretched by ``(D / (P - W)) ** (1 / CLOCK_ENERGY)``: the formula of
+        `nanoflow.search.simulate`, solved for work that is stretched already.
+        """
+        watts, limit = self.idle_watts, self.limit_watts
+        if watts is None or limit is None or limit <= watts:
+            return pair.kept
+        both = (op, pair.at, pair.sms, pair.kept), (other, pair.other_at, pair.other_sms, pair.other_kept)
+        drawn = 0.0
+        for each, at, sms, kept in both:
+            work = work_at(axes_of(each), at)
+            drawn += kept * self.joules(each, work, sms) / self.seconds(each, work, sms)
+        return min(1.0, pair.kept * float(max(1.0, drawn / (limit - watts)) ** (1 / CLOCK_ENERGY)))
 
     def joules(self, op: Operation, work: Work, sms: int | None) -> float:
         """As measured on the whole device, whatever the SMs, less what the device draws whatever runs."""
@@ -124,16 +154,17 @@ def profile_rates(profile: Profile, itemsize: int, energy: Energy | None = None)
 
     Args:
         itemsize: bytes of an element in it.
-        energy: of the device, if it is known: its watts are then what the device draws whatever runs, and its joules
-            those of what was not measured. Else the profile's idle watts are, and what was not measured takes none.
+        energy: of the device, if it is known: fitted to whole runs, it counts then, for all operations. Else the
+            profile's own joules do, beyond its idle watts, and what was not measured takes none.
     """
+    known = energy is not None
     if energy is None and profile.idle_watts is not None:
         energy = Energy(0.0, 0.0, profile.idle_watts)
     device_sms = profile.fingerprint.sms or 1
     base = CeilingRates(profile.ceilings, device_sms, itemsize, energy=energy)
     solos: dict[str, list[_Table]] = {}
     for solo in profile.solos:
-        solos.setdefault(solo.op, []).append(_table(solo, device_sms, base.idle_watts))
+        solos.setdefault(solo.op, []).append(_table(solo, device_sms, None if known else base.idle_watts))
     pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
     for pair in profile.pairs:
         turned = Pair(pair.other, pair.other_at, pair.other_sms, pair.other_kept, pair.op, pair.at, pair.sms, pair.kept)
@@ -150,15 +181,15 @@ class _Table:
     seconds: Any
     """Nested by coordinate: (values, ascending; what belongs to each)."""
     joules: Any
-    """The same, beyond what is drawn whatever runs; None where none were measured."""
+    """The same, beyond what is drawn whatever runs; None where none were measured, or none count."""
 
 
 def _table(solo: Solo, device_sms: int, idle_watts: float | None) -> _Table:
     seconds = {point.at: point.seconds for point in solo.points}
     joules = {
-        point.at: max(0.0, point.joules - (idle_watts or 0.0) * point.seconds)
+        point.at: max(0.0, point.joules - idle_watts * point.seconds)
         for point in solo.points
-        if point.joules is not None
+        if point.joules is not None and idle_watts is not None
     }
     whole = device_sms if solo.sms is None else solo.sms
     return _Table(solo.kind, whole, _nested(seconds), _nested(joules) if joules else None)

@@ -83,17 +83,18 @@ def bandwidth_on(sms: float, device_sms: int, ceiling: float) -> float:
     """Bytes/s that `sms` of a device's `device_sms` SMs read, if all of them read `ceiling`.
 
     Few SMs have too few loads in flight: the rate grows with them and then saturates.
-    With x = 3.235 * sms / device_sms::
+    With x = 6.6 * sms / device_sms::
 
-        rate = ceiling * x / (1 + x ** 5.5) ** (1 / 5.5)
+        rate = ceiling * x / (1 + x ** 4) ** (1 / 4)
 
-    fitted to decode attention on an H100 (132 SMs): 1,170, 1,730, 2,240, 2,620 and 3,000 GB/s on 16, 24, 32, 40 and all
-    SMs, which it meets within 1.5%. A measured profile of the device may take its place.
+    fitted to decode attention on an H100 (132 SMs): 2,610, 2,720, 2,840, 2,840 and 2,890 GB/s on 24, 28, 32, 36 and 40
+    SMs and 2,930 on all, which it meets within 2% (the shipped profile; on 40 SMs
+    benchmarks/results/decode_partitions.json). A measured profile of the device may take its place.
     """
 
     def saturating(share: float) -> float:
-        x = 3.235 * share
-        return float(x / (1 + x**5.5) ** (1 / 5.5))
+        x = 6.6 * share
+        return float(x / (1 + x**4) ** (1 / 4))
 
     return ceiling * min(1.0, saturating(sms / device_sms) / saturating(1.0))
 

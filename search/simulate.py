@@ -23,8 +23,10 @@ All of an iteration is stretched alike: GPUs hold their limit over many iteratio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nanoflow.ops.attention import FEWER_PROGRAMS, LANE_PROGRAMS
 from nanoflow.ops.operation import Cost, Work
-from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.program import Program, Step
 from nanoflow.search.rates import Rates, Running
 from nanoflow.search.timeline import Load, Segment, Timeline, spans_of, step_costs
 
@@ -105,10 +107,19 @@ def _running(program: Program, works: Sequence[Work]) -> list[Running]:
         Running(
             program.graph.operation(step.nano_op.op),
             total if step.nano_op.nano_batch is None else works[step.nano_op.nano_batch],
-            program.plan.lane_sms(step.stage, step.lane),
+            _reading_sms(program.plan, step),
         )
         for step in program.steps
     ]
+
+
+def _reading_sms(plan: Plan, step: Step) -> int | None:
+    """SMs of a step's lane; of decode attention with fewer programs on each, the SMs on which as many usual ones run:
+    what it reads follows from the loads that are in flight."""
+    sms, programs = plan.lane_sms(step.stage, step.lane), FEWER_PROGRAMS.get(plan.kernels.get(step.nano_op.op, ""))
+    if sms is None or programs is None:
+        return sms
+    return max(1, round(sms * programs / LANE_PROGRAMS))
 
 
 def _timeline(program: Program, at_work: Sequence[Running], costs: Sequence[Cost], rates: Rates) -> Timeline:
@@ -133,7 +144,7 @@ def _timeline(program: Program, at_work: Sequence[Running], costs: Sequence[Cost
         length = min(left / speeds[step] for step, left in running.items())
         loads = []
         for step in running:
-            own = at_work[step].sms
+            own = program.plan.lane_sms(steps[step].stage, steps[step].lane)
             sms = device_sms / free if own is None else float(own)
             loads.append(
                 Load(steps[step].lane, sms, costs[step].flops * speeds[step], costs[step].bytes * speeds[step])

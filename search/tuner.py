@@ -35,7 +35,7 @@ from nanoflow.search.rates import Rates
 from nanoflow.search.simulate import Simulation, seconds_under_limit, simulate
 from nanoflow.search.space import build_plan, suggest
 
-__all__ = ["ROUND", "Candidate", "Outcome", "PlanSearch", "Target", "Tried", "search"]
+__all__ = ["ROUND", "Candidate", "Outcome", "PlanSearch", "Step", "Target", "Tried", "search"]
 
 ROUND = 6
 """Plans that are measured beside each other: more take longer until anything is known, fewer measure the sequential
@@ -117,6 +117,21 @@ class Tried:
     predicted: float
 
 
+@dataclass(frozen=True)
+class Step:
+    """One plan of a search, in the order in which they were told; the sequential one is left out."""
+
+    plan: str
+    """As text."""
+    ratio: float | None
+    """How many times as fast as in sequence; None if it gave wrong outputs, or did not run."""
+    predicted: float
+    """What the simulator took it for when it was proposed."""
+    why: str
+    figures: Mapping[str, float]
+    """What else was measured, by name."""
+
+
 class PlanSearch:
     """Proposals for one target, and what was measured of them.
 
@@ -162,6 +177,18 @@ class PlanSearch:
     def measured(self) -> int:
         """Plans that were measured, without the sequential one; those that failed count too."""
         return len(self._known) - 1
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All plans that were told, those of earlier starts included."""
+        told = [trial for trial in self._study.get_trials(deepcopy=False) if "plan" in trial.user_attrs]
+        found: dict[str, Step] = {}
+        for trial in told:
+            notes = dict(trial.user_attrs)
+            plan, predicted, why = notes.pop("plan"), notes.pop("predicted"), notes.pop("why", "")
+            if plan != self.sequential.dumps():
+                found.setdefault(plan, Step(plan, trial.value, predicted, why, notes))
+        return tuple(found.values())
 
     def best(self, count: int) -> list[Tried]:
         """The fastest of the plans that were measured, without the sequential one."""

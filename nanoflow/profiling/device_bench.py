@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, prod
 from typing import cast
 
 import torch
@@ -51,16 +51,16 @@ class Seconds:
     """How long each size is measured."""
 
     whole: float
-    """On the whole device, in turns of half of it: long enough to see the energy counter move."""
+    """The larger sizes on the whole device, in turns of half of it: long enough to see the energy counter move."""
     part: float
-    """On a part of the SMs, in turns of half of it; no energy is read there."""
+    """The others, and on a part of the SMs, in turns of half of it; no energy is read there."""
     warm: float
     """Before each case."""
     pair: float
     """Of two operations at once."""
 
 
-GPU_SECONDS = Seconds(whole=0.3, part=0.12, warm=0.15, pair=0.5)
+GPU_SECONDS = Seconds(whole=0.6, part=0.12, warm=0.15, pair=0.5)
 CPU_SECONDS = Seconds(whole=0.02, part=0.02, warm=0.0, pair=0.0)
 
 
@@ -146,24 +146,34 @@ class DeviceBench:
     def solo(self, case: SoloCase) -> list[Point]:
         """See `Bench.solo`; the sizes of a case take turns."""
         device, seconds = self._model.device, self._seconds
-        length = seconds.whole if case.sms is None else seconds.part
         fitting = [at for at in case.at if self._problem(case.kind, at) is None]
         if not fitting:
             raise Unmeasurable(str(self._problem(case.kind, case.at[0])))
+        # Energy too of what matters most, the larger sizes on the whole device. The others take turns of their own:
+        # a card's counter lags behind, and would give the large what the small drew.
+        size = {at: prod(at) if case.kind == "decode" else at[0] for at in fitting}
+        large = [at for at in fitting if case.sms is None and 2 * size[at] >= max(size.values())]
+        points: dict[At, Point] = {}
         with self._here(), on_sms(case.sms, device) as stream:
-            candidates: dict[str, Candidate] = {
-                str(n): self._calls(case.op, at, case.sms) for n, at in enumerate(fitting)
-            }
-            found = time_interleaved(
-                candidates,
-                length,
-                warmup_seconds=seconds.warm,
-                slice_seconds=length / 2,
-                device=device,
-                stream=stream,
-                joules=self._joules if case.sms is None else None,
-            )
-        return [Point(at, found[str(n)].median_ms / 1e3, found[str(n)].joules) for n, at in enumerate(fitting)]
+            for some, length in (([at for at in fitting if at not in large], seconds.part), (large, seconds.whole)):
+                if not some:
+                    continue
+                candidates: dict[str, Candidate] = {
+                    str(n): self._calls(case.op, at, case.sms) for n, at in enumerate(some)
+                }
+                found = time_interleaved(
+                    candidates,
+                    length,
+                    warmup_seconds=seconds.warm,
+                    slice_seconds=length / 2,
+                    device=device,
+                    stream=stream,
+                    joules=self._joules if some is large else None,
+                )
+                points |= {
+                    at: Point(at, found[str(n)].median_ms / 1e3, found[str(n)].joules) for n, at in enumerate(some)
+                }
+        return [points[at] for at in fitting]
 
     def pair(self, case: PairCase) -> tuple[float, float]:
         """See `Bench.pair`; each one's solo speed is taken before and after, on the same SMs."""

@@ -14,7 +14,10 @@ def print_outcome(found: TuneOutcome, console: Console) -> None:
     """A table, a mix a line, with the files that were stored, and what it is worth for the whole job. Milliseconds and
     joules are those in sequence, then those of the plan."""
     table = Table(
-        title=f"tuned: {found.model} on {found.device}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left"
+        title=f"tuned: {found.here.model} on {found.here.gpu}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
     )
     table.add_column("mix", no_wrap=True)
     for title in ("share", "plans", "ms", "mJ/row", "ratio", "least", "most"):

@@ -19,9 +19,10 @@ from nanoflow.config_schema import RunConfig
 from nanoflow.interrupt import Interrupts
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans.job_mixes import JobMixes, WeightedMix
+from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.journal import Journal
 from nanoflow.search.store import judge, same_mix, store_plan, stored_plans
-from nanoflow.search.tuner import PlanSearch, search
+from nanoflow.search.tuner import PlanSearch, Step, search
 from nanoflow.tuning.job import TuningJob, deal, open_job, plan_mix, tuning_folder
 from nanoflow.tuning.progress import TuneProgress
 from nanoflow.tuning.rounds import Blocks, Final, MixRounds, Stopped
@@ -56,6 +57,8 @@ class MixResult:
     stored: Path | None = None
     won: bool = False
     """Whether it is the plan of `final` that is stored, not the sequential one."""
+    steps: tuple[Step, ...] = ()
+    """All plans, over all starts, in their order."""
 
     @property
     def ratio(self) -> float:
@@ -67,8 +70,8 @@ class MixResult:
 class TuneOutcome:
     """What came of a job."""
 
-    model: str
-    device: str
+    here: Fingerprint
+    """Of the model and the machine."""
     mixes: JobMixes
     results: tuple[MixResult, ...]
     """Of all mixes, the heaviest first."""
@@ -135,18 +138,18 @@ def tune(
         plans = PlanSearch(job.target(mix), journal, seed=seed)
         try:
             with rounds:
-                results.append(_tune_mix(job, mix, plans, rounds, dealt, trials, progress))
+                result = _tune_mix(job, mix, plans, rounds, dealt, trials, progress)
+            results.append(replace(result, steps=plans.steps))
         except Stopped:
             assert interrupts is not None
             interrupts.drained()
-            results.append(MixResult(mix, plans.measured))
+            results.append(MixResult(mix, plans.measured, steps=plans.steps))
             break
         finally:
             failures |= dict.fromkeys(plans.failures)
     results += [MixResult(mix, 0) for mix in mixes[len(results) :]]
     return TuneOutcome(
-        str(job.here.model),
-        str(job.here.gpu),
+        job.here,
         job.mixes,
         tuple(results),
         folder,

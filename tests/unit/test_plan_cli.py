@@ -87,8 +87,10 @@ def test_show_prints_the_plan_and_a_period(plan: str) -> None:
         r"under 700 W: [\d.]+ ms and [\d.]+ J; in sequence [\d.]+ ms and [\d.]+ J, [\d.]+ times", result.output
     )
     assert "600 decode rows of context 700 and prompts of 500 tokens" in result.output
-    assert "NVIDIA H100 80GB HBM3: 717 TFLOP/s, 3,081 GB/s, 132 SMs" in result.output
+    assert re.search(r"profile: \S+/llama-3-8b--nvidia-h100\S+\.json", result.output), "one ships for this model"
     assert "\x1b" not in result.output
+    other = run("show", plan, "--layers", "4", "--model", "llama-2-7b").output
+    assert "NVIDIA H100 80GB HBM3: 717 TFLOP/s, 3,081 GB/s, 132 SMs" in other and "profile" not in other
 
 
 def test_the_documentation_shows_what_its_plan_gives(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanoflow.pipeline.buffers import BufferSpec, assign_buffers, assign_scratch
+from nanoflow.pipeline.capture_batch import capture_batch
 from nanoflow.pipeline.plan import Entry, FrozenMapping, NanoBatch, Plan, Stage
 from nanoflow.pipeline.plan_mix import NEAR_MIX, PlanMix
 from nanoflow.pipeline.split import BatchCutter, nano_batch_rows, split_rows
@@ -92,6 +93,22 @@ def test_a_batch_takes_the_first_plan_that_is_meant_for_it():
         cut(200, 57, 99)
     unpadded = BatchCutter([plan_with(("1/2", "1/2", 8), ("1/2", "1/2", 8))])
     assert unpadded(5, 4, 99).rows == [5, 4] and unpadded(0, 0, 0).rows == [0, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_captured_graph_serves_every_batch_with_its_rows(data: st.DataObject):
+    """Whatever the shares: what spills over to a nano-batch that has no share of it must be in its graph."""
+    plan = data.draw(plans(GRAPH))
+    cut = BatchCutter([plan], [rows for rows in (1, 8, 16, 64) if rows <= plan.capacity])
+    decode = data.draw(st.integers(0, plan.capacity))
+    prefill = data.draw(st.integers(int(not decode), plan.capacity - decode))
+    found = cut.of(0, decode, prefill)
+    captured = capture_batch(plan, 0, next(rows for rows in cut.buckets(0) if rows >= decode + prefill))
+    assert [n.end - n.start for n in captured.nano_batches] == list(found.rows)
+    for own, decoding, reading in zip(captured.nano_batches, found.decode, found.prefill, strict=True):
+        if own.end - own.start > 1:
+            assert own.decode >= (decoding > 0) and own.prefill >= (reading > 0)
 
 
 def for_mix(decode: int, prefill: int, context: int, least_rows: int = 0) -> Plan:

@@ -227,6 +227,52 @@ def test_what_is_kept_is_what_was_measured_for_the_pair(rates: ProfileRates) -> 
     assert rates.kept(down, [other]) == rates.base.kept(down, [other])
 
 
+def test_fewer_rows_than_were_measured_keep_less_as_the_ceilings_say() -> None:
+    """They read as many weights in less time."""
+    at = (275, 768)
+    pair = Pair("down", (1152,), 100, 0.8, "decode_attention", at, 32, 0.9)
+    rates = profile_rates(EMPTY.with_pair(pair), 2)
+    attention = Running(OPS["decode_attention"], work_at("decode", at), 32)
+
+    def kept(rows: int) -> float:
+        return rates.kept(Running(OPS["down"], Work(prefill_rows=rows), 100), [attention])
+
+    def ceiling(rows: int) -> float:
+        return rates.base.kept(Running(OPS["down"], Work(prefill_rows=rows), 100), [attention])
+
+    assert kept(1152) == pytest.approx(0.8) == kept(2048)
+    assert ceiling(256) < 0.9 * ceiling(1152)
+    assert kept(256) == pytest.approx(0.8 * ceiling(256) / ceiling(1152))
+
+
+def test_a_lower_clock_is_not_counted_twice(profile: Profile) -> None:
+    """What two kept beside each other under the power limit is what they would at the full clock, stretched."""
+    energy = Energy(0.85e-12, 1.75e-10, 200.0)
+    rates = profile_rates(profile, 2, energy)
+    down = Running(OPS["down"], Work(prefill_rows=640), 100)
+    attention = Running(OPS["decode_attention"], Work(decode_rows=275, decode_context=200_000), 32)
+    (pair,) = (each for each in profile.pairs if each.op == "down" and each.sms == 100)
+    drawn = sum(
+        kept * rates.joules(OPS[op], work, sms) / rates.seconds(OPS[op], work, sms)
+        for op, work, sms, kept in (
+            ("down", work_at("rows", pair.at), 100, 0.8),
+            ("decode_attention", work_at("decode", pair.other_at), 32, 0.9),
+        )
+    )
+    assert 500 < drawn < 600, "above what the limit leaves, but not by so much that nothing was lost to the other"
+    assert rates.kept(down, [attention]) == pytest.approx(0.8 * (drawn / 500) ** 2)
+    unlimited = replace(profile, ceilings=replace(CEILINGS, power_limit_watts=None))
+    assert profile_rates(unlimited, 2, energy).kept(down, [attention]) == pytest.approx(0.8)
+
+
+def test_energy_that_was_fitted_to_whole_runs_counts_for_all_operations(profile: Profile) -> None:
+    work = Work(prefill_rows=640)
+    known = profile_rates(profile, 2, Energy(1e-12, 1e-10, 200.0))
+    assert known.joules(OPS["down"], work, 100) == known.base.joules(OPS["down"], work, 100)
+    own = profile_rates(profile, 2)
+    assert own.joules(OPS["down"], work, 100) == pytest.approx(Device().joules(OPS["down"], work, None))
+
+
 def test_what_was_not_measured_is_by_the_ceilings() -> None:
     rates = profile_rates(replace(EMPTY, idle_watts=None), 2)
     work = Work(prefill_rows=640)

@@ -9,7 +9,7 @@ import pytest
 
 from nanoflow.ops.gemm_waves import waves
 from nanoflow.ops.operation import Operation, Work
-from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.program import compile_program
 from nanoflow.plans.case import H100, open_case, open_graph
@@ -17,6 +17,7 @@ from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.mix import Mix, mix_works, shared_works
 from nanoflow.search.rates import H100_ENERGY, CeilingRates, Energy, Running
 from nanoflow.search.simulate import Simulation, simulate
+from nanoflow.search.space import PlanChoice, build_plan
 from tests.unit.test_timeline import GRAPH, SPLIT, WORK
 
 LLAMA = replace(open_graph("llama-3-8b", Plan(1, (), ()), "test")[2], layers=4)
@@ -106,6 +107,22 @@ def test_products_take_whole_rounds_of_tiles() -> None:
     assert rates.seconds(gate_up, work, 100) == pytest.approx(plain.seconds(gate_up, work, 100) / used, rel=1e-3)
     attention = LLAMA.operation("decode_attention")
     assert rates.seconds(attention, work, 40) == plain.seconds(attention, work, 40)
+
+
+def test_fewer_programs_of_attention_read_as_the_usual_number_does_on_fewer_sms() -> None:
+    mix = Mix(500, 700, (560,))
+
+    def attention(memory: int, kernel: str = "") -> float:
+        kernels = FrozenMapping({"decode_attention": kernel} if kernel else {})
+        choice = PlanChoice((8, 8), (8, 8), beside=(True, True), skew=4, memory_sms=memory, kernels=kernels)
+        plan = build_plan(choice, LLAMA, mix, 1152, H100.rates)
+        timeline = simulate(compile_program(plan, LLAMA), mix_works(plan, mix), H100.rates).timeline
+        lanes = {load.sms for segment in timeline.segments for load in segment.loads if load.lane == "memory"}
+        assert lanes == {float(memory)}, "they are the lane's all the same"
+        return next(span.seconds for span in timeline.spans if span.op == "decode_attention")
+
+    assert attention(40, "triton_3") == pytest.approx(attention(24), rel=0.02)
+    assert attention(40) < attention(40, "triton_4") < attention(40, "triton_3") < attention(40, "triton_2")
 
 
 def test_lanes_that_are_not_confined_share_the_sms() -> None:

@@ -178,9 +178,11 @@ def test_times_and_works_must_belong_to_the_program() -> None:
         simulate(program, [WORK, WORK], CeilingRates(CEILINGS, 100, 4))
 
 
-@pytest.mark.parametrize(("sms", "measured"), [(16, 1170e9), (24, 1730e9), (32, 2240e9), (40, 2620e9), (132, 3000e9)])
+@pytest.mark.parametrize(
+    ("sms", "measured"), [(24, 2610e9), (28, 2720e9), (32, 2840e9), (36, 2840e9), (40, 2890e9), (132, 2930e9)]
+)
 def test_bandwidth_of_a_part_meets_what_was_measured(sms: int, measured: float) -> None:
-    assert bandwidth_on(sms, 132, 3000e9) == pytest.approx(measured, rel=0.015)
+    assert bandwidth_on(sms, 132, 2930e9) == pytest.approx(measured, rel=0.02)
 
 
 @settings(max_examples=30, deadline=None)

@@ -29,6 +29,7 @@ from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans import running as running_module
 from nanoflow.plans.job_mixes import JobMixes, WeightedMix
 from nanoflow.plans.stored import judge_stored
+from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.journal import Journal
 from nanoflow.search.measure import compare
 from nanoflow.search.mix import Mix
@@ -206,7 +207,8 @@ def test_what_it_is_worth_counts_the_batches_that_run_the_plan() -> None:
         tune_module.MixResult(mixes[0], 9, final(1.25), Path("a.yaml"), won=True),
         tune_module.MixResult(mixes[1], 4, final(1.5, 0.9), Path("b.yaml"), won=False),
     )
-    found = TuneOutcome("tiny", "cpu", JobMixes(tuple(mixes), 1, 1.0, 1.0, "whole"), results, Path(), ("broken",))
+    here = Fingerprint(model="tiny", gpu="cpu")
+    found = TuneOutcome(here, JobMixes(tuple(mixes), 1, 1.0, 1.0, "whole"), results, Path(), ("broken",))
     assert found.gain == pytest.approx(1 / (0.5 + 0.5 / 1.25))
     console = Console(width=120)
     with console.capture() as capture:
@@ -281,8 +283,17 @@ def test_tuning_on_a_cpu_from_the_command_line(file: Path) -> None:
     journals = [*Path("kept").glob("*.journal")]
     assert journals and own_plans()
     assert json.loads(next(iter(Path("kept").glob("*.json"))).read_text())["flops"] > 0
-    again = run(str(file), "--minutes", "0.03", "--trials", "3", "--out", "kept")
+    # The next start measures no plan again, and can say all that earlier ones have measured.
+    again = run(str(file), "--minutes", "0.03", "--trials", "3", "--out", "kept", "--record", "found/it.json")
     assert again.exit_code == 0 and sorted(Path("kept").glob("*.journal")) == sorted(journals)
+    record = json.loads(Path("found/it.json").read_text())
+    first = record["mixes"][0]
+    assert len(first["steps"]) == 3 and first["rows"] >= sum(first["mix"]["prompts"]) + first["mix"]["decode"]
+    told = [trial for trial in Journal(journals[0]).trials if trial.value != 1.0 or "iteration_ms" in trial.user_attrs]
+    assert {step["plan"] for mix in record["mixes"] for step in mix["steps"]} >= {t.user_attrs["plan"] for t in told}
+    assert all(step["figures"]["iteration_ms"] > 0 for step in first["steps"] if step["ratio"])
+    assert "saved found/it.json" in again.output and Path("found/it.png").stat().st_size > 10_000
+    assert Path("found/it.svg").read_text().startswith("<?xml")
 
 
 def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(file: Path, tmp_path: Path) -> None:
@@ -321,6 +332,8 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(file: Path, tmp_pa
         (["--simulate", "--gpu", "x"], "--gpu x: nothing is known of it; give NVIDIA H100"),
         (["--simulate", "--device", "cpu"], "--device cpu: --simulate runs on no device; use --gpu"),
         (["--out", "job.yaml"], "job.yaml"),
+        (["--record", "found.txt"], "--record found.txt: give a name that ends in .json"),
+        (["--record", "found.json", "--simulate"], "--record found.json: --simulate measures nothing; use --out"),
     ],
 )
 def test_mistakes_are_one_message(file: Path, arguments: list[str], message: str) -> None:

@@ -11,26 +11,42 @@ Pseudo-code. A nano-batch's window is the products behind decode attention, then
             # it may run when its decode attention is done; a product that is left whole waits for all nano-batches;
             # keys are appended in the nano-batches' order; the first of a nano-batch waits for `skew` of the one before
     decode attention that runs beside others goes to the memory lane behind its queries; the rest before what reads it
+    collectives that run beside products go to the network lane, in the order of the products that they follow; what
+        reads their sums comes before the next product of the same rows, which is not ready before they are done
     one stage: all lanes side by side throughout; what shall run with attention comes beside it, in the layer's order
     several:   an attention of the memory lane has the longest stretch that it may run beside for itself, split between
                the two; all others run on the whole device
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
+from nanoflow.pipeline.dependencies import producer
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, Stage
 
-__all__ = ["ATTENTION", "COMPANIONS", "COMPUTE", "MEMORY", "PRODUCTS", "SPLIT", "Order", "products_of", "schedule"]
+__all__ = [
+    "ATTENTION",
+    "COMPANIONS",
+    "COMPUTE",
+    "MEMORY",
+    "NETWORK",
+    "PRODUCTS",
+    "SPLIT",
+    "Order",
+    "collectives_of",
+    "products_of",
+    "schedule",
+]
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 """The matrix products of a layer, as ports name them."""
 ATTENTION = "decode_attention"
 COMPANIONS = ("rope_append", "prefill_attention")
 """What can run in the memory lane with decode attention, in the layer's order."""
-COMPUTE, MEMORY, SPLIT = "compute", "memory", "split"
+COMPUTE, MEMORY, NETWORK, SPLIT = "compute", "memory", "network", "split"
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,9 @@ class Order:
     several: bool
     """Stages on the split and on the whole device, not one."""
     partition: str
-    """Of stages that have a memory lane."""
+    """Of stages that have a memory lane, or a network lane."""
+    network: bool = False
+    """Collectives in a lane of their own, beside products; with one stage. Else they follow the product before them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,8 @@ class _Item:
 
 
 Seconds = Callable[[str, int | None, bool], float]
-"""Of an operation on a nano-batch (None: on all rows), in the memory lane or not."""
+"""Of an operation on a nano-batch (None: on all rows), in the memory lane or not; of a collective in the network lane,
+if the order has one."""
 
 
 def products_of(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -82,9 +101,31 @@ def products_of(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return before, behind
 
 
+def collectives_of(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """The collectives behind each product that has any: only a rank's graph has them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for op in graph.layer:
+        before = producer(graph, op) if isinstance(op, Collective) else None
+        if before is not None and before[0].name in PRODUCTS:
+            found[before[0].name] = (*found.get(before[0].name, ()), op.name)
+    return found
+
+
+def _readers(graph: Graph, collectives: Sequence[str]) -> list[tuple[str, int]]:
+    """What reads the results of `collectives` and is no product, with how many layers behind them it is: left unnamed,
+    it would follow them into their lane."""
+    found = []
+    for op in graph.layer:
+        before = None if op.name in PRODUCTS else producer(graph, op)
+        if before is not None and before[0].name in collectives:
+            found.append((op.name, before[1]))
+    return found
+
+
 def schedule(graph: Graph, order: Order, seconds: Seconds) -> tuple[Stage, ...]:
     """The period; `seconds` of a product include what follows it. Raises ValueError as `products_of` does."""
-    items = _products(graph, order, seconds)
+    behind_products = collectives_of(graph) if order.network else {}
+    items = _products(graph, order, seconds, behind_products)
     lone = _Lone(order, seconds)
     if not order.several:
         behind = {n: end for n in range(len(order.names)) for _, end in [_window(items, n)]}
@@ -93,7 +134,10 @@ def schedule(graph: Graph, order: Order, seconds: Seconds) -> tuple[Stage, ...]:
         if own:
             there = [op.name for op in graph.layer if op.name == ATTENTION or op.name in order.with_attention]
             lanes[MEMORY] = [Entry(name, order.names[n], 1) for n in own for name in there]
-        return (_stage(order.partition if own else WHOLE, lanes),)
+        sums = [replace(item.entry, op=name) for item in items for name in behind_products.get(item.entry.op, ())]
+        if sums:
+            lanes[NETWORK] = sums
+        return (_stage(order.partition if own or sums else WHOLE, lanes),)
     beside = list(order.beside)
     while True:
         filled = lone.insert(items, beside)
@@ -105,8 +149,8 @@ def schedule(graph: Graph, order: Order, seconds: Seconds) -> tuple[Stage, ...]:
         beside[left_over[0]] = False  # nothing is left that it could run beside
 
 
-def _products(graph: Graph, order: Order, seconds: Seconds) -> list[_Item]:
-    """The compute lane without attention, by the pseudo-code above."""
+def _products(graph: Graph, order: Order, seconds: Seconds, collectives: Mapping[str, Sequence[str]]) -> list[_Item]:
+    """The compute lane without attention, by the pseudo-code above. `collectives` of the network lane, by product."""
     before, behind = products_of(graph)
     window = [(name, 0) for name in behind] + [(name, 1) for name in before]
     count, length = len(order.names), len(window)
@@ -122,10 +166,14 @@ def _products(graph: Graph, order: Order, seconds: Seconds) -> list[_Item]:
     path = [[last if not n else 0.0] for n in range(count)]
     for n in range(count):
         for name, _ in reversed(window):
-            path[n].insert(0, path[n][0] + seconds(name, None if name in order.whole else n, False))
+            whole_or_own = None if name in order.whole else n
+            takes = seconds(name, whole_or_own, False)
+            takes += sum(seconds(each, whole_or_own, False) for each in collectives.get(name, ()))
+            path[n].insert(0, path[n][0] + takes)
     places, taken_split = [0] * count, [0] * count
-    clock = 0.0
+    clock = network = 0.0
     items: list[_Item] = []
+    readers: list[_Item] = []  # of sums under way
 
     def may_run(n: int) -> bool:
         if places[n] == length:
@@ -145,14 +193,24 @@ def _products(graph: Graph, order: Order, seconds: Seconds) -> list[_Item]:
         name, ahead = window[places[n]]
         whole = name in order.whole
         who = range(count) if whole else (n,)
-        takes = seconds(name, None if whole else n, False)
-        items.append(_Item(Entry(name, None if whole else order.names[n], ahead), None if whole else n, takes))
+        own = None if whole else n
+        takes = seconds(name, own, False)
+        due = [item for item in readers if whole or item.nano_batch in (None, n)]
+        readers = [item for item in readers if item not in due]
+        items += [*due, _Item(Entry(name, None if whole else order.names[n], ahead), own, takes)]
         clock = max(clock, begin[n]) + takes + sum(waiting[m] for m in who)
         for m in who:
             places[m] += 1
             waiting[m] = 0.0
         taken_split[n] += not whole
-    return items
+        if name in collectives:
+            network = max(network, clock) + sum(seconds(each, own, False) for each in collectives[name])
+            for m in who:
+                ready[m] = network
+            entry = items[-1].entry
+            for reader, layers in _readers(graph, collectives[name]):
+                readers.append(_Item(replace(entry, op=reader, ahead=ahead + layers), own, 0.0))
+    return items + readers
 
 
 def _window(items: Sequence[_Item], n: int) -> tuple[int, int]:

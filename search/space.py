@@ -11,18 +11,28 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from nanoflow.ops.attention import FEWER_PROGRAMS
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost, Work
 from nanoflow.pipeline.plan import WHOLE, FrozenMapping, NanoBatch, Plan
 from nanoflow.pipeline.split import UNITS
-from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, PRODUCTS, SPLIT, Order, products_of, schedule
+from nanoflow.search.list_schedule import (
+    ATTENTION,
+    COMPANIONS,
+    PRODUCTS,
+    SPLIT,
+    Order,
+    collectives_of,
+    products_of,
+    schedule,
+)
 from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.rates import Rates
 
 if TYPE_CHECKING:
     from optuna import Trial
 
-__all__ = ["MOST_NANO_BATCHES", "SHARES", "PlanChoice", "build_plan", "suggest"]
+__all__ = ["MOST_NANO_BATCHES", "SHARES", "PlanChoice", "build_plan", "collective_forms", "suggest"]
 
 SHARES = 16
 """Shares are counted in parts of so many."""
@@ -32,6 +42,8 @@ GRANULE = 4
 """The memory lane's SMs are a multiple of it: one of the lanes gets those that are in no group of 8."""
 LEAST_SMS = 8
 """Of the memory lane."""
+NETWORK_UNIT, MOST_NETWORK_SMS = 8, 24
+"""SMs of the network lane: whole groups, so that what is in none can go to another lane; a link is full with few."""
 LEAST_ROWS = 64
 """Of a nano-batch, on average, for so many to be suggested."""
 
@@ -61,8 +73,12 @@ class PlanChoice:
     whole everywhere else."""
     memory_sms: int | None = None
     """SMs of the memory lane, the compute lane having the others; None: the lanes share the device."""
+    network: bool = False
+    """Collectives in a lane of their own, beside products; with one stage. Else each follows its product."""
+    network_sms: int | None = None
+    """SMs of the network lane; None: the lanes share the device."""
     kernels: FrozenMapping[str] = field(default_factory=FrozenMapping)
-    """Kernel of a product or of decode attention, where it is not the device's default."""
+    """Kernel of a product, of decode attention or of a collective, where it is not the device's default."""
 
     def __post_init__(self) -> None:
         count = len(self.decode)
@@ -93,6 +109,21 @@ class PlanChoice:
             raise ValueError(f"stages: {self.stages!r} is neither 'one' nor 'several'")
         if self.memory_sms is not None and (self.memory_sms < LEAST_SMS or self.memory_sms % GRANULE):
             raise ValueError(f"memory_sms: {self.memory_sms} is no multiple of {GRANULE} from {LEAST_SMS} on")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        if self.network and (self.stages != "one" or len(self.decode) == 1):
+            raise ValueError("network: is for one stage of several nano-batches; leave it out")
+        if self.network_sms is None:
+            if self.network and any(self.beside) and self.memory_sms is not None:
+                raise ValueError("network_sms: the memory lane has SMs of its own; give the network lane some too")
+            return
+        if not self.network:
+            raise ValueError(f"network_sms: {self.network_sms} SMs are for a lane that network: True makes")
+        if any(self.beside) and self.memory_sms is None:
+            raise ValueError("memory_sms: the network lane has SMs of its own; give the memory lane some too")
+        if self.network_sms < NETWORK_UNIT or self.network_sms % NETWORK_UNIT:
+            raise ValueError(f"network_sms: {self.network_sms} is no multiple of {NETWORK_UNIT} from {NETWORK_UNIT} on")
 
 
 def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rates) -> Plan:
@@ -101,8 +132,9 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
     The order in the lanes is by what `mix` takes at `rates` (`nanoflow.search.list_schedule`). Nano-batches without
     prefill rows come last: prefill attention waits for the keys of all nano-batches before its own.
 
-    Raises ValueError if `mix` has more than `rows` rows, if there are fewer rows than nano-batches, if the memory lane
-    would have all SMs, or if the graph has no products before or behind its decode attention.
+    Raises ValueError if `mix` has more than `rows` rows, if there are fewer rows than nano-batches, if the memory and
+    the network lane would have all SMs, if there is a network lane and the graph has no collectives, or if it has no
+    products before or behind its decode attention.
     """
     count = len(choice.decode)
     if mix.rows > rows:
@@ -113,8 +145,14 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         return replace(Plan.sequential(graph, rows), kernels=choice.kernels)
     sms = rates.device_sms
     memory = choice.memory_sms if any(choice.beside) else None
-    if memory is not None and memory >= sms:
-        raise ValueError(f"memory_sms: {memory} of {sms} SMs leave none for the products; choose fewer")
+    apart = tuple(lane for lane in (memory, choice.network_sms) if lane is not None)
+    if apart and sum(apart) >= sms:
+        names = "memory_sms" if memory is not None else "network_sms"
+        if len(apart) > 1:
+            names = "memory_sms, network_sms"
+        raise ValueError(f"{names}: {sum(apart)} of {sms} SMs leave none for the products; choose fewer")
+    if choice.network and not collectives_of(graph):
+        raise ValueError("network: there are no collectives on one rank; leave it out")
     ranks = sorted(range(count), key=lambda n: not choice.prefill[n])
     decode, prefill = ([shares[n] for n in ranks] for shares in (choice.decode, choice.prefill))
     nano_batches = tuple(
@@ -129,18 +167,20 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         with_attention=choice.with_attention,
         skew=choice.skew,
         several=choice.stages == "several",
-        partition=WHOLE if memory is None else SPLIT,
+        partition=SPLIT if apart else WHOLE,
+        network=choice.network,
     )
-    parts = (None, None) if memory is None else (sms - memory, memory)
-    seconds = _Seconds(graph, mix_works(plan, mix), rates, parts, choice.with_attention)
+    parts = (sms - sum(apart), memory) if apart else (None, None)
+    seconds = _Seconds(graph, mix_works(plan, mix), rates, parts, choice.with_attention, choice.network)
     plan = replace(plan, period=schedule(graph, order, seconds))
-    if memory is None or all(stage.partition == WHOLE for stage in plan.period):
+    if not apart or all(stage.partition == WHOLE for stage in plan.period):
         return plan
-    return replace(plan, partitions=FrozenMapping({SPLIT: (sms - memory, memory)}), sms=sms)
+    return replace(plan, partitions=FrozenMapping({SPLIT: (sms - sum(apart), *apart)}), sms=sms)
 
 
 class _Seconds:
-    """What the list scheduler asks: seconds of attention, and of products with all that stands behind them."""
+    """What the list scheduler asks: seconds of attention, and of products with all that stands behind them, but for
+    collectives of a network lane, which are asked for themselves."""
 
     def __init__(
         self,
@@ -149,26 +189,28 @@ class _Seconds:
         rates: Rates,
         parts: tuple[int | None, int | None],
         with_attention: frozenset[str],
+        network: bool,
     ) -> None:
         self.graph, self.works, self.rates = graph, works, rates
         self.sms = dict(zip((False, True), parts, strict=True))
         self.attention = (ATTENTION, *with_attention)
+        self.apart = {name for names in collectives_of(graph).values() for name in names} if network else set()
         self.behind: dict[str, list[str]] = {}
         products = [op.name for op in graph.layer if op.name in PRODUCTS]
         leader = products[-1]  # of what stands before the first: it follows the layer before
         for op in graph.layer:
             leader = op.name if op.name in products else leader
-            if op.name not in self.attention:
+            if op.name not in self.attention and op.name not in self.apart:
                 self.behind.setdefault(leader, []).append(op.name)
 
     def __call__(self, op: str, nano_batch: int | None, memory: bool) -> float:
         work = sum(self.works, Work()) if nano_batch is None else self.works[nano_batch]
         # Attention in the compute lane of a plan in stages has the whole device; elsewhere it does not. The difference
         # only moves the order, and not by much.
-        names = self.attention if op == ATTENTION else self.behind[op]
+        names = self.attention if op == ATTENTION else [op] if op in self.apart else self.behind[op]
         operations = [self.graph.operation(name) for name in names]
         return sum(
-            self.rates.seconds(each, work, self.sms[memory])
+            self.rates.seconds(each, work, None if isinstance(each, Collective) else self.sms[memory])
             for each in operations
             if each.cost(work, self.rates.itemsize) != Cost()
         )
@@ -206,18 +248,25 @@ def _rows(decode: Sequence[int], prefill: Sequence[int], mix: Mix, rows: int, un
     return result
 
 
+def collective_forms(graph: Graph) -> tuple[str, ...]:
+    """Kernels of the graph's collectives, but for the reference and the one that is taken anyway; none on one rank."""
+    names = [kernel for op in graph.layer if isinstance(op, Collective) for kernel in op.kernels]
+    return tuple(name for name in dict.fromkeys(names) if name not in ("reference", "nccl"))
+
+
 def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -> PlanChoice:
     """Ask `trial` for a choice for dense batches of `rows` rows on a device of `sms` SMs.
 
-    `kernels` are those that products and decode attention may have beside the device's default, where they are among an
-    operation's. The parameters ``{"nano_batches": 1}`` are the sequential plan. Nano-batches that get no share are
-    dropped. What is likely good is a parameter of its own before what else there is, so that samplers meet it often:
-    all products cut, all attention beside them, prefill rows shared out as decode rows are.
+    `kernels` are those that products, decode attention and collectives may have beside the device's default, where they
+    are among an operation's. The parameters ``{"nano_batches": 1}`` are the sequential plan. Nano-batches that get no
+    share are dropped. What is likely good is a parameter of its own before what else there is, so that samplers meet it
+    often: all products cut, all attention beside them, prefill rows shared out as decode rows are.
     """
     chosen: dict[str, str] = {}
     for op in graph.layer:
         # "triton" is what decode attention has anyway; a product has it only if it is the fastest, or chosen.
-        own = op.kernels if op.name in PRODUCTS else FEWER_PROGRAMS if op.name == ATTENTION else {}
+        free = op.name in PRODUCTS or isinstance(op, Collective)
+        own = op.kernels if free else FEWER_PROGRAMS if op.name == ATTENTION else {}
         known = [kernel for kernel in kernels if kernel in own]
         if known and (kernel := trial.suggest_categorical(f"kernel_{op.name}", ("", *known))):
             chosen[op.name] = kernel
@@ -241,10 +290,22 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     memory = None
     beside_it: frozenset[str] = frozenset()
     largest = sms // 2 // GRANULE * GRANULE
+    if any(beside) and trial.suggest_categorical("several_stages", (False, True)):
+        stages = "several"
+    network = (
+        bool(collectives_of(graph)) and stages == "one" and trial.suggest_categorical("network_lane", (True, False))
+    )
+    network_sms = None
+    confined = False
+    if any(beside) or network:
+        confined = largest >= LEAST_SMS and trial.suggest_categorical("confined", (True, False))
+    if network and confined:
+        room = min(MOST_NETWORK_SMS, (sms - largest - 1) // NETWORK_UNIT * NETWORK_UNIT)
+        network = room >= NETWORK_UNIT
+        if network:
+            network_sms = trial.suggest_int("network_sms", NETWORK_UNIT, room, step=NETWORK_UNIT)
     if any(beside):
-        if trial.suggest_categorical("several_stages", (False, True)):
-            stages = "several"
-        if largest >= LEAST_SMS and trial.suggest_categorical("confined", (True, False)):
+        if confined:
             memory = trial.suggest_int("memory_sms", LEAST_SMS, largest, step=GRANULE)
         known = [op.name for op in graph.layer if op.name in COMPANIONS]
         if known and stages == "one" and all(beside):
@@ -262,6 +323,8 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
         skew=skew,
         stages=stages,
         memory_sms=memory,
+        network=network,
+        network_sms=network_sms,
         kernels=FrozenMapping(chosen),
     )
 

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from nanoflow.ops.collectives import CTAS, Collective
 from nanoflow.ops.gemm_waves import waves
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import Cost, Operation, Work
 from nanoflow.search.cost_model import Ceilings
 
-__all__ = ["H100_ENERGY", "CeilingRates", "Energy", "Rates", "Running", "bandwidth_on"]
+__all__ = ["H100_ENERGY", "CeilingRates", "Energy", "Rates", "Running", "bandwidth_on", "collective_sms", "shared_sms"]
+
+LINK_SMS = 16
+"""SMs with which collectives fill a link, and which they take where neither the lane nor the kernel has fewer: NCCL has
+about as many thread blocks on NVLink 4. On fewer they are taken to reach their share of it, which nobody measured."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,20 @@ class Running:
     op: Operation
     work: Work
     sms: int | None
-    """SMs of its lane; None: the lane is not confined."""
+    """SMs of its lane; None: the lane is not confined. Of a collective, those that it takes: `collective_sms`."""
+
+
+def collective_sms(kernel: str, lane: int | None) -> int:
+    """SMs that a collective takes with `kernel` (empty: the preferred one): as many as it has thread blocks, and none
+    where copy engines do the work. `lane`: SMs of its lane; None: it is not confined."""
+    most = 0 if kernel == "copy_engine" else min(LINK_SMS, CTAS.get(kernel, LINK_SMS))
+    return most if lane is None else min(most, lane)
+
+
+def shared_sms(device_sms: int, taken: Sequence[int | None]) -> float:
+    """SMs of each lane that is not confined (None in `taken`), where the others take so many: they share the rest."""
+    free = sum(sms is None for sms in taken)
+    return max(1.0, device_sms - sum(sms or 0 for sms in taken)) / free if free else 0.0
 
 
 class Rates(Protocol):
@@ -104,10 +122,12 @@ class CeilingRates:
     """Rates at best, by a device's ceilings.
 
     An operation takes the longest of: its FLOPs at its SMs' share of the FLOP/s ceiling, its bytes at what so many SMs
-    read (`bandwidth_on`), its bytes on the wire at the link's ceiling. Side by side, lanes that are not confined share
-    the SMs evenly; where all together would move more bytes than memory gives, each gets an even share, and what one
-    leaves over goes to the others. Launching costs nothing. Joules are ``joules_per_flop * FLOPs + joules_per_byte *
-    bytes``, whatever the SMs.
+    read (`bandwidth_on`). A collective takes the longer of: its bytes on the wire at the share of the link's ceiling
+    that its SMs fill, all of it for copy engines, and its bytes at what memory gives; where the link is not known, only
+    its bytes. Side by side, lanes that are not confined share the SMs that collectives leave, evenly; where all
+    together would move more bytes than memory or the link gives, each gets an even share, and what one leaves over goes
+    to the others. Launching costs nothing. Joules are ``joules_per_flop * FLOPs + joules_per_byte * bytes``, whatever
+    the SMs.
     """
 
     ceilings: Ceilings
@@ -138,24 +158,24 @@ class CeilingRates:
 
     def kept(self, running: Running, beside: Sequence[Running]) -> float:
         together = [running, *beside]
-        free = sum(each.sms is None for each in together)
-        speeds, moved = [], []
+        free = shared_sms(self.device_sms, [each.sms for each in together])
+        speeds, moved, sent = [], [], []
         for each in together:
-            sms = self.device_sms / free if each.sms is None else each.sms
-            speeds.append(1 / self._seconds(each.op, each.work, sms))
-            moved.append(self._cost(each.op, each.work).bytes * speeds[-1])
-        room, left = self.ceilings.bytes_per_second, len(together)
-        granted = moved[0]
-        for place in sorted(range(len(together)), key=lambda place: moved[place]):
-            share = min(moved[place], room / left)
-            room, left = room - share, left - 1
-            if place == 0:
-                granted = share
-        speed = speeds[0] * granted / moved[0] if moved[0] else speeds[0]
+            speeds.append(1 / self._seconds(each.op, each.work, free if each.sms is None else each.sms))
+            cost = self._cost(each.op, each.work)
+            moved.append(cost.bytes * speeds[-1])
+            sent.append(cost.wire_bytes * speeds[-1])
+        speed = speeds[0] * _granted(moved, self.ceilings.bytes_per_second)
+        if sent[0] and self.ceilings.link_bytes_per_second:
+            speed = min(speed, speeds[0] * _granted(sent, self.ceilings.link_bytes_per_second))
         return min(1.0, speed * self.seconds(running.op, running.work, running.sms))
 
     def _seconds(self, op: Operation, work: Work, sms: float) -> float:
         cost, ceilings = self._cost(op, work), self.ceilings
+        if isinstance(op, Collective):
+            link = ceilings.link_bytes_per_second
+            wire = cost.wire_bytes / (link * (min(sms, LINK_SMS) or LINK_SMS) / LINK_SMS) if link else 0.0
+            return max(wire, cost.bytes / ceilings.bytes_per_second, 1e-12)
         used = 1.0
         if self.tiles and work.rows and isinstance(op, Linear | LinearSilu):
             linear = op.linear if isinstance(op, LinearSilu) else op
@@ -164,9 +184,7 @@ class CeilingRates:
         needed = [
             cost.flops / (ceilings.flops * used * sms / self.device_sms),
             cost.bytes / bandwidth_on(sms, self.device_sms, ceilings.bytes_per_second),
-            cost.wire_bytes / ceilings.link_bytes_per_second if ceilings.link_bytes_per_second else 0.0,
         ]
-        # A cost that no known ceiling limits (the wire's, where the link was not measured) takes next to no time.
         return max(*needed, 1e-12)
 
     def _cost(self, op: Operation, work: Work) -> Cost:
@@ -175,3 +193,15 @@ class CeilingRates:
         if key not in self._costs:
             self._costs[key] = op.cost(work, self.itemsize)
         return self._costs[key]
+
+
+def _granted(wanted: Sequence[float], room: float) -> float:
+    """The share of what it wants that the first gets of `room`: all get an even share, and what one leaves over goes to
+    the others."""
+    left = len(wanted)
+    for place in sorted(range(len(wanted)), key=lambda place: wanted[place]):
+        share = min(wanted[place], room / left)
+        room, left = room - share, left - 1
+        if place == 0:
+            return share / wanted[0] if wanted[0] else 1.0
+    raise AssertionError("the first is one of all")

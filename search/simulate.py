@@ -24,10 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoflow.ops.attention import FEWER_PROGRAMS, LANE_PROGRAMS
-from nanoflow.ops.operation import Cost, Work
+from nanoflow.ops.collectives import Collective
+from nanoflow.ops.operation import Cost, Operation, Work
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import Program, Step
-from nanoflow.search.rates import Rates, Running
+from nanoflow.search.rates import Rates, Running, collective_sms, shared_sms
 from nanoflow.search.timeline import Load, Segment, Timeline, spans_of, step_costs
 
 __all__ = ["Simulation", "seconds_under_limit", "simulate"]
@@ -107,16 +108,19 @@ def _running(program: Program, works: Sequence[Work]) -> list[Running]:
         Running(
             program.graph.operation(step.nano_op.op),
             total if step.nano_op.nano_batch is None else works[step.nano_op.nano_batch],
-            _reading_sms(program.plan, step),
+            _working_sms(program.plan, step, program.graph.operation(step.nano_op.op)),
         )
         for step in program.steps
     ]
 
 
-def _reading_sms(plan: Plan, step: Step) -> int | None:
+def _working_sms(plan: Plan, step: Step, op: Operation) -> int | None:
     """SMs of a step's lane; of decode attention with fewer programs on each, the SMs on which as many usual ones run:
-    what it reads follows from the loads that are in flight."""
-    sms, programs = plan.lane_sms(step.stage, step.lane), FEWER_PROGRAMS.get(plan.kernels.get(step.nano_op.op, ""))
+    what it reads follows from the loads that are in flight. Of a collective, those that it takes."""
+    sms, kernel = plan.lane_sms(step.stage, step.lane), plan.kernels.get(step.nano_op.op, "")
+    if isinstance(op, Collective):
+        return collective_sms(kernel, sms)
+    programs = FEWER_PROGRAMS.get(kernel)
     if sms is None or programs is None:
         return sms
     return max(1, round(sms * programs / LANE_PROGRAMS))
@@ -140,15 +144,14 @@ def _timeline(program: Program, at_work: Sequence[Running], costs: Sequence[Cost
         if together not in known:
             known[together] = _speeds(together, rates)
         speeds = {step: known[together][at_work[step]] for step in running}
-        free = sum(each.sms is None for each in together)
+        free = shared_sms(device_sms, [each.sms for each in together])
         length = min(left / speeds[step] for step, left in running.items())
         loads = []
         for step in running:
-            own = program.plan.lane_sms(steps[step].stage, steps[step].lane)
-            sms = device_sms / free if own is None else float(own)
-            loads.append(
-                Load(steps[step].lane, sms, costs[step].flops * speeds[step], costs[step].bytes * speeds[step])
-            )
+            own, taken = program.plan.lane_sms(steps[step].stage, steps[step].lane), at_work[step].sms
+            if own is None or isinstance(at_work[step].op, Collective):
+                own = taken
+            loads.append(Load.of(steps[step].lane, free if own is None else float(own), costs[step] * speeds[step]))
         segments.append(Segment(clock, clock + length, tuple(loads)))
         clock += length
         for step in list(running):

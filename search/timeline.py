@@ -1,8 +1,8 @@
 """The timeline of one iteration's layers under a plan: measured by an executor's marks, or estimated.
 
 Contract: a `Timeline` is frozen data that pictures, traces and reports are made of. It knows where every nano-op ran,
-from when to when, and, moment by moment, how many SMs worked, how many FLOP/s and how many bytes/s they did. What was
-measured is made into one here, estimates are made by `nanoflow.search.simulate`.
+from when to when, and, moment by moment, how many SMs worked, how many FLOP/s and how many bytes/s they did, in memory
+and on the wire. What was measured is made into one here, estimates are made by `nanoflow.search.simulate`.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.operation import Cost, Work
 from nanoflow.pipeline.period import complete_period
-from nanoflow.pipeline.program import Program
+from nanoflow.pipeline.program import Program, Step
+from nanoflow.search.rates import collective_sms, shared_sms
 
 __all__ = [
     "Load",
@@ -54,6 +56,9 @@ class Span:
     bytes: float
     waits: tuple[int, ...]
     """Steps of other lanes that it waits for."""
+    wire_bytes: float = 0.0
+    taken: int | None = None
+    """SMs that a collective takes, which may be fewer than its lane has; None: it is no collective."""
 
     @property
     def seconds(self) -> float:
@@ -72,6 +77,12 @@ class Load:
     sms: float
     flops_per_second: float
     bytes_per_second: float
+    wire_bytes_per_second: float = 0.0
+
+    @classmethod
+    def of(cls, lane: str, sms: float, cost: Cost) -> "Load":
+        """What does `cost` in a second."""
+        return cls(lane, sms, cost.flops, cost.bytes, cost.wire_bytes)
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,11 @@ class Timeline:
     """Of the plan, in its order."""
     layer: int = 0
     """The layer that a stretch cut out of an iteration shows; 0 for the whole."""
+
+    @property
+    def has_wire(self) -> bool:
+        """Whether anything is sent to other ranks."""
+        return any(span.wire_bytes for span in self.spans)
 
     def busy(self) -> dict[str, float]:
         """For each lane, the share of the time in which it runs something."""
@@ -228,9 +244,18 @@ def spans_of(program: Program, costs: Sequence[Cost], times: Sequence[tuple[floa
                 flops=cost.flops,
                 bytes=cost.bytes,
                 waits=step.waits,
+                wire_bytes=cost.wire_bytes,
+                taken=_taken(program, step),
             )
         )
     return tuple(spans)
+
+
+def _taken(program: Program, step: Step) -> int | None:
+    if not isinstance(program.graph.operation(step.nano_op.op), Collective):
+        return None
+    kernel = program.plan.kernels.get(step.nano_op.op, "")
+    return collective_sms(kernel, program.plan.lane_sms(step.stage, step.lane))
 
 
 def _of(spans: Sequence[Span], stage: int, lane: str) -> list[Span]:
@@ -249,15 +274,15 @@ def _measured_segments(spans: Sequence[Span], device_sms: int) -> tuple[Segment,
         running = [span for span in running if span.end > start] + begin.get(start, [])
         if not running:
             continue
-        free = sum(span.sms is None for span in running)
+        taken = [span.sms if span.taken is None else span.taken for span in running]
+        free = shared_sms(device_sms, taken)
         loads = [
-            Load(
+            Load.of(
                 span.lane,
-                device_sms / free if span.sms is None else float(span.sms),
-                span.flops / span.seconds,
-                span.bytes / span.seconds,
+                free if sms is None else float(sms),
+                Cost(span.flops, span.bytes, span.wire_bytes) * (1 / span.seconds),
             )
-            for span in running
+            for span, sms in zip(running, taken, strict=True)
         ]
         segments.append(Segment(start, end, tuple(loads)))
     return tuple(segments)

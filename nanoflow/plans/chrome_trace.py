@@ -152,13 +152,23 @@ def _nano_op(span: Span, thread: int) -> dict[str, Any]:
             "bytes": span.bytes,
             "TFLOP/s": round(span.flops / span.seconds / 1e12, 3),
             "GB/s": round(span.bytes / span.seconds / 1e9, 3),
+            **_wire(span),
         },
     }
 
 
+def _wire(span: Span) -> dict[str, float]:
+    """Of a collective: what a rank sends."""
+    if not span.wire_bytes:
+        return {}
+    return {"wire bytes": span.wire_bytes, "wire GB/s": round(span.wire_bytes / span.seconds / 1e9, 3)}
+
+
 def _counters(timeline: Timeline) -> Iterator[dict[str, Any]]:
     """Each counter at every moment at which it changes, a value a lane; viewers stack them."""
-    quantities = (("SMs in use", "sms", 1.0), ("TFLOP/s", "flops_per_second", 1e12), ("GB/s", "bytes_per_second", 1e9))
+    quantities = [("SMs in use", "sms", 1.0), ("TFLOP/s", "flops_per_second", 1e12), ("GB/s", "bytes_per_second", 1e9)]
+    if timeline.has_wire:
+        quantities.append(("wire GB/s", "wire_bytes_per_second", 1e9))
     nothing = dict.fromkeys(timeline.lanes, 0.0)
     for name, attribute, unit in quantities:
         end = None

@@ -10,6 +10,7 @@ from nanoflow.pictures import DPI, FORMATS, pyplot_here, save_picture
 from nanoflow.pipeline.plan import Plan
 from nanoflow.plans.case import PlanCase
 from nanoflow.plans.chrome_trace import read_trace
+from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.timeline import Span, Timeline
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ class Panel:
     below: str
     """What stands behind the name of the time axis."""
     timeline: Timeline
-    flops: float | None = None
-    bytes_per_second: float | None = None
+    ceilings: Ceilings | None = None
 
 
 def plot_plan(case: PlanCase, out: Path | None, *, trace: Path | None = None, compare: bool = False) -> list[Path]:
@@ -85,16 +85,15 @@ def _panel(case: PlanCase, trace: Path | None) -> Panel:
     title = f"{name}: {_periods(timeline)}, measured\n{info.mix}"
     if info.device != case.device.name:
         return Panel(title, f"; {about}", timeline.period())
-    ceilings = case.device.ceilings
     below = f"; {about}; dashed: ceilings of {case.ceilings_text}"
-    return Panel(title, below, timeline.period(), ceilings.flops, ceilings.bytes_per_second)
+    return Panel(title, below, timeline.period(), case.device.ceilings)
 
 
 def _estimated(case: PlanCase, name: str) -> Panel:
-    ceilings, timeline = case.device.ceilings, case.timeline
+    timeline = case.timeline
     title = f"{name}: {_periods(timeline)}, estimated\n{case.mix}"
     below = f"; dashed: ceilings of {case.ceilings_text}"
-    return Panel(title, below, timeline.period(), ceilings.flops, ceilings.bytes_per_second)
+    return Panel(title, below, timeline.period(), case.device.ceilings)
 
 
 def _periods(timeline: Timeline) -> str:
@@ -105,14 +104,15 @@ def _periods(timeline: Timeline) -> str:
 def draw(panels: Sequence[Panel], pyplot: Any) -> "Figure":
     """The picture of panels side by side, all on the same scale of time."""
     lanes = max(len(panel.timeline.lanes) for panel in panels)
+    rates = 4 if any(panel.timeline.has_wire for panel in panels) else 3  # rows below the lanes
     figure: Figure = pyplot.figure(
-        dpi=DPI, figsize=(PANEL_INCHES * len(panels), 4.3 + 1.0 * lanes), layout="constrained"
+        dpi=DPI, figsize=(PANEL_INCHES * len(panels), 0.1 + 1.4 * rates + 1.0 * lanes), layout="constrained"
     )
-    grid = figure.add_gridspec(4, len(panels), height_ratios=[0.2 + 1.0 * lanes, 1, 1, 1])
+    grid = figure.add_gridspec(1 + rates, len(panels), height_ratios=[0.2 + 1.0 * lanes, *[1] * rates])
     end = max(panel.timeline.seconds for panel in panels) * 1e6 or 1.0
-    rows: list[list[Axes]] = [[], [], [], []]
+    rows: list[list[Axes]] = [[] for _ in range(1 + rates)]
     for column, panel in enumerate(panels):
-        for row in range(4):
+        for row in range(1 + rates):
             axes = figure.add_subplot(
                 grid[row, column],
                 sharex=rows[0][column] if row else None,
@@ -122,11 +122,19 @@ def draw(panels: Sequence[Panel], pyplot: Any) -> "Figure":
         _draw_lanes(rows[0][column], panel, end, lanes)
         timeline, sms = panel.timeline, panel.timeline.device_sms
         _draw_rate(rows[1][column], timeline, "sms", 1.0, "SMs in use" if sms > 1 else "in use", sms)
-        _draw_rate(rows[2][column], timeline, "flops_per_second", 1e12, "TFLOP/s", panel.flops)
-        _draw_rate(rows[3][column], timeline, "bytes_per_second", 1e9, "GB/s", panel.bytes_per_second)
-        for row in range(3):
+        ceilings = panel.ceilings
+        flops, moved, sent = (
+            (None, None, None)
+            if ceilings is None
+            else (ceilings.flops, ceilings.bytes_per_second, ceilings.link_bytes_per_second)
+        )
+        _draw_rate(rows[2][column], timeline, "flops_per_second", 1e12, "TFLOP/s", flops)
+        _draw_rate(rows[3][column], timeline, "bytes_per_second", 1e9, "GB/s", moved)
+        if rates == 4:
+            _draw_rate(rows[4][column], timeline, "wire_bytes_per_second", 1e9, "wire GB/s", sent)
+        for row in range(rates):
             rows[row][column].tick_params(labelbottom=False)
-        rows[3][column].set_xlabel(f"microseconds{panel.below}")
+        rows[rates][column].set_xlabel(f"microseconds{panel.below}")
         rows[1][column].legend(loc="lower right", ncols=4, fontsize=7, framealpha=0.8)
     # The layout is found once: finding it again from where it stands would move it a little.
     figure.draw_without_rendering()

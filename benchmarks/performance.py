@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md, docs/plans.md and README.md from what is recorded; nobody types them.
+"""Write the tables of README.md and of the pages from what is recorded; nobody types them.
 
     python -m benchmarks.performance            # rewrites the parts between the pages' markers
     python -m benchmarks.performance --check    # status 1 if a page is not what the records say
@@ -7,7 +7,8 @@ Records are in benchmarks/results: kernels.json (``python -m benchmarks.kernels`
 benchmarks.gemm_choices --record ...``), iteration.json (``python -m benchmarks.iteration --profile``),
 offline_throughput.json, and of lanes: lanes.json (``python -m benchmarks.lanes``), gemm_partitions.json (``python -m
 benchmarks.gemm_choices --sms ... --record ...``) and decode_partitions.json (``python -m benchmarks.decode_blocks --sms
-...``). The pictures are drawn by ``python -m benchmarks.plots``.
+...``), of tuning: tuning.json, plan_grid.json (``python -m benchmarks.plan_grid``) and prediction.json (``python -m
+benchmarks.prediction --record ...``). The pictures are drawn by ``python -m benchmarks.plots``.
 """
 
 import argparse
@@ -19,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import lane_tables, whole_tables
+from benchmarks import lane_tables, tuning_tables, whole_tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
-PAGES = (PAGE, ROOT / "docs" / "plans.md", README)
+PAGES = (PAGE, ROOT / "docs" / "plans.md", ROOT / "docs" / "tuning.md", README)
 RESULTS = ROOT / "benchmarks" / "results"
 CHOICES = RESULTS / "gemm_choices.json"
 NONE = "Nothing is recorded yet: run `python -m benchmarks.kernels` on a GPU, then `python -m benchmarks.performance`."
@@ -45,6 +46,9 @@ class Records:
     """By mix."""
     gemm_parts: Record = None
     decode_parts: Record = None
+    tuning: Record = None
+    grid: Record = None
+    predictions: Record = None
 
     @classmethod
     def load(cls) -> "Records":
@@ -57,6 +61,9 @@ class Records:
             _load("lanes"),
             _load("gemm_partitions"),
             _load("decode_partitions"),
+            _load("tuning"),
+            _load("plan_grid"),
+            _load("prediction"),
         )
 
 
@@ -148,6 +155,9 @@ PARTS: dict[str, Callable[[Records], Iterator[str]]] = {
     "scans": lambda records: lane_tables.scans(records.lanes),
     "gemm_parts": lambda records: lane_tables.products(records.gemm_parts),
     "decode_parts": lambda records: lane_tables.attention(records.decode_parts),
+    "tuned": lambda records: tuning_tables.tuned(records.tuning),
+    "grid": lambda records: tuning_tables.grid(records.grid),
+    "predictions": lambda records: tuning_tables.predictions(records.predictions),
     "claims": lambda records: whole_tables.claims(records.runs),
 }
 MARKED = re.compile(r"(<!-- (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)

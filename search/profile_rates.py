@@ -84,14 +84,10 @@ class ProfileRates:
         return min(1.0, share)
 
     def _kept_by(self, pair: Pair, running: Running, other: Running) -> float:
-        """What `running` keeps beside `other`, as `pair` has it, and less where the ceilings say so of work of these
-        sizes: few rows read more of memory in their time than those that were measured."""
-        measured = (
-            Running(running.op, work_at(axes_of(running.op), pair.at), pair.sms),
-            Running(other.op, work_at(axes_of(other.op), pair.other_at), pair.other_sms),
-        )
-        size = self.base.kept(running, [other]) / self.base.kept(measured[0], [measured[1]])
-        return min(1.0, size) * self._at_full_clock(pair, running.op, other.op)
+        """What `running` keeps beside `other`, as `pair` has it. In a confined lane it is no more than the ceilings
+        allow: few rows, say, read more of memory in their time than those that were measured."""
+        kept = self._at_full_clock(pair, running.op, other.op)
+        return kept if running.sms is None else min(kept, self.base.kept(running, [other]))
 
     def _at_full_clock(self, pair: Pair, op: Operation, other: Operation) -> float:
         """What `op` keeps beside `other`, had power limited nothing.

@@ -81,7 +81,7 @@ def draw_beside(profile: Profile, pyplot: Any) -> "Figure":
     by_place = {(pair.op, pair.other, pair.sms, pair.other_sms): pair for pair in pairs}
     figure: Figure = pyplot.figure(figsize=(1.6 + 1.9 * max(3, len(splits)), 1.8 + 0.45 * len(rows)))
     figure.set_layout_engine("constrained")
-    for place, (side, title) in enumerate((("kept", "The first keeps"), ("other_kept", "The second keeps"))):
+    for place, (side, title) in enumerate((("kept", "The first keeps,"), ("other_kept", "The second keeps,"))):
         values = [
             [
                 getattr(by_place[*row, *split], side) * 100 if (*row, *split) in by_place else float("nan")
@@ -96,7 +96,7 @@ def draw_beside(profile: Profile, pyplot: Any) -> "Figure":
             range(len(rows)), [f"{op} beside {other}" for op, other in rows] if not place else [""] * len(rows)
         )
         _write(axes, values)
-        axes.set_title(f"{title}, % of its speed alone")
+        axes.set_title(f"{title}\n% of its speed alone")
     figure.colorbar(image, ax=figure.axes, shrink=0.9)
     figure.suptitle(f"{profile.fingerprint.model} on {profile.fingerprint.gpu}: SMs of the two lanes", fontsize=10)
     return figure

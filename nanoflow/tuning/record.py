@@ -100,7 +100,7 @@ def _draw_mix(axes: "Axes", mix: Mapping[str, Any]) -> None:
         f"{mix['weight']:.0%} of the job"
     )
     axes.set_ylabel("times as fast\nas in sequence")
-    axes.set_ylim(bottom=WORST - 0.01)
+    axes.set_ylim(bottom=WORST - 0.05)  # room for the legend
     axes.legend(loc="lower right", fontsize=7, frameon=False, ncols=4)
 
 

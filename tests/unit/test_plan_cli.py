@@ -54,7 +54,7 @@ measured   ratio: 1.02
 split, layer 1
   compute 92 SMs |o.a|an.a|gate_up.a|down.a|add.a|il.a@1|qkv.a@1|ra.a@1|pa.a@1|o.b|an.b|gate_up.b|down.b|add.b|il.b@1|
                  <- da.a                                                      <- da.b
-  memory 40 SMs  …da.b~~~~|                                            |da.a@1~~~~~~~~~|
+  memory 40 SMs  …da.b~~~~~~~~~~~~~~~~~~~~~~~~~~~|                     |da.a@1~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~|
                                                                        <- ra.a@1
 """
 
@@ -238,7 +238,8 @@ def test_check_marks_a_race_in_the_grid(plan: str, monkeypatch: pytest.MonkeyPat
     assert "tuned.yaml: period: a race on 1,280 decode rows of context 10: " in text
     # What waited for decode attention through o does so no longer either.
     assert "decode_attention.a layer 0 is not ordered with qkv.a layer 1, and both touch qkv (and" in text
-    assert ">>qkv.a@1<<" in text and ">>da.a@1<<" in text and text.count(">>") == 2
+    marked = re.findall(r">>([\w.@]+)", text)  # one that goes on past the end of the period is there at both ends
+    assert set(marked) - {"da.a"} == {"qkv.a@1", "da.a@1"} and len(marked) <= 4
 
 
 def test_random_mixes_are_those_that_the_plan_takes(plan: str) -> None:

@@ -39,7 +39,8 @@ OPS = {op.name: op for op in GRAPH.layer}
 HERE = Fingerprint(
     model="llama-3-8b", gpu="Made Up", sms=132, shape=layer_shape(GRAPH), dtype="bfloat16", page_size=128, torch="2.0"
 )
-CEILINGS = Ceilings(flops=700e12, bytes_per_second=3e12, power_limit_watts=700.0)
+CEILINGS = Ceilings(flops=700e12, bytes_per_second=12e12, power_limit_watts=700.0)
+"""Bytes enough that nothing made up is limited by them."""
 EMPTY = Profile(HERE, CEILINGS, idle_watts=100.0)
 
 
@@ -227,22 +228,24 @@ def test_what_is_kept_is_what_was_measured_for_the_pair(rates: ProfileRates) -> 
     assert rates.kept(down, [other]) == rates.base.kept(down, [other])
 
 
-def test_fewer_rows_than_were_measured_keep_less_as_the_ceilings_say() -> None:
-    """They read as many weights in less time."""
+def test_side_by_side_nothing_reads_more_than_the_ceilings_allow() -> None:
+    """Fewer rows than were measured read as many weights in less time."""
     at = (275, 768)
     pair = Pair("down", (1152,), 100, 0.8, "decode_attention", at, 32, 0.9)
-    rates = profile_rates(EMPTY.with_pair(pair), 2)
+    profile = replace(EMPTY, ceilings=replace(CEILINGS, bytes_per_second=3e12)).with_pair(pair)
+    free = replace(pair, sms=None, other_sms=None)
+    rates = profile_rates(profile.with_pair(free), 2)
     attention = Running(OPS["decode_attention"], work_at("decode", at), 32)
 
-    def kept(rows: int) -> float:
-        return rates.kept(Running(OPS["down"], Work(prefill_rows=rows), 100), [attention])
+    def running(rows: int) -> Running:
+        return Running(OPS["down"], Work(prefill_rows=rows), 100)
 
-    def ceiling(rows: int) -> float:
-        return rates.base.kept(Running(OPS["down"], Work(prefill_rows=rows), 100), [attention])
-
-    assert kept(1152) == pytest.approx(0.8) == kept(2048)
-    assert ceiling(256) < 0.9 * ceiling(1152)
-    assert kept(256) == pytest.approx(0.8 * ceiling(256) / ceiling(1152))
+    assert rates.kept(running(1152), [attention]) == pytest.approx(0.8)
+    assert rates.base.kept(running(1152), [attention]) > 0.8
+    assert rates.kept(running(64), [attention]) == rates.base.kept(running(64), [attention]) < 0.7
+    # What shares all SMs was measured as it shares them; the ceilings would count that again.
+    few, beside = replace(running(64), sms=None), replace(attention, sms=None)
+    assert rates.kept(few, [beside]) == pytest.approx(0.8)
 
 
 def test_a_lower_clock_is_not_counted_twice(profile: Profile) -> None:

@@ -36,12 +36,21 @@ class Interrupts:
         quiet: say nothing.
         stopping: what is said when the first signal comes while requests run; None: what a run does then.
         stopped: what is said when the process ends at once; None: what holds of a run.
+        grace: seconds from the first signal to the end of the process, if nothing ends it before.
     """
 
-    def __init__(self, *, quiet: bool = False, stopping: str | None = None, stopped: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        stopping: str | None = None,
+        stopped: str | None = None,
+        grace: float = GRACE_SECONDS,
+    ) -> None:
         self.signal: int | None = None
         """The signal that came; None as long as none has."""
         self._quiet = quiet
+        self._grace = grace
         self._stopping = stopping
         self._stopped = (
             stopped or "stopped; every request that was finished is in the output, and the same command goes on"
@@ -87,11 +96,11 @@ class Interrupts:
         self.signal = number
         if not self._draining:
             raise Interrupted(number)
-        self._deadline = time.monotonic() + GRACE_SECONDS
+        self._deadline = time.monotonic() + self._grace
         self._say(
-            self._stopping or f"stopping: what finishes within {GRACE_SECONDS:.0f} s is written; again to stop at once"
+            self._stopping or f"stopping: what finishes within {self._grace:.0f} s is written; again to stop at once"
         )
-        self._watchdog = threading.Timer(GRACE_SECONDS + _LAST_STEP_SECONDS, self._end, (number,))
+        self._watchdog = threading.Timer(self._grace + _LAST_STEP_SECONDS, self._end, (number,))
         self._watchdog.daemon = True
         self._watchdog.start()
 

@@ -15,6 +15,10 @@ from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
 
 __all__ = ["tune"]
 
+GRACE_SECONDS = 60.0
+"""From the first Ctrl-C to the end of the process: a block takes up to five, and kernels that are compiled are not
+left half-way. A second one ends it at once."""
+
 
 def tune(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML, or the name of a shipped one.")],
@@ -55,6 +59,7 @@ def tune(
     interrupts = Interrupts(
         stopping="stopping after what runs now; again to stop at once",
         stopped="stopped; what was measured is kept, and the same command goes on",
+        grace=GRACE_SECONDS,
     )
     with mistakes_as_messages(debug):
         if simulate and device is not None:
@@ -66,7 +71,6 @@ def tune(
         if record is not None and record.suffix != ".json":
             raise InputError(f"--record {record}: give a name that ends in .json; the picture has .png in its place")
         loaded = load_config(config, overrides or ())
-        refuse_ranks(loaded, "nanoflow tune")
         if simulate:
             from nanoflow.tuning.simulated import print_simulated, simulate_job  # loads torch
 
@@ -74,6 +78,7 @@ def tune(
                 simulate_job(loaded, gpu=gpu, minutes=minutes, trials=trials, out=out, seed=seed), Console()
             )
             return
+        refuse_ranks(loaded, "nanoflow tune")
         from nanoflow.tuning.progress import TuneProgress
         from nanoflow.tuning.report import print_outcome
         from nanoflow.tuning.tune import tune as tune_job  # loads torch

@@ -1,16 +1,19 @@
 """What a measurement of a plan depends on, written into the stored plan and compared before the plan is used again.
 
-Another model, another shape of it, another GPU, number of SMs or data type: the plan was made for something else, and
-is refused. Another page size or other versions: it can run, but what was measured may not hold any more.
+Another model, another GPU, number of SMs or data type: the plan was made for something else, and is refused. A model is
+told by its shape: fine-tuned weights, or another folder's name, change nothing of what a plan takes; the name counts
+where a plan does not say the shape. Another page size or other versions: the plan can run, but what was measured may not
+hold any more.
 """
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass, replace
 
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import PLAN_FORMAT, FrozenMapping, Plan, PlanError
 
-__all__ = ["Fingerprint", "graph_shape"]
+__all__ = ["Fingerprint", "graph_shape", "ranks_of"]
 
 OWN_KEYS = ("model", "gpu", "sms")
 """Keys that every plan may have; the others stand under `fingerprint`."""
@@ -73,18 +76,36 @@ class Fingerprint:
 
     def _differences(self, plan: Plan) -> list[tuple[str, str]]:
         tuned = {"model": plan.model, "gpu": plan.gpu, "sms": plan.sms, **plan.fingerprint}
+        if self.shape is not None and tuned.get("shape") == self.shape:
+            tuned["model"] = None
         return [
             (
                 key,
-                f"{key}: tuned for {tuned[key]}, here {here}" if key in REFUSED else f"{key} {tuned[key]}, here {here}",
+                f"{key}: tuned for {tuned[key]}, here {here}{_ranks_line(key, str(tuned[key]), str(here))}"
+                if key in REFUSED
+                else f"{key} {tuned[key]}, here {here}",
             )
             for key, here in asdict(self).items()
             if here is not None and tuned.get(key) not in (None, "", here)
         ]
 
 
+def _ranks_line(key: str, tuned: str, here: str) -> str:
+    """Where only the number of ranks may be what tells two shapes apart, that it does."""
+    if key != "shape" or ranks_of(tuned) == ranks_of(here):
+        return ""
+    return f" (parallel.tensor: the plan is for {ranks_of(tuned)}, the run has {ranks_of(here)})"
+
+
+def ranks_of(shape: str) -> int:
+    """Ranks that share the model of a graph's shape, as `graph_shape` gives it."""
+    found = re.search(r" on (\d+) ranks,", shape)
+    return int(found[1]) if found else 1
+
+
 def graph_shape(graph: Graph) -> str:
-    """What tells the graphs of two models of one name apart: sizes to read, and a hash of operations and columns."""
+    """What tells the graphs of two models of one name apart, and those of other numbers of ranks: sizes to read, and a
+    hash of operations and columns."""
     operations = [
         (op.name, type(op).__name__, [(access.buffer, access.rows.name, access.write) for access in op.accesses],
          [(weight.name, weight.shape) for weight in op.weights])
@@ -92,4 +113,5 @@ def graph_shape(graph: Graph) -> str:
     ]  # fmt: skip
     sizes = (graph.layers, graph.heads, graph.kv_heads, graph.head_dim, graph.vocab_size)
     digest = hashlib.sha256(repr((sizes, sorted(graph.values.items()), operations)).encode()).hexdigest()[:12]
-    return f"{graph.layers} layers of {len(graph.layer)} operations, {digest}"
+    ranks = f" on {graph.ranks} ranks" if graph.ranks > 1 else ""
+    return f"{graph.layers} layers of {len(graph.layer)} operations{ranks}, {digest}"

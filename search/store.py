@@ -158,7 +158,7 @@ def _judge(stored: StoredPlan, here: Fingerprint, graph: Graph | None, capacity:
 
 def _fits(plan: Plan) -> tuple[object, ...]:
     """All that a run must be to take the plan."""
-    return plan.model, plan.gpu, plan.sms, plan.fingerprint.get("shape"), plan.fingerprint.get("dtype")
+    return plan.fingerprint.get("shape") or plan.model, plan.gpu, plan.sms, plan.fingerprint.get("dtype")
 
 
 def _serve_the_same(first: StoredPlan, second: StoredPlan) -> bool:

@@ -202,7 +202,9 @@ class MixRounds:
                 name: mix_batch(self.mix, executor.cut, self._page_size, self._model.graph.vocab_size, number)
                 for number, name in enumerate([SEQUENTIAL, *map(str, range(len(plans)))])
             }
+            self._check_stop()
             wrong = _wrong(executor, batches)
+            self._check_stop()
             right = {name: batch for name, batch in batches.items() if name not in wrong}
             comparison = Comparison({})
             if len(right) > 1:

@@ -16,22 +16,23 @@ from rich.table import Table
 
 from nanoflow.config_schema import RunConfig
 from nanoflow.errors import InputError, OutputError
-from nanoflow.loading import DTYPES, PAGE_SIZES, gpu_kv_tokens, open_model
+from nanoflow.loading import DTYPES, PAGE_SIZES, gpu_kv_tokens, open_model, shard_model
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.validate import validate
-from nanoflow.plans.case import DEVICES, H100, PlanCase, known_device
+from nanoflow.plans.case import DEVICES, H100, H200, PlanCase, known_device
 from nanoflow.plans.job_mixes import WeightedMix, job_mixes
 from nanoflow.plans.plot import plot_plan
 from nanoflow.search.files import replace_file
 from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.search.simulate import Simulation
+from nanoflow.search.space import collective_forms
 from nanoflow.search.tuner import Outcome, PlanSearch, Target, search
 from nanoflow.tuning.job import plan_mix
 
 __all__ = ["Estimated", "SimulatedMix", "print_simulated", "simulate_job"]
 
-MEMORY = {H100.name: 84.9e9}
+MEMORY = {H100.name: 84.9e9, H200.name: 150.1e9}
 """Bytes, as the driver tells."""
 BEST = 10
 TRIALS = 100
@@ -56,6 +57,8 @@ class SimulatedMix:
 
     mix: WeightedMix
     device: str
+    ranks: int
+    """GPUs that share the model."""
     tried: int
     sequential: Simulation
     best: tuple[Estimated, ...]
@@ -91,7 +94,8 @@ def simulate_job(
     engine = config.engine.model_copy(update={"device": "cpu"})
     config = config.model_copy(update={"model": section, "engine": engine})
     dtype = torch.bfloat16 if section.dtype == "auto" else DTYPES[section.dtype]
-    model = replace(open_model(section, engine), dtype=dtype)
+    # With several ranks, all of this is of one of them: their shares are alike, and so are their plans.
+    model = shard_model(replace(open_model(section, engine), dtype=dtype), 0, config.parallel.tensor)
     device = known_device(Plan(1, (), (), gpu=name), model.graph, str(dtype).removeprefix("torch."))
     page_size = PAGE_SIZES["cuda"] if engine.page_size == "auto" else int(engine.page_size)
     job = job_mixes(
@@ -115,7 +119,8 @@ def simulate_job(
     found = []
     heavy = [mix for place, mix in enumerate(job.mixes) if not place or mix.weight >= LEAST_WEIGHT]
     for number, mix in enumerate(heavy, start=1):
-        target = Target(model.graph, mix.mix, mix.bucket, device.rates, device.sms)
+        forms = collective_forms(model.graph)
+        target = Target(model.graph, mix.mix, mix.bucket, device.rates, device.sms, forms)
         ends = (
             None
             if minutes is None
@@ -139,7 +144,7 @@ def simulate_job(
                 )
                 for form in ("png", "svg"):
                     files += plot_plan(case, out / f"mix-{number}-best.{form}", compare=True)
-        found.append(SimulatedMix(mix, name, tried, sequential, tuple(estimated), tuple(files)))
+        found.append(SimulatedMix(mix, name, model.graph.ranks, tried, sequential, tuple(estimated), tuple(files)))
     return found
 
 
@@ -187,7 +192,8 @@ def print_simulated(found: Sequence[SimulatedMix], console: Console) -> None:
         table.add_row("", "sequential", "", *_figures(each.sequential, rows), "1.000")
         for place, best in enumerate(each.best, start=1):
             cut = " + ".join(f"{nano_batch.rows:,}" for nano_batch in best.plan.nano_batches)
-            parts = "; ".join(" + ".join(map(str, sizes)) for sizes in best.plan.partitions.values()) or "shared"
+            parts = "; ".join(" + ".join(map(str, sizes)) for sizes in best.plan.partitions.values())
+            parts = parts or ("shared" if each.ranks == 1 else f"shared by {len(best.plan.lanes)}")
             table.add_row(str(place), cut, parts, *_figures(best.found, rows), f"{best.ratio:.3f}")
         console.print(table)
         for file in each.files:
@@ -199,7 +205,8 @@ def print_simulated(found: Sequence[SimulatedMix], console: Console) -> None:
             console.print(
                 f"mixes of less than {LEAST_WEIGHT:.0%} each, {left:.0%} in all, are left out", highlight=False
             )
-        text = f"{tried} plans estimated for {found[0].device}; nothing was measured, and no plan is stored"
+        where = f"each of {found[0].ranks} {found[0].device}" if found[0].ranks > 1 else found[0].device
+        text = f"{tried} plans estimated for {where}; nothing was measured, and no plan is stored"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -166,7 +166,7 @@ def test_a_run_takes_a_few_plans_at_most_those_that_gain_most(folders: tuple[Pat
 @pytest.mark.parametrize(
     ("here", "line"),
     [
-        ({"model": "other"}, "model: tuned for tiny, here other"),
+        ({"model": "other", "shape": None}, "model: tuned for tiny, here other"),
         ({"gpu": "NVIDIA H200"}, "gpu: tuned for NVIDIA H100 80GB HBM3, here NVIDIA H200"),
         ({"sms": 114}, "sms: tuned for 132, here 114"),
         ({"shape": graph_shape(llama_graph(3))}, f"shape: tuned for {graph_shape(GRAPH)}, here 3 layers"),
@@ -189,14 +189,29 @@ def test_a_foreign_fingerprint_is_refused_with_the_difference(
 def test_all_differences_are_shown_each_on_a_line(folders: tuple[Path, Path]) -> None:
     path = store_plan(split(), HERE)
     with pytest.raises(PlanError) as caught:
-        choose_plans(str(path), GRAPH, replace(HERE, model="other", sms=114, dtype="float16", torch="9"), 256)
+        here = replace(HERE, model="other", shape="other", sms=114, dtype="float16", torch="9")
+        choose_plans(str(path), GRAPH, here, 256)
     lines = str(caught.value).splitlines()
-    assert lines[1:4] == [
+    assert lines[1:5] == [
         "  model: tuned for tiny, here other",
         "  sms: tuned for 132, here 114",
+        f"  shape: tuned for {graph_shape(GRAPH)}, here other",
         "  dtype: tuned for bfloat16, here float16",
     ]
-    assert len(lines) == 5 and lines[4].startswith("use `plan: sequential`")
+    assert len(lines) == 6 and lines[5].startswith("use `plan: sequential`")
+
+
+def test_a_model_of_the_same_shape_takes_the_plan_whatever_its_name(folders: tuple[Path, Path]) -> None:
+    """A checkpoint that was fine-tuned, or lies in a folder of its own, takes as long as the one that was tuned."""
+    path = store_plan(split(ratio=1.04), HERE)
+    tuned = replace(HERE, model="tiny-instruct")
+    (verdict,) = verdicts(tuned)
+    assert not verdict.against and not verdict.doubts
+    assert choose_plans("auto", GRAPH, tuned, 256).plans[0] == choose_plans(str(path), GRAPH, tuned, 256).plans[0]
+    # What was tuned under either name is for the same; the better one comes first.
+    other = store_plan(split(ratio=1.05), tuned)
+    assert other != path
+    assert [(each.stored.file, bool(each.against)) for each in verdicts(tuned)] == [(other, False), (path, True)]
 
 
 def test_other_versions_are_doubts_and_the_plan_serves(folders: tuple[Path, Path]) -> None:

@@ -169,11 +169,11 @@ def test_a_stop_is_seen_between_two_blocks(job: TuningJob) -> None:
     def stopping() -> bool:
         nonlocal asked
         asked += 1
-        return asked == 4
+        return asked == 6
 
     with pytest.raises(Stopped), rounds_of(job, stopping=stopping) as rounds:
         rounds.measure(candidates(job), SHORT)
-    assert asked == 4, "once before the round, then after each block"
+    assert asked == 6, "before the round, its outputs and its blocks, then after each block"
 
 
 # What is decided

@@ -2,8 +2,8 @@
 
 Another model, another GPU, number of SMs or data type: the plan was made for something else, and is refused. A model is
 told by its shape: fine-tuned weights, or another folder's name, change nothing of what a plan takes; the name counts
-where a plan does not say the shape. Another page size or other versions: the plan can run, but what was measured may not
-hold any more.
+where a plan does not say the shape. Another page size or other versions: the plan can run, but what was measured may
+not hold any more.
 """
 
 import hashlib

@@ -65,8 +65,9 @@ def refuse_ranks(config: RunConfig, command: str) -> None:
     """Raise ConfigError for a `command` that has no use for several ranks, if `config` asks for them."""
     if config.parallel.tensor > 1:
         raise ConfigError(
-            f"parallel.tensor: {config.parallel.tensor}, but {command} measures a model on one device as yet; use "
-            "--set parallel.tensor=1"
+            f"parallel.tensor: {config.parallel.tensor}, but {command} measures a model on one device as yet; "
+            + ("add --simulate to estimate plans for several, or " if command.endswith("tune") else "")
+            + "use --set parallel.tensor=1"
         )
 
 

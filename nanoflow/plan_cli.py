@@ -22,6 +22,12 @@ ModelOption = Annotated[
 LayersOption = Annotated[
     int | None, typer.Option("--layers", metavar="N", help="Only so many layers; by default all of the model.")
 ]
+TensorOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor", metavar="N", min=1, help="Ranks that share the model (parallel.tensor); by default the plan's."
+    ),
+]
 DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="N", help="Decode rows of the batch.")]
 ContextOption = Annotated[int | None, typer.Option("--context", metavar="N", help="Tokens that each attends to.")]
 PromptsOption = Annotated[
@@ -34,6 +40,7 @@ def show(
     file: PlanArgument,
     model: ModelOption = None,
     layers: LayersOption = None,
+    tensor: TensorOption = None,
     decode: DecodeOption = None,
     context: ContextOption = None,
     prompts: PromptsOption = None,
@@ -45,7 +52,7 @@ def show(
         from nanoflow.plans.show import show as print_plan
 
         mix = MixOptions(decode, context, _numbers(prompts))
-        print_plan(open_case(file, model, mix, layers=layers), Console())
+        print_plan(open_case(file, model, mix, layers=layers, tensor=tensor), Console())
 
 
 @app.command()
@@ -53,9 +60,7 @@ def check(
     file: PlanArgument,
     model: ModelOption = None,
     layers: LayersOption = None,
-    tensor: Annotated[
-        int, typer.Option("--tensor", metavar="N", min=1, help="Ranks that share the model, as parallel.tensor says.")
-    ] = 1,
+    tensor: TensorOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Check the plan against the model, and against this machine's GPU if there is one; nothing is run."""
@@ -98,6 +103,7 @@ def plot(
     compare: Annotated[bool, typer.Option("--compare", help="Beside it, the same in sequence.")] = False,
     model: ModelOption = None,
     layers: LayersOption = None,
+    tensor: TensorOption = None,
     decode: DecodeOption = None,
     context: ContextOption = None,
     prompts: PromptsOption = None,
@@ -111,7 +117,7 @@ def plot(
         mix = MixOptions(decode, context, _numbers(prompts))
         if trace is not None and (layers is not None or mix != MixOptions()):
             raise InputError("--trace has its own mix and layers: leave --layers, --decode, --context, --prompts out")
-        case = open_case(file, model, mix, layers=layers)
+        case = open_case(file, model, mix, layers=layers, tensor=tensor)
         for path in plot_plan(case, out, trace=trace, compare=compare):
             typer.echo(f"saved {short(path.absolute())}")
 

@@ -17,6 +17,7 @@ from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.cost_model import Ceilings
+from nanoflow.search.fingerprint import ranks_of
 from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.profile import Profile, find_profile, layer_shape
 from nanoflow.search.profile_rates import profile_rates
@@ -51,16 +52,37 @@ class Device:
         if self.profile is None:
             return CeilingRates(self.ceilings, self.sms, ITEMSIZE, tiles=True, energy=self.energy)
         itemsize = ITEMSIZES.get(str(self.profile.fingerprint.dtype), ITEMSIZE)
-        return profile_rates(self.profile, itemsize, self.energy)
+        return profile_rates(replace(self.profile, ceilings=self.rates_ceilings), itemsize, self.energy)
+
+    @property
+    def rates_ceilings(self) -> Ceilings:
+        """Those that the rates stand on: the profile's, if there is one, with what is known of the link besides."""
+        if self.profile is None:
+            return self.ceilings
+        own = self.profile.ceilings
+        return replace(own, link_bytes_per_second=own.link_bytes_per_second or self.ceilings.link_bytes_per_second)
 
 
+NVLINK4 = 231e9
+"""Bytes/s that a rank sends in an all-reduce over the 18 NVLink 4 links of an H100 or H200, by NCCL without multicast:
+two of 2,048 rows of 8,192 bfloat16, 33.6 MB each, took 0.29 ms on two H200s. The links' own rate is 450 GB/s in each
+direction (NVIDIA, "H100 Tensor Core GPU Architecture": 900 GB/s in both)."""
 H100 = Device(
     "NVIDIA H100 80GB HBM3",
     132,
-    Ceilings(flops=717e12, bytes_per_second=3081e9, power_limit_watts=700.0),
+    Ceilings(flops=717e12, bytes_per_second=3081e9, link_bytes_per_second=NVLINK4, power_limit_watts=700.0),
     H100_ENERGY,
 )
-DEVICES = {H100.name: H100}
+H200 = Device(
+    "NVIDIA H200",
+    132,
+    # Of a layer of Llama-3-70B on two of them: the products of 2,048 rows took 2.57 ms, which is what 746 TFLOP/s give
+    # with their tiles, and decode attention of 1,024 requests of 768 tokens 0.39 ms. The chip is an H100's, and so are
+    # the joules, in want of better: its memory takes fewer a byte.
+    Ceilings(flops=746e12, bytes_per_second=4130e9, link_bytes_per_second=NVLINK4, power_limit_watts=700.0),
+    H100_ENERGY,
+)
+DEVICES = {H100.name: H100, H200.name: H200}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +131,16 @@ class PlanCase:
         own = self.plan.gpu in ("", device.name)
         return (
             f"{device.name}: {ceilings.flops / 1e12:,.0f} TFLOP/s, {ceilings.bytes_per_second / 1e9:,.0f} GB/s, "
-            f"{device.sms} SMs{'' if own else f' (none are known of {self.plan.gpu})'}"
+            f"{self.link_text}{device.sms} SMs{'' if own else f' (none are known of {self.plan.gpu})'}"
         )
+
+    @property
+    def link_text(self) -> str:
+        """Of several ranks: what is known of the link between them, with a comma behind it."""
+        link = self.device.rates_ceilings.link_bytes_per_second
+        if self.graph.ranks == 1:
+            return ""
+        return "link not known, " if link is None else f"{link / 1e9:,.0f} GB/s on the wire, "
 
 
 @dataclass(frozen=True)
@@ -128,19 +158,21 @@ def open_case(
     mix: MixOptions | None = None,
     *,
     layers: int | None = None,
-    tensor: int = 1,
+    tensor: int | None = None,
 ) -> PlanCase:
     """Read the plan of `file`, and validate it against the model.
 
     Args:
         model: a folder, a GGUF file or the name of a shipped shape; by default the shipped one that the plan names.
         layers: only so many of the model's; by default all.
-        tensor: ranks that share the model; the graph is then one of theirs.
+        tensor: ranks that share the model; the graph is then one of theirs. By default as many as the plan was tuned
+            for.
 
     Raises:
         UserError, PlanError: one message that names what is wrong, and the mend.
     """
     plan = Plan.load(file)
+    tensor = tensor or ranks_of(str(plan.fingerprint.get("shape", "")))
     name, path, graph = open_graph(model, plan, str(file))
     if layers is not None:
         if not 1 <= layers <= graph.layers:

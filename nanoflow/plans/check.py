@@ -26,7 +26,7 @@ from nanoflow.pipeline.split import BatchCutter
 from nanoflow.plans.case import PlanCase
 from nanoflow.plans.running import mix_batch
 from nanoflow.plans.show import period_grid, stage_text
-from nanoflow.search.fingerprint import Fingerprint
+from nanoflow.search.fingerprint import Fingerprint, ranks_of
 from nanoflow.search.mix import Mix
 
 __all__ = ["Finding", "check", "check_races", "random_mixes"]
@@ -61,7 +61,7 @@ def check(case: PlanCase) -> list[Finding]:
     rows = sorted(mix.rows for mix in mixes)
     stages = "; ".join(stage_text(plan, index, stage.partition) for index, stage in enumerate(plan.period))
     return [
-        Finding("model", f"{case.model}: {case.graph.layers} layers of {len(case.graph.layer)} operations"),
+        Finding("model", f"{case.model}: {_layers_text(case)}"),
         Finding("device", device),
         Finding("SMs", stages),
         Finding(
@@ -84,6 +84,11 @@ def check(case: PlanCase) -> list[Finding]:
             "layers, found without the derivation",
         ),
     ]
+
+
+def _layers_text(case: PlanCase) -> str:
+    ranks = f", on each of {case.graph.ranks} ranks" if case.graph.ranks > 1 else ""
+    return f"{case.graph.layers} layers of {len(case.graph.layer)} operations{ranks}"
 
 
 def derived_waits(program: Program) -> int:
@@ -143,7 +148,13 @@ def _race(case: PlanCase, mix: Mix, violations: Sequence[Violation]) -> PlanErro
 
 
 def _check_identity(case: PlanCase) -> str:
-    """Compare the plan's model and device with what is here, and say what was compared. Raises PlanError."""
+    """Compare the plan's model, ranks and device with what is here, and say what was compared. Raises PlanError."""
+    shape, ranks = str(case.plan.fingerprint.get("shape", "")), case.graph.ranks
+    if shape and ranks_of(shape) != ranks:
+        raise PlanError(
+            f"{case.file}: fingerprint.shape: the plan was tuned for parallel.tensor: {ranks_of(shape)}, not for "
+            f"{ranks}; leave --tensor out, or tune for {ranks}"
+        )
     gpu = gpu_problem(0) is None
     here = machine_fingerprint(torch.device("cuda", 0)) if gpu else Fingerprint()
     try:

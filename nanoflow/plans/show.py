@@ -84,6 +84,8 @@ def summary_lines(case: PlanCase) -> list[str]:
     found = case.simulation
     busy = ", ".join(f"{lane} {share:.0%}" for lane, share in found.timeline.busy().items())
     layers = f"{case.graph.layers} layer{'s' if case.graph.layers > 1 else ''}"
+    if case.graph.ranks > 1:
+        layers += f" on {case.graph.ranks} ranks"
     lines = [f"{case.model}, {layers}: {found.seconds * 1e3:,.2f} ms estimated, lanes busy: {busy}"]
     limit = case.device.ceilings.power_limit_watts
     under = "with no power limit known" if limit is None else f"under {limit:g} W"
@@ -96,6 +98,8 @@ def summary_lines(case: PlanCase) -> list[str]:
         limited += f"; in sequence {_limited(sequential)}, {ratio}"
     lines.append(limited)
     lines.append(f"mix: {case.mix}")
+    if case.graph.ranks > 1 and case.device.rates_ceilings.link_bytes_per_second is None:
+        lines.append("the link between ranks is not known: collectives take what their bytes take in memory")
     if case.device.profile_file is not None:
         lines.append(f"profile: {case.device.profile_file}")
         lines.append("(what operations take was measured; that lanes wait for each other costs nothing here)")

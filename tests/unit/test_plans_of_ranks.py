@@ -1,0 +1,255 @@
+"""Plans for ranks that share a model: estimates with a network lane, what the commands show, who may run them."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from nanoflow.cli import app
+from nanoflow.ops.operation import Operation, Work
+from nanoflow.ops.sharding import shard_graph
+from nanoflow.pipeline.plan import FrozenMapping, Plan, PlanError
+from nanoflow.pipeline.program import compile_program
+from nanoflow.plans.case import H100, H200, NVLINK4, open_case, open_graph
+from nanoflow.plans.chrome_trace import trace_events
+from nanoflow.search.cost_model import Ceilings
+from nanoflow.search.fingerprint import Fingerprint, graph_shape, ranks_of
+from nanoflow.search.mix import Mix, mix_works
+from nanoflow.search.profile import Profile
+from nanoflow.search.rates import LINK_SMS, CeilingRates, Running, collective_sms, shared_sms
+from nanoflow.search.simulate import Simulation, simulate
+from nanoflow.search.space import PlanChoice, build_plan
+from nanoflow.search.timeline import measured_timeline
+
+WHOLE = replace(open_graph("llama-3-70b", Plan(1, (), ()), "test")[2], layers=4)
+RANK = shard_graph(WHOLE, 0, 2)
+WORK = Work(decode_rows=1024, prefill_rows=1024, decode_context=1024 * 768)
+MIX = Mix(1024, 768, (512, 512))
+RATES = CeilingRates(Ceilings(flops=1e15, bytes_per_second=4e12, link_bytes_per_second=200e9), 132, 2)
+SUMS, GATE_UP = RANK.operation("o_all_reduce"), RANK.operation("gate_up")
+FORMS = FrozenMapping({"o_all_reduce": "nccl_8", "down_all_reduce": "nccl_8"})
+HALVES = PlanChoice((8, 8), (8, 8), skew=1, network=True, kernels=FORMS)
+
+
+def halves(choice: PlanChoice = HALVES) -> Plan:
+    return build_plan(choice, RANK, MIX, 2048, H200.rates)
+
+
+def simulated(plan: Plan, rates: CeilingRates = RATES) -> Simulation:
+    return simulate(compile_program(plan, RANK), mix_works(plan, MIX), rates)
+
+
+def test_a_collective_takes_its_bytes_on_the_wire_at_the_link() -> None:
+    sent = 2048 * 8192 * 2  # of two ranks, each sends as much as the buffer holds
+    assert SUMS.cost(WORK, 2).wire_bytes == sent
+    assert RATES.seconds(SUMS, WORK, None) == RATES.seconds(SUMS, WORK, 0) == pytest.approx(sent / 200e9)
+    assert RATES.seconds(SUMS, WORK, LINK_SMS // 2) == pytest.approx(2 * sent / 200e9), "few SMs fill half the link"
+    assert RATES.seconds(SUMS, WORK, 100) == pytest.approx(sent / 200e9)
+    unknown = replace(RATES, ceilings=replace(RATES.ceilings, link_bytes_per_second=None))
+    assert unknown.seconds(SUMS, WORK, None) == pytest.approx(SUMS.cost(WORK, 2).bytes / 4e12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "lane", "sms"),
+    [
+        ("", None, 16),
+        ("nccl", 8, 8),
+        ("nccl_4", None, 4),
+        ("nccl_4", 2, 2),
+        ("copy_engine", 8, 0),
+        ("one_shot", 24, 16),
+    ],
+)
+def test_the_sms_that_a_collective_takes(kernel: str, lane: int | None, sms: int) -> None:
+    assert collective_sms(kernel, lane) == sms
+
+
+def test_a_product_beside_a_collective_keeps_all_sms_but_those_that_it_takes() -> None:
+    def kept(taken: int) -> float:
+        return RATES.kept(Running(GATE_UP, WORK, None), [Running(SUMS, WORK, taken)])
+
+    assert kept(0) == pytest.approx(1.0), "copy engines take none"
+    assert kept(16) == pytest.approx(116 / 132), "and no collective takes half of the device"
+    assert RATES.kept(Running(SUMS, WORK, 16), [Running(GATE_UP, WORK, None)]) == pytest.approx(1.0)
+    assert shared_sms(132, [None, None, 12]) == 60 and shared_sms(132, [100, 32]) == 0
+
+
+def test_collectives_beside_each_other_share_the_link() -> None:
+    both = Running(SUMS, WORK, 16), Running(RANK.operation("down_all_reduce"), WORK, 0)
+    assert RATES.kept(both[0], [both[1]]) == pytest.approx(0.5)
+    few = replace(both[1], sms=4)  # takes a fourth of the link, and leaves the rest
+    assert RATES.kept(both[0], [few]) == pytest.approx(0.75)
+    assert RATES.kept(few, [both[0]]) == pytest.approx(1.0)
+
+
+def test_a_network_lane_hides_what_a_sequence_waits_for() -> None:
+    """Sums of 2,048 rows take 168 us a piece, twice a layer. Beside products on all SMs but eight, they are hidden."""
+    sequential = simulated(Plan.sequential(RANK, 2048))
+    sums = [span for span in sequential.timeline.spans if span.resource == "network"]
+    assert sum(span.seconds for span in sums) == pytest.approx(2 * 4 * 2048 * 8192 * 2 / 200e9)
+    assert {load.sms for segment in sequential.timeline.segments for load in segment.loads} == {132, LINK_SMS}
+    overlapped = simulated(halves())
+    follows = simulated(halves(replace(HALVES, network=False)))
+    assert overlapped.seconds < sequential.seconds * 0.96 < follows.seconds
+    fullest = max(sum(load.sms for load in segment.loads) for segment in overlapped.timeline.segments)
+    assert fullest == pytest.approx(132)
+    sent = max(load.wire_bytes_per_second for each in overlapped.timeline.segments for load in each.loads)
+    assert sent == pytest.approx(100e9), "eight thread blocks fill half the link"
+
+
+def test_a_measured_timeline_has_the_wire_too() -> None:
+    plan = halves()
+    program, found = compile_program(plan, RANK), simulated(plan).timeline
+    times = [(span.start, span.end) for span in found.spans]
+    measured = measured_timeline(program, times, mix_works(plan, MIX), 2, 132)
+    assert measured.has_wire
+    events = list(trace_events(measured, "a device"))
+    sums = [event for event in events if event.get("cat") == "network" and event["ph"] == "X"]
+    assert len(sums) == 4 * 4
+    # Of half the rows: it is slowed by nothing, so this is the share of the link that its thread blocks fill.
+    assert sums[0]["args"]["wire bytes"] == 1024 * 8192 * 2
+    assert {event["args"]["wire GB/s"] for event in sums} == {100.0}
+    assert {event["name"] for event in events if event["ph"] == "C"} >= {"wire GB/s"}
+    shared = [sum(load.sms for load in each.loads) for each in measured.segments if len(each.loads) == 2]
+    assert shared and max(shared) == pytest.approx(132)
+
+
+def test_what_is_known_of_the_link() -> None:
+    assert H200.ceilings.link_bytes_per_second == H100.ceilings.link_bytes_per_second == NVLINK4
+    profile = Profile(Fingerprint(sms=132), Ceilings(1e15, 3e12), None)
+    profiled = replace(H100, profile=profile).rates_ceilings
+    assert profiled.link_bytes_per_second == NVLINK4 and profiled.flops == 1e15
+
+
+def test_h200s_of_the_shape_that_was_measured_take_what_was_measured() -> None:
+    """Two H200s, Llama-3-70B: the products of 2,048 rows 2.57 ms, attention 0.39 ms, both sums 0.29 ms."""
+    seconds = {op.name: H200.rates.seconds(op, WORK, None) for op in RANK.layer}
+    assert sum(seconds[name] for name in ("qkv", "o", "gate_up", "down")) == pytest.approx(2.57e-3, rel=0.01)
+    assert seconds["decode_attention"] == pytest.approx(0.39e-3, rel=0.02)
+    assert seconds["o_all_reduce"] + seconds["down_all_reduce"] == pytest.approx(0.29e-3, rel=0.01)
+
+
+# Whose plan it is.
+
+
+def shape(ranks: int) -> str:
+    return graph_shape(shard_graph(WHOLE, 0, ranks))
+
+
+def test_a_plan_for_other_ranks_is_refused_with_the_key() -> None:
+    assert [ranks_of(shape(ranks)) for ranks in (1, 2, 4)] == [1, 2, 4]
+    assert "ranks" not in shape(1) and ranks_of("") == 1
+    here = Fingerprint(model="llama-3-70b", shape=shape(2))
+    own = here.stamp(halves())
+    assert here.refusals(own) == []
+    (line,) = replace(here, shape=shape(4)).refusals(own)
+    assert line.endswith("(parallel.tensor: the plan is for 2, the run has 4)")
+    with pytest.raises(PlanError, match=r"parallel\.tensor: the plan is for 2, the run has 1"):
+        replace(here, shape=shape(1)).refuse(own)
+    other = replace(here, shape=shape(2) + "0").refusals(own)
+    assert len(other) == 1 and "parallel" not in other[0], "another model of as many ranks"
+
+
+# The commands.
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    own = Fingerprint(model="llama-3-70b", gpu=H200.name, sms=132, shape=shape(2), dtype="bfloat16").stamp(halves())
+    (tmp_path / "net.yaml").write_text(own.dumps())
+    (tmp_path / "any.yaml").write_text(replace(own, fingerprint=FrozenMapping()).dumps())
+    return "net.yaml"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_show_takes_the_plans_ranks(plan: str) -> None:
+    shown = run("show", plan, "--layers", "4")
+    assert shown.exit_code == 0, shown.output
+    assert "llama-3-70b, 4 layers on 2 ranks: " in shown.output
+    assert re.search(r"\n +network +\|.*oar\.a.*\|", shown.output)
+    assert "746 TFLOP/s, 4,130 GB/s, 231 GB/s on the wire, 132 SMs" in shown.output
+    assert shown.output == run("show", "any.yaml", "--tensor", "2", "--layers", "4").output.replace("any", "net")
+    four = run("show", plan, "--tensor", "4", "--layers", "4")
+    assert "4 layers on 4 ranks: " in four.output, "what if"
+
+
+def test_show_says_so_where_the_link_is_not_known(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = replace(H200, ceilings=replace(H200.ceilings, link_bytes_per_second=None))
+    monkeypatch.setitem(__import__("nanoflow.plans.case", fromlist=["DEVICES"]).DEVICES, H200.name, bare)
+    text = run("show", plan, "--layers", "4").output
+    assert "the link between ranks is not known: collectives take what their bytes take in memory" in text
+    assert "4,130 GB/s, link not known, 132 SMs" in text
+
+
+def test_check_is_for_the_plans_own_ranks(plan: str) -> None:
+    checked = run("check", plan, "--layers", "3")
+    assert checked.exit_code == 0, checked.output
+    assert "3 layers of 12 operations, on each of 2 ranks" in checked.output and "network" in checked.output
+    refused = run("check", plan, "--tensor", "4")
+    assert refused.exit_code == 2
+    assert "the plan was tuned for parallel.tensor: 2, not for 4" in refused.output
+    unnamed = run("check", "any.yaml")
+    assert unnamed.exit_code == 2 and "set parallel.tensor (plan check: --tensor)" in unnamed.output
+
+
+def test_a_plan_of_ranks_that_fits_one_is_still_refused_there(plan: str) -> None:
+    """It names no collective, so one rank could run it; but it was measured with several."""
+    follows = build_plan(replace(HALVES, network=False, kernels=FrozenMapping()), RANK, MIX, 2048, H200.rates)
+    Path(plan).write_text(Fingerprint(model="llama-3-70b", shape=shape(2)).stamp(follows).dumps())
+    refused = run("check", plan, "--tensor", "1")
+    assert refused.exit_code == 2 and "parallel.tensor: 2, not for 1" in refused.output
+
+
+def test_plot_draws_the_wire(plan: str, tmp_path: Path) -> None:
+    drawn = run("plot", plan, "--layers", "4", "--compare", "--out", "net.svg")
+    assert drawn.exit_code == 0, drawn.output
+    text = (tmp_path / "net.svg").read_text()
+    assert "wire GB/s" in text and "231" in text
+    assert run("plot", plan, "--layers", "4", "--model", "llama-3-70b", "--out", "again.svg").exit_code == 0
+    alone = open_case(plan, layers=4).sequential()
+    (tmp_path / "one.yaml").write_text(Plan.sequential(WHOLE, 2048, model="llama-3-70b").dumps())
+    assert run("plot", "one.yaml", "--layers", "2", "--out", "one.svg").exit_code == 0
+    assert "wire" not in (tmp_path / "one.svg").read_text()
+    assert alone.timeline.has_wire
+
+
+JOB = """\
+model: {path: MODEL, weights: random}
+parallel: {tensor: 2}
+engine: {max_batch_tokens: 512, max_running: 128}
+workload: {synthetic: {input_len: 256, output_len: 16, requests: 60}}
+output: {path: out.jsonl}
+"""
+
+
+def test_tune_simulates_ranks_and_measures_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Path(__file__).parents[2] / "configs" / "models" / "llama-3-8b"
+    Path("job.yaml").write_text(JOB.replace("MODEL", str(model)))
+    arguments = ["tune", "job.yaml", "--simulate", "--gpu", "NVIDIA H200", "--trials", "2", "--out", "best"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert "plans estimated for each of 2 NVIDIA H200; nothing was measured" in found.output
+    best = Plan.load("best/mix-1-plan-01.yaml")
+    assert ranks_of(str(best.fingerprint["shape"])) == 2
+    case = open_case("best/mix-1-plan-01.yaml", str(model))
+    assert case.graph.ranks == 2 and best.model == "llama-3-8b"
+    refused = CliRunner().invoke(app, ["tune", "job.yaml"])
+    assert refused.exit_code == 2
+    assert (
+        "parallel.tensor: 2, but nanoflow tune measures a model on one device as yet; add --simulate" in refused.output
+    )
+
+
+def test_nothing_but_collectives_goes_over_the_wire() -> None:
+    def sends(op: Operation) -> bool:
+        return op.cost(WORK, 2).wire_bytes > 0
+
+    assert [op.name for op in RANK.layer if sends(op)] == ["o_all_reduce", "down_all_reduce"]
+    assert not any(map(sends, WHOLE.layer))

@@ -4,13 +4,15 @@
 of a linear split by output columns side by side, where they are needed whole (the logits).
 
 The slow reference gathers what all ranks have and adds it in float32 or wider, in rank order: every rank computes the
-same bits. Kernels of a library add in their own order, also the same on all ranks.
+same bits. Kernels of a library add in their own order, also the same on all ranks. The forms of an all-reduce that meet
+in memory which all ranks reach (`nanoflow.ops.peer_all_reduce`) give the reference's bits. NCCL is what a GPU runs if a
+plan names nothing else: which form is faster where has not been measured yet.
 
 Formulas, for N ranks and a buffer of B bytes (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for
 clusters of workstations"): a ring all-reduce is a reduce-scatter and an all-gather, in each of which a rank sends
-(N - 1) / N of the buffer, so 2 (N - 1) / N * B bytes leave each rank, and a two-shot all-reduce sends as much. An
-all-gather sends (N - 1) / N of what is gathered. Two all-reduces a layer give the paper's 4 (N - 1) / N * rows *
-hidden size * element size.
+(N - 1) / N of the buffer, so 2 (N - 1) / N * B bytes leave each rank, and a two-shot all-reduce sends as much (a
+one-shot one (N - 1) * B: as much for two ranks). An all-gather sends (N - 1) / N of what is gathered. Two all-reduces
+a layer give the paper's 4 (N - 1) / N * rows * hidden size * element size.
 
 Shape legend: N ranks, T rows, S sampled rows, E columns, C columns of a rank's share, V vocabulary.
 """
@@ -20,7 +22,8 @@ from collections.abc import Mapping
 import torch
 
 from nanoflow.ops.communicator import Communicator
-from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Work
+from nanoflow.ops.operation import SCRATCH, Access, Cost, Kernel, NanoContext, Operation, Work
+from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_all_reduce, peer_room
 
 __all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "sum_in_rank_order"]
 
@@ -58,6 +61,10 @@ class Collective(Operation):
         """With the collective of the communicator's library: NCCL on a GPU."""
         raise NotImplementedError
 
+    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int:
+        """Bytes of peer memory, in each rank's block, that `kernel` needs for `rows` rows; 0: it uses none."""
+        return 0
+
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return "nccl" if device.type == "cuda" else "reference"
 
@@ -72,7 +79,16 @@ class AllReduce(Collective):
 
     @property
     def accesses(self) -> tuple[Access, ...]:
-        return (Access(self.buffer), Access(self.buffer, write=True))
+        """What other ranks send may arrive in memory of its own (`peer_room`). Like scratch memory, each lane has one:
+        the lane's order keeps its users apart on this rank, and the forms' flags on the others."""
+        return (Access(self.buffer), Access(self.buffer, write=True), Access(SCRATCH, write=True))
+
+    def scratch_bytes(self, rows: int, sms: int) -> int:
+        """Of the form that needs most, for elements of 4 bytes."""
+        return max(self.peer_room(form, rows, 4) for form in PEER_FORMS)
+
+    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int:
+        return peer_room(kernel, rows * self.columns, self.ranks, itemsize) if kernel in PEER_FORMS else 0
 
     def cost(self, work: Work, itemsize: int) -> Cost:
         """Wire bytes are those that a rank sends; in memory it reads what it sends and writes what it gets."""
@@ -86,10 +102,31 @@ class AllReduce(Collective):
     def nccl(self, context: NanoContext) -> None:
         self.communicator(context).all_reduce(context.rows(self.buffer))
 
+    def copy_engine(self, context: NanoContext) -> None:
+        """See `nanoflow.ops.peer_all_reduce`."""
+        self._among_peers("copy_engine", context)
+
+    def one_shot(self, context: NanoContext) -> None:
+        """See `nanoflow.ops.peer_all_reduce`."""
+        self._among_peers("one_shot", context)
+
+    def two_shot(self, context: NanoContext) -> None:
+        """See `nanoflow.ops.peer_all_reduce`."""
+        self._among_peers("two_shot", context)
+
     @property
     def kernels(self) -> Mapping[str, Kernel]:
-        """How many thread blocks NCCL takes is its communicator's matter: `BoundPrograms` makes one for each number."""
-        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl)}
+        """How many thread blocks NCCL takes is its communicator's matter: `BoundPrograms` makes one for each number,
+        and the memory that `PEER_FORMS` meet in."""
+        forms = {"copy_engine": self.copy_engine, "one_shot": self.one_shot, "two_shot": self.two_shot}
+        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl), **forms}
+
+    def _among_peers(self, form: str, context: NanoContext) -> None:
+        peers = context.peers
+        if peers is None or peers.size != self.ranks:
+            have = "none" if peers is None else f"that of {peers.size}"
+            raise ValueError(f"{self.name} needs memory in common of {self.ranks} ranks, and the executor has {have}")
+        peer_all_reduce(form, context.rows(self.buffer), peers, context.sms)
 
 
 class AllGather(Collective):

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError, symmetric_memory
+
 __all__ = ["TIMEOUT", "Communicator", "CommunicatorError", "TorchCommunicator"]
 
 TIMEOUT = 120.0
@@ -59,6 +61,16 @@ class Communicator(Protocol):
 
         Every rank asks for the same ones in the same order. With `max_ctas` NCCL's kernels have no more thread blocks.
         `close` closes the twins too.
+        """
+        ...
+
+    def peer_memory(self, name: str, room: int) -> PeerMemory:
+        """A block on each rank, with `room` bytes of data, that all ranks read and write; not while a graph is
+        captured.
+
+        Every rank asks for the same ones in the same order, by names of their own. It lives as long as it is kept.
+
+        Raises PeerMemoryError where devices do not reach each other's memory, on all ranks.
         """
         ...
 
@@ -171,6 +183,21 @@ class TorchCommunicator:
         self._twins.append(made)
         return made
 
+    def peer_memory(self, name: str, room: int) -> PeerMemory:
+        """See `Communicator.peer_memory`."""
+        from torch._C._distributed_c10d import PrefixStore
+
+        if self._device.type != "cuda":
+            raise PeerMemoryError("ranks on a CPU have no memory in common")
+        store = PrefixStore(f"memory/{self._name}/{name}", self._store)
+        made: list[PeerMemory] = []
+
+        def meet() -> None:
+            made.append(symmetric_memory(store, self._rank, self._size, self._device, room, self._timeout))
+
+        self._call("meeting in memory", meet)
+        return made[0]
+
     def close(self) -> None:
         """See `Communicator.close`."""
         while self._twins:
@@ -217,7 +244,7 @@ class TorchCommunicator:
         try:
             function()
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, (torch.OutOfMemoryError, PeerMemoryError)):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CommunicatorError(

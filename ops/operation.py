@@ -16,6 +16,7 @@ import torch
 from nanoflow.ops.batch import RowClass
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
+from nanoflow.ops.peer_memory import PeerMemory
 
 __all__ = [
     "KV",
@@ -164,6 +165,8 @@ class NanoContext:
     lane: str = ""
     communicator: Communicator | None = None
     """To the other ranks, for collectives; None where there is one rank."""
+    peers: PeerMemory | None = None
+    """What the ranks have in common of their memory, for forms of collectives that use it. It is the lane's own."""
 
     def scratch(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """Memory that outlives the iteration, one for each lane: a lane's nano-ops run one after the other."""

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from nanoflow.ops.batch import TOKEN_ON_DEVICE
-from nanoflow.ops.collectives import CTAS
+from nanoflow.ops.collectives import CTAS, Collective
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.operation import Kernel, NanoContext, Operation
+from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
 from nanoflow.pipeline.buffers import assign_buffers
 from nanoflow.pipeline.executor import KVLayout, OpWeights, Weights
 from nanoflow.pipeline.plan import Plan, PlanError
@@ -51,9 +52,10 @@ class BoundPrograms:
         caches: the KV cache of each layer, where it is there already (`make_caches`); None: allocated here.
         communicator: to the other ranks, where the graph is that of one of several. Of the lanes that hold
             collectives, each but the first gets a twin of it, and one for each number of thread blocks that its kernels
-            name.
+            name; for each form that meets in peer memory, it gets memory of its own.
 
-    Raises ValueError if there are more or fewer ranks than the graph was split for.
+    Raises ValueError if there are more or fewer ranks than the graph was split for, PlanError if a kernel that a plan
+    names does not exist or cannot run here.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class BoundPrograms:
                 name = _kernel(op, program.plan, device, dtype, sms)
                 self._names[number, op.name, sms], self._kernels[number, op.name, sms] = name, op.kernels[name]
         self._communicators = {} if communicator is None else self._twins(communicator)
+        self._peers = {} if communicator is None else self._peer_memory(communicator, dtype)
 
     def sms(self, program: int, step: Step) -> int | None:
         """SMs that a step of a program has; None if its lane is not confined."""
@@ -157,6 +160,7 @@ class BoundPrograms:
             self.sms(batch.host.program, step),
             step.lane,
             self._communicators.get((batch.host.program, nano_op.op, step.lane)),
+            self._peers.get((batch.host.program, nano_op.op, step.lane)),
         )
         return self.graph.operation(nano_op.op), context
 
@@ -172,6 +176,8 @@ class BoundPrograms:
             for index in program.collectives:
                 step = program.steps[index]
                 name = step.nano_op.op
+                if self._room(number, step, 1):
+                    continue
                 ctas = CTAS.get(self._names[number, name, self.sms(number, step)])
                 if (step.lane, ctas) not in made:
                     twin = step.lane if ctas is None else f"{step.lane}-{ctas}"
@@ -180,6 +186,44 @@ class BoundPrograms:
                     made[step.lane, ctas] = communicator if first else communicator.twin(twin, ctas)
                 found[number, name, step.lane] = made[step.lane, ctas]
         return found
+
+    def _peer_memory(self, communicator: Communicator, dtype: torch.dtype) -> dict[tuple[int, str, str], PeerMemory]:
+        """Where the collectives of forms that need it meet, by program, operation and lane.
+
+        A lane has one for each form: the flags of one form do not guard another's data. The programs share them.
+        """
+        users: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
+        for number, program in enumerate(self.programs):
+            for index in program.collectives:
+                step = program.steps[index]
+                room = self._room(number, step, dtype.itemsize)
+                if room:
+                    form = self._names[number, step.nano_op.op, self.sms(number, step)]
+                    users.setdefault((step.lane, form), []).append((number, step.nano_op.op, room))
+        found = {}
+        for (lane, form), uses in users.items():
+            try:
+                memory = communicator.peer_memory(f"{lane}-{form}", max(room for _, _, room in uses))
+            except PeerMemoryError as error:
+                name = uses[0][1]
+                can = [kernel for kernel in self.graph.operation(name).kernels if not self._needs_peers(name, kernel)]
+                raise PlanError(
+                    f"kernels.{name}: {form!r} cannot run here: {error}; what can: {', '.join(can)}"
+                ) from error
+            found.update({(number, name, lane): memory for number, name, _ in uses})
+        return found
+
+    def _room(self, number: int, step: Step, itemsize: int) -> int:
+        """Bytes of peer memory that a step of program `number` needs; 0 if its kernel uses none."""
+        nano_op, plan = step.nano_op, self.programs[number].plan
+        op = self.graph.operation(nano_op.op)
+        assert isinstance(op, Collective)
+        rows = plan.rows if nano_op.nano_batch is None else plan.nano_batches[nano_op.nano_batch].rows
+        return op.peer_room(self._names[number, op.name, self.sms(number, step)], rows, itemsize)
+
+    def _needs_peers(self, name: str, kernel: str) -> bool:
+        op = self.graph.operation(name)
+        return isinstance(op, Collective) and op.peer_room(kernel, 1, 1) > 0
 
 
 def make_caches(graph: Graph, kv: KVLayout, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

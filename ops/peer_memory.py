@@ -1,0 +1,132 @@
+"""Memory of each rank that all ranks of a machine read and write: where their own all-reduces meet.
+
+On a GPU it is torch's symmetric memory: every rank allocates a block of one size and maps those of the others, which
+NVLink (or PCIe, where the devices can reach each other over it) then serves like its own. Blocks stay where they are,
+so that CUDA graphs may hold their addresses.
+
+A block begins with a few counters and flags (`nanoflow.ops.all_reduce_triton` says how they are used), then comes data.
+All flags are zero when the ranks have met.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import torch
+
+__all__ = ["FLAGS", "PROGRAMS", "PeerMemory", "PeerMemoryError", "data_begin", "symmetric_memory"]
+
+FLAGS = 32
+"""Where in a block its flags begin, in int32: behind the counters."""
+PROGRAMS = 32
+"""The most programs (thread blocks) of a kernel that have flags of their own."""
+PHASES = 2
+"""Flags that a program has for every other rank."""
+ALIGNMENT = 1024
+"""Bytes that data begin at a multiple of."""
+
+_numbers = count()
+
+
+class PeerMemoryError(RuntimeError):
+    """The ranks' devices do not reach each other's memory. The message says why, the same on all ranks."""
+
+
+def data_begin(ranks: int) -> int:
+    """Bytes of a block before its data, for so many ranks."""
+    flags = 4 * (FLAGS + PHASES * PROGRAMS * ranks)
+    return -(-flags // ALIGNMENT) * ALIGNMENT
+
+
+class PeerMemory:
+    """A block of each rank, as one of them reaches it. One stream uses it at a time, in one order on all ranks.
+
+    Args:
+        rank: whose end this is.
+        blocks: uint8, of all ranks, contiguous, of one size; those of other ranks are their memory, not copies.
+        timeout: seconds after which a kernel that waits for another rank gives up.
+        keep: what the blocks live as long as.
+
+    Attributes:
+        addresses: int64 [N], where this rank's device finds the blocks.
+        room: bytes of data in each block.
+    """
+
+    def __init__(self, rank: int, blocks: Sequence[torch.Tensor], timeout: float, keep: Any = None) -> None:
+        self.rank = rank
+        self.blocks = tuple(blocks)
+        self.timeout = timeout
+        self._keep = keep
+        own = self.blocks[rank]
+        self.begin = data_begin(self.size)
+        self.room = own.numel() - self.begin
+        self.addresses = torch.tensor([block.data_ptr() for block in self.blocks], dtype=torch.int64, device=own.device)
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return len(self.blocks)
+
+    def data(self, rank: int, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """`count` elements of a rank's data, from byte `offset` on."""
+        begin = self.begin + offset
+        return self.blocks[rank][begin : begin + count * dtype.itemsize].view(dtype)
+
+
+def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, room: int, timeout: float) -> PeerMemory:
+    """Allocate a block with `room` bytes of data on this GPU, and meet the other ranks, who do the same.
+
+    Not while a graph is captured. Every rank calls it as often as the others, with a `store` that nothing else uses.
+
+    Raises:
+        PeerMemoryError: the devices do not reach each other, or this build of torch or the driver has no such memory;
+            on all ranks, with one message, unless a rank fails for a reason of its own.
+    """
+    _check_reach(store, rank, size, device)
+    # Multicast through the switches stays off, as in `nanoflow.ops.communicator`: nothing here uses it.
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    name: Any = f"nanoflow-{next(_numbers)}"
+    try:
+        from torch._C._distributed_c10d import ProcessGroup, _register_process_group, _SymmetricMemory
+
+        # Another backend that the environment asks for may not map the memory of other ranks.
+        _SymmetricMemory.set_backend("CUDA")
+        begin = data_begin(size)
+        block = _SymmetricMemory.empty_strided_p2p((begin + room,), (1,), torch.uint8, device)
+        block.zero_()
+        torch.cuda.synchronize(device)  # before any rank can have come out of the rendezvous
+        # Which of the two the rendezvous looks the group up in depends on torch's version.
+        group = ProcessGroup(store, rank, size)
+        group._set_group_name(name)
+        _register_process_group(name, group)
+        _SymmetricMemory.set_group_info(name, rank, size, store)
+        handle = _SymmetricMemory.rendezvous(block, name)
+        shape = (begin + room,)
+        blocks = [block if r == rank else handle.get_buffer(r, shape, torch.uint8) for r in range(size)]
+    except (ImportError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PeerMemoryError(f"rank {rank} has no memory in common with the others ({reason})") from error
+    return PeerMemory(rank, blocks, timeout, (block, handle, group))
+
+
+def _check_reach(store: Any, rank: int, size: int, device: torch.device) -> None:
+    """Raise PeerMemoryError on all ranks if one of them does not reach all others' devices."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    store.set(f"device/{rank}", str(index))
+    others = {r: int(store.get(f"device/{r}").decode()) for r in range(size) if r != rank}
+    reason = ""
+    for other, theirs in others.items():
+        if theirs == index:
+            reason = reason or f"ranks {rank} and {other} have the same GPU, cuda:{index}"
+        elif theirs >= torch.cuda.device_count():
+            reason = reason or f"rank {rank} does not see the GPU of rank {other}"
+        elif not torch.cuda.can_device_access_peer(index, theirs):
+            reason = reason or f"cuda:{index} does not reach the memory of cuda:{theirs}"
+    store.set(f"reach/{rank}", reason or "all")
+    for other in range(size):
+        found = store.get(f"reach/{other}").decode()
+        if found != "all":
+            raise PeerMemoryError(found)

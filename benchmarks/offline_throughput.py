@@ -7,7 +7,8 @@
 
 Llama-3-8B's shape with random weights in bfloat16, greedy, end-of-sequence ignored; 0.92 of the GPU's memory, at most
 1,024 running requests and 2,048 rows an iteration. One process: weights, KV cache and CUDA graphs are made once, and
-each repetition of each run gets a new scheduler on them. Before the first, 256 requests of 512 / 64 warm up.
+each repetition of each run gets a new scheduler on them. Before the first, 256 requests of 512 / 64 warm up. All runs
+are in sequence; --set pipeline.plan=auto takes the plans that are stored.
 
 Results are merged by run into benchmarks/results/offline_throughput.json after every repetition, so that a process that
 is cut off loses none that was over. To try the script out on a CPU: --model configs/models/tiny-llama --requests 8; the
@@ -83,6 +84,7 @@ def config_of(workload: dict[str, Any], order: str, arguments: argparse.Namespac
             "kv_memory": "256MiB" if on_cpu else 0.92,
             "order": order,
         },
+        "pipeline": {"plan": "sequential"},
     }
     given = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return load_config("synthetic-8b", [*given, *arguments.overrides])

@@ -144,7 +144,11 @@ class EngineSection(Section):
 class PipelineSection(Section):
     """How an iteration is cut into nano-batches and ordered."""
 
-    plan: Name = Field("sequential", description="sequential, auto (from the plan store), or a plan's YAML file.")
+    plan: Name = Field(
+        "auto",
+        description="auto (stored plans that were measured to win here, else sequential), sequential, or a plan's YAML "
+        "file.",
+    )
 
 
 class ParallelSection(Section):

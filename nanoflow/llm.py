@@ -27,7 +27,8 @@ class LLM:
         model: a Hugging Face folder, a .gguf file, ``package:IMPORT_NAME/FILE``, or a Hub id.
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU), ``float32``, ``bfloat16`` or ``float16``.
         weights: ``load``, or ``random`` for a model of which only config.json is there.
-        plan: ``sequential``, ``auto`` or a plan's YAML file.
+        plan: ``auto`` (stored plans that were measured to win here, else sequential), which is the default,
+            ``sequential``, or a plan's YAML file.
         engine: any key of the YAML's ``engine`` section, such as ``max_running=64`` or ``kv_memory="4GiB"``.
 
     Raises:
@@ -40,14 +41,17 @@ class LLM:
         *,
         dtype: str = "auto",
         weights: str = "load",
-        plan: str | Path = "sequential",
+        plan: str | Path | None = None,
         **engine: Any,
     ) -> None:
         section = checked(ModelSection, {"path": str(model), "dtype": dtype, "weights": weights})
         sizes = checked(EngineSection, engine)
         self.model = open_model(section, sizes)
         self.engine = build_engine(
-            self.model, sizes, checked(PipelineSection, {"plan": str(plan)}), weights=section.weights
+            self.model,
+            sizes,
+            checked(PipelineSection, {} if plan is None else {"plan": str(plan)}),
+            weights=section.weights,
         )
         self.tokenizer = self.model.tokenizer
 

@@ -136,8 +136,9 @@ def build_engine(
     """
     share = model if ranks is None else shard_model(model, 0, ranks.size)
     here = run_fingerprint(share, engine)
-    chosen = choose_plans((pipeline or PipelineSection()).plan, share.graph, here, engine.max_batch_tokens)
-    if not quiet:
+    asked = pipeline or PipelineSection()
+    chosen = choose_plans(asked.plan, share.graph, here, engine.max_batch_tokens)
+    if not quiet and not (chosen.nothing_stored and "plan" not in asked.model_fields_set):
         for note in chosen.notes:
             print(note, file=sys.stderr, flush=True)
     needs = _kv_needs(share, engine, job, more)
@@ -187,7 +188,7 @@ def build_engine(
     return Engine(
         executor=executor,
         scheduler=scheduler,
-        graph=model.graph,
+        graph=share.graph,
         itemsize=model.dtype.itemsize,
         tokenizer=model.tokenizer,
     )

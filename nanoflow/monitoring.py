@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Protocol, Self
 import nanoflow
 from nanoflow.config_schema import RunConfig
 from nanoflow.loading import Model, device_name
+from nanoflow.pipeline.program import Program
+from nanoflow.plan_choice import plan_label
 from nanoflow.power import Energy, EnergyMeter
 from nanoflow.recording import IterationRecord, Recorder
 from nanoflow.series import SeriesWriter
@@ -35,6 +37,11 @@ class Watched(Protocol):
     @property
     def kv_capacity(self) -> int:
         """KV pages that can be in use."""
+        ...
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The compiled plans that it runs."""
         ...
 
     def record_to(self, recorder: Recorder) -> None:
@@ -92,7 +99,7 @@ class Monitoring:
                 model=model.checkpoint.name,
                 device=device_name(model.device),
                 dtype=str(model.dtype).removeprefix("torch."),
-                plan=self._config.pipeline.plan,
+                plan=plan_label(self._config.pipeline.plan, engine.programs),
                 version=nanoflow.__version__,
             )
             engine.observers.append(self._metrics.observe)

@@ -1,16 +1,18 @@
 """The plans of a run: what `pipeline.plan` asks for, and what it becomes with this model on this machine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nanoflow.errors import ConfigError
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.rechecks import recheck_of
 from nanoflow.search.store import StoredPlan, Verdict, judge, stored_plans
 
-__all__ = ["ChosenPlans", "choose_plans", "measured_again", "plan_text"]
+__all__ = ["ChosenPlans", "choose_plans", "measured_again", "plan_label", "plan_text"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,14 @@ class ChosenPlans:
     """For `auto`, a line that says what was chosen and why; before it one for each stored plan in doubt or damaged."""
     doubtful: tuple[int, ...] = ()
     """Of the stored plans in `plans`, those that were measured with other versions, and not again here."""
+    nothing_stored: bool = False
+    """Nothing is stored for this model on this device: of interest to those alone who asked for `auto`."""
+
+
+def plan_label(asked: str, programs: Sequence[Program]) -> str:
+    """What reports call the plans of a run that asked for `asked`: of `auto`, whether it found any."""
+    lanes = any(len(program.plan.nano_batches) > 1 for program in programs)
+    return "sequential" if asked == "auto" and not lanes else asked
 
 
 def choose_plans(asked: str, graph: Graph, here: Fingerprint, max_batch_tokens: int) -> ChosenPlans:
@@ -76,7 +86,9 @@ def _stored(graph: Graph, here: Fingerprint, sequential: Plan) -> ChosenPlans:
     if used:
         notes.append(f"plan: {len(used)} stored for {run}: {'; '.join(map(plan_text, used))}; the rest in sequence")
     else:
-        notes.append(f"plan: sequential, since {_why_none(verdicts, here, run)}")
+        why = _why_none(verdicts, here, run)
+        notes.append(f"plan: sequential, since {why or f'none is stored for {run}'}")
+        return ChosenPlans((sequential,), tuple(notes), nothing_stored=not why and len(notes) == 1)
     doubted = [bool(verdict.doubts) for verdict in verdicts if not verdict.against]
     doubtful = tuple(n for n, plan in enumerate(plans) if doubted[n] and not _sequential(plan))
     return ChosenPlans((*plans, sequential), tuple(notes), doubtful)
@@ -99,13 +111,14 @@ def measured_again(verdict: Verdict, here: Fingerprint) -> Verdict:
     return replace(verdict, doubts=(), against=against)
 
 
-def _why_none(verdicts: list[Verdict], here: Fingerprint, run: str) -> str:
+def _why_none(verdicts: list[Verdict], here: Fingerprint, run: str) -> str | None:
+    """Why what is stored for the run's model and device does not fit; None if nothing is."""
     for verdict in verdicts:
         plan = verdict.stored.plan
         if plan is not None and (plan.model, plan.gpu) == (here.model, here.gpu):
             why = verdict.against[0].splitlines()[0]
             return f"no plan stored for {run} fits ({verdict.stored.file.name}: {why}; see `nanoflow plan list`)"
-    return f"none is stored for {run}"
+    return None
 
 
 def _doubts(file: str, doubts: tuple[str, ...] | list[str]) -> list[str]:

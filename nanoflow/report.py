@@ -28,6 +28,7 @@ from nanoflow.errors import OutputError
 from nanoflow.loading import Model, device_name
 from nanoflow.pipeline.plan_text import format_plan
 from nanoflow.pipeline.program import Program
+from nanoflow.plan_choice import plan_label
 from nanoflow.power import Energy
 from nanoflow.recording import LogHistogram, Recorder
 from nanoflow.replicas.figures import ReplicaFigures
@@ -254,7 +255,9 @@ class RunReport:
     def _bound_line(self) -> str:
         shares = ", ".join(f"{share:.0%} of the {resource} bound" for resource, share in self.bound_reached.items())
         rate = f"{self.ceilings.flops / 1e9:,.0f} GFLOP/s, {self.ceilings.bytes_per_second / 1e9:,.0f} GB/s"
-        devices = prod(self.parallel.values())
+        devices, link = prod(self.parallel.values()), self.ceilings.link_bytes_per_second
+        if self.parallel["tensor"] > 1:
+            rate += ", the link not measured" if link is None else f", {link / 1e9:,.0f} GB/s on the wire"
         each = f", on each of {devices} devices" if devices > 1 else ""
         return f"{self.bound_by}: reached {shares} (measured here: {rate}{each})"
 
@@ -293,7 +296,8 @@ def make_report(
     """Sum up a run. Error records count as requests and add no tokens.
 
     Args:
-        ceilings: what the machine sustains, measured.
+        ceilings: what the machine sustains, measured: of one device, and where ranks share the model of the link that
+            each of them sends over.
         seconds: from the first submission to the last end.
         load_seconds: of loading before that.
         energy: what the device used in those seconds, if it was measured.
@@ -350,7 +354,7 @@ def make_report(
         model=model.checkpoint.name,
         device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        plan=config.pipeline.plan,
+        plan=plan_label(config.pipeline.plan, programs),
         plan_text=format_plan(program.plan),
         plan_timeline=_layer(
             simulate(
@@ -370,7 +374,13 @@ def make_report(
 
 def _times(ceilings: Ceilings, devices: int) -> Ceilings:
     """What so many devices sustain. The power limit is that of all of them already: it comes with the energy."""
-    return replace(ceilings, flops=ceilings.flops * devices, bytes_per_second=ceilings.bytes_per_second * devices)
+    link = ceilings.link_bytes_per_second
+    return replace(
+        ceilings,
+        flops=ceilings.flops * devices,
+        bytes_per_second=ceilings.bytes_per_second * devices,
+        link_bytes_per_second=None if link is None else link * devices,
+    )
 
 
 def idle_share(busy_seconds: float, idle_seconds: float) -> float | None:

@@ -1,7 +1,13 @@
-"""What all tests share: GPU tests are skipped without a GPU; hypothesis does not fail for a slow machine."""
+"""What all tests share: GPU tests are skipped without a GPU; hypothesis does not fail for a slow machine; what the user
+has stored, plans above all, does not take part."""
+
+import os
+import tempfile
 
 import pytest
 from hypothesis import settings
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nanoflow-tests-")
 
 settings.register_profile("nanoflow", deadline=None)
 settings.load_profile("nanoflow")

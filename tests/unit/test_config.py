@@ -43,7 +43,7 @@ def test_all_but_model_and_workload_has_a_default(run_yaml: Path) -> None:
         "kv_memory": "auto",
         "cuda_graphs": True,
     }
-    assert config.pipeline.plan == "sequential"
+    assert config.pipeline.plan == "auto"
     assert config.output.path == str(Path.cwd() / "out/completions.jsonl")
 
 

@@ -14,7 +14,8 @@ import pytest
 from nanoflow.errors import ConfigError
 from nanoflow.pipeline.plan import FINGERPRINT_KEYS, PLAN_FORMAT, FrozenMapping, NanoBatch, Plan, PlanError
 from nanoflow.pipeline.plan_mix import PlanMix
-from nanoflow.plan_choice import choose_plans
+from nanoflow.pipeline.program import compile_program
+from nanoflow.plan_choice import choose_plans, plan_label
 from nanoflow.search import store
 from nanoflow.search.files import replace_file
 from nanoflow.search.fingerprint import Fingerprint, graph_shape
@@ -212,6 +213,13 @@ def test_a_model_of_the_same_shape_takes_the_plan_whatever_its_name(folders: tup
     other = store_plan(split(ratio=1.05), tuned)
     assert other != path
     assert [(each.stored.file, bool(each.against)) for each in verdicts(tuned)] == [(other, False), (path, True)]
+
+
+def test_reports_call_a_run_without_lanes_sequential() -> None:
+    in_sequence, lanes = (compile_program(plan, GRAPH) for plan in (Plan.sequential(GRAPH, 256), split()))
+    assert plan_label("auto", [in_sequence]) == plan_label("sequential", [in_sequence]) == "sequential"
+    assert plan_label("auto", [lanes, in_sequence]) == "auto"
+    assert plan_label("mine.yaml", [lanes]) == "mine.yaml"
 
 
 def test_other_versions_are_doubts_and_the_plan_serves(folders: tuple[Path, Path]) -> None:

@@ -431,6 +431,15 @@ def test_a_run_takes_no_plan_where_sequence_was_the_fastest(
     assert count == 1 and "plan: sequential, which was measured to be the fastest for" in said
 
 
+def test_only_who_names_auto_is_told_that_nothing_is_stored(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert config.pipeline.plan == "auto" and engine_of(config, capsys) == (1, "")
+    named = config.model_copy(update={"pipeline": PipelineSection(plan="auto")})
+    count, said = engine_of(named, capsys)
+    assert count == 1 and re.fullmatch(r"plan: sequential, since none is stored for \S+ on cpu\n", said)
+
+
 # What only a GPU has, with stand-ins
 
 

@@ -12,7 +12,7 @@ All that a run does for a request is done (tokenising, detokenising, a record as
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -63,14 +63,23 @@ class Bench:
     Args:
         engine: of `model`; has run nothing yet.
         load_seconds: what loading took, for the reports.
+        link_bytes_per_second: that a rank sends to the others, as measured; None: there is one.
         interrupts: a signal ends a workload at once.
         quiet: show no progress.
     """
 
     def __init__(
-        self, model: Model, engine: Engine, *, load_seconds: float, interrupts: Interrupts, quiet: bool = False
+        self,
+        model: Model,
+        engine: Engine,
+        *,
+        load_seconds: float,
+        interrupts: Interrupts,
+        link_bytes_per_second: float | None = None,
+        quiet: bool = False,
     ) -> None:
         self.model = model
+        self._link = link_bytes_per_second
         self._engine = engine
         self._load_seconds = load_seconds
         self._interrupts = interrupts
@@ -111,7 +120,7 @@ class Bench:
             model=model,
             engine=engine,
             recorder=recorder,
-            ceilings=measure_ceilings(str(model.device), model.dtype),
+            ceilings=replace(measure_ceilings(str(model.device), model.dtype), link_bytes_per_second=self._link),
             seconds=seconds,
             load_seconds=self._load_seconds,
             energy=energy,
@@ -181,6 +190,7 @@ def bench(
                 _engine(config, model, requests, quiet, ranks),
                 load_seconds=time.perf_counter() - started,
                 interrupts=interrupts,
+                link_bytes_per_second=None if ranks is None else ranks.link_bytes_per_second,
                 quiet=quiet,
             ) as running,
         ):

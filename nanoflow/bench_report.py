@@ -158,6 +158,8 @@ class BenchReport:
         """What the table's reader has to know."""
         ceilings = self.ceilings
         rates = f"{ceilings.flops / 1e12:,.3g} TFLOP/s, {ceilings.bytes_per_second / 1e9:,.4g} GB/s"
+        if ceilings.link_bytes_per_second:
+            rates += f", {ceilings.link_bytes_per_second / 1e9:,.4g} GB/s on the wire"
         limit = f", {ceilings.power_limit_watts:,.0f} W" if ceilings.power_limit_watts else ""
         notes = [
             f"{self.input_tokens:,} tokens in and {self.output_tokens:,} out a repetition, after "

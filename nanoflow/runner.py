@@ -14,7 +14,7 @@ weights are read; what is wrong with one line becomes that line's error record.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event, Thread
 
 from nanoflow.config import RunConfig, save_config
@@ -156,7 +156,10 @@ def run(
                 model=model,
                 engine=engine,
                 recorder=recorder,
-                ceilings=measure_ceilings(str(model.device), model.dtype),
+                ceilings=replace(
+                    measure_ceilings(str(model.device), model.dtype),
+                    link_bytes_per_second=None if ranks is None else ranks.link_bytes_per_second,
+                ),
                 seconds=ended - began,
                 load_seconds=began - started,
                 energy=energy,

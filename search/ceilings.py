@@ -1,4 +1,4 @@
-"""Ceilings measured on this machine: what a large GEMM and a long read of memory sustain."""
+"""Ceilings measured on this machine: what a large GEMM, a long read of memory and a large all-reduce sustain."""
 
 import statistics
 import time
@@ -10,18 +10,23 @@ from typing import cast
 
 import torch
 
+from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch
 from nanoflow.ops.linear import Linear
 from nanoflow.ops.operation import NanoContext
 from nanoflow.search.cost_model import Ceilings
 
-__all__ = ["measure_ceilings"]
+__all__ = ["measure_ceilings", "measure_link"]
 
 SECONDS = 0.5
 """Of measuring each ceiling on a GPU, after as long a time of the same work: a cold card runs faster than a hot one."""
 CPU_SECONDS = 0.3
 """On a CPU, which runs warm enough after one call."""
+LINK_BYTES = {"cuda": 2**25, "cpu": 2**20}
+"""Of the buffer that is added up: on a GPU as much as two thousand rows of a large model."""
+LINK_CALLS = {"cuda": (20, 60), "cpu": (1, 5)}
+"""Before those that count, and those. All ranks make as many."""
 _QUEUED = 8
 """Calls that are launched ahead on a GPU, so that launching costs nothing."""
 
@@ -41,6 +46,33 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     total = torch.empty((), device=place, dtype=dtype)
     read = _median_seconds(lambda: torch.sum(block, dim=0, out=total), place)
     return Ceilings(flops=2 * size**3 / gemm, bytes_per_second=block.numel() * block.element_size() / read)
+
+
+def measure_link(communicator: Communicator, device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s that a rank sends in a large all-reduce of the communicator's library; all ranks must call it.
+
+    Counted as `nanoflow.ops.collectives` does: 2 (N - 1) / N of the buffer. It takes some 20 ms on a GPU. Raises
+    CommunicatorError.
+    """
+    elements = LINK_BYTES[device.type] // dtype.itemsize
+    buffer = torch.empty(elements, device=device, dtype=dtype)
+    before, count = LINK_CALLS[device.type]
+
+    def run(times: int) -> float:
+        """Seconds of a call, the ranks in step."""
+        buffer.uniform_()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(times):
+            communicator.all_reduce(buffer)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / times
+
+    run(before)
+    sent = 2 * (communicator.size - 1) / communicator.size * elements * dtype.itemsize
+    return sent / run(count)
 
 
 def _block_bytes(device: torch.device) -> int:

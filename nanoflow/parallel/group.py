@@ -26,9 +26,10 @@ from nanoflow.ops.batch import DenseBatch
 from nanoflow.ops.communicator import TIMEOUT, Communicator, CommunicatorError, TorchCommunicator
 from nanoflow.parallel.batches import BatchWriter
 from nanoflow.parallel.executor import RankExecutor, TensorParallelExecutor
-from nanoflow.parallel.messages import HERE, READY, Build, Load, RankSettings
+from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, Load, RankSettings
 from nanoflow.parallel.processes import SILENT_SECONDS, Child, Loss, Watch, leave, start
 from nanoflow.parallel.torchrun import accept_ranks, check_place
+from nanoflow.search.ceilings import measure_link
 
 __all__ = ["TensorGroup", "check_ranks", "tensor_ranks"]
 
@@ -110,6 +111,8 @@ class TensorGroup:
         """Seconds for which an iteration has been waited for, if one is."""
         self._finished = threading.Event()
         self._threads = torch.get_num_threads()
+        self.link_bytes_per_second: float | None = None
+        """That this rank sends in a large all-reduce; None before all have met."""
         self._device_before: int | None = None
 
     def __enter__(self) -> Self:
@@ -162,6 +165,8 @@ class TensorGroup:
         self._hear(HERE)
         self._tell(order)
         self._communicator = self._meet()
+        with self.blamed():
+            self.link_bytes_per_second = measure_link(self._communicator, self._device, LINK_DTYPE)
 
     def least(self, pages: int) -> int:
         """The least of all ranks' KV pages, `pages` of this rank among them, which all of them take."""

@@ -2,7 +2,7 @@
 
 rank r          settings (as it is started)    open the model; its share
 rank r -> 0     HERE                           rank 0 knows that all have started before it waits for them
-rank 0 -> r     Load                           meet; load the share of the weights
+rank 0 -> r     Load                           meet; measure the link between them; load the share of the weights
 rank r -> 0     int                            pages that fit there
 rank 0 -> r     int, a descriptor              the least of all ranks' pages; the memory of the batches
 rank 0 -> r     Build                          executor of these plans
@@ -12,11 +12,15 @@ rank r -> 0     READY                          then batches, up to the next Buil
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from nanoflow.config_schema import EngineSection, ModelSection
 
-__all__ = ["HERE", "READY", "Build", "KVNeeds", "Load", "RankSettings"]
+__all__ = ["HERE", "LINK_DTYPE", "READY", "Build", "KVNeeds", "Load", "RankSettings"]
 
 HERE, READY = "here", "ready"
+LINK_DTYPE = torch.float32
+"""In which the link is measured: a library sends bytes, whatever they are."""
 
 
 @dataclass(frozen=True)

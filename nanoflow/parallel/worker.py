@@ -17,10 +17,11 @@ from nanoflow.memory import release
 from nanoflow.ops.communicator import TorchCommunicator
 from nanoflow.parallel.batches import BatchReader
 from nanoflow.parallel.executor import RankExecutor
-from nanoflow.parallel.messages import HERE, READY, Build, Load, RankSettings
+from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, Load, RankSettings
 from nanoflow.parallel.processes import Line
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import compile_program
+from nanoflow.search.ceilings import measure_link
 from nanoflow.weights import load_weights
 
 __all__ = ["work"]
@@ -46,6 +47,7 @@ def work(line: Line, settings: RankSettings) -> None:
         return TorchCommunicator(store, rank, size, model.device, timeout=settings.timeout, name=f"build {number}")
 
     communicator = meet(0)
+    measure_link(communicator, model.device, LINK_DTYPE)
     weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, order.weights)
     line.send(kv_pages(model, settings.engine, order.needs))
     layout = kv_layout(model, settings.engine, line.recv())

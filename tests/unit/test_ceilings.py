@@ -53,6 +53,24 @@ def test_a_gpu_is_timed_hot_with_launches_ahead_and_every_call_counted(monkeypat
     assert collected == launched and deepest == ceilings._QUEUED
 
 
+def test_a_link_is_what_a_rank_sends_over_the_time_that_all_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        rank, size = 0, 4
+        calls = 0
+
+        def all_reduce(self, tensor: torch.Tensor) -> None:
+            assert tensor.numel() * tensor.element_size() == ceilings.LINK_BYTES["cpu"]
+            self.calls += 1
+            time.sleep(0.5 if self.calls == 1 else 0.02)
+
+    monkeypatch.setattr(ceilings, "LINK_BYTES", {"cpu": 4_000_000})
+    slow: Any = Slow()
+    found = ceilings.measure_link(slow, torch.device("cpu"), torch.float32)
+    assert sum(ceilings.LINK_CALLS["cpu"]) == slow.calls, "as many on every rank"
+    # Three halves of the buffer; the first call, for which ranks wait for each other, does not count.
+    assert 0.1 * 6e6 / 0.02 < found <= 6e6 / 0.02
+
+
 def test_this_machine_has_ceilings() -> None:
     found = ceilings.measure_ceilings("cpu", torch.float32)
     assert found.flops > 1e9 and found.bytes_per_second > 1e8

@@ -141,13 +141,16 @@ def test_ranks_give_the_tokens_of_one(job: Job, one_rank: dict[str | None, Any])
     report = json.loads(job.output.with_name("o.report.json").read_text())
     assert report["parallel"] == {"tensor": 2, "data": 1} and report["device"] == "cpu"
     assert "on cpu, tensor 2, float32" in run.stdout
+    assert "GB/s on the wire, on each of 2 devices)" in " ".join(run.stdout.replace("│", " ").split())
     more = job.start("--set", "parallel.tensor=4", "--restart")  # more than there are key/value heads
     assert more.wait() == 1, more.stderr
     assert job.records() == one_rank
-    # The same work on twice the devices.
+    # The same work on twice the devices, but for what all of them do: norms, and key/value heads that two hold.
     with_four = json.loads(job.output.with_name("o.report.json").read_text())
-    for resource, seconds in report["bound_seconds"].items():
-        assert with_four["bound_seconds"][resource] == pytest.approx(seconds / 2, rel=0.2)
+    for resource in ("compute", "memory"):
+        assert 0.35 < with_four["bound_seconds"][resource] / report["bound_seconds"][resource] < 0.95
+    # What they send, and what the link between them was measured to carry.
+    assert report["ceilings"]["link_bytes_per_second"] > 1e6 and report["bound_seconds"]["network"] > 0
 
 
 @pytest.mark.parametrize("lines", [0, 3])

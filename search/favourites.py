@@ -3,17 +3,22 @@
 On an H100 the best plans have one stage, two nano-batches half a layer apart, and the decode attention of one beside
 the products of the other on a fourth of the SMs or a little less: that many read nearly as fast as all do, and products
 lose least.
+
+Where ranks share the model, what won on two H200s are halves whose sums run beside the products of the other half,
+through copy engines: they leave products nearly all SMs. Then come the families above, with a network lane.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from nanoflow.ops.graph import Graph
-from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, products_of
-from nanoflow.search.space import GRANULE, LEAST_ROWS, LEAST_SMS, SHARES
+from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, collectives_of, products_of
+from nanoflow.search.space import GRANULE, LEAST_ROWS, LEAST_SMS, NETWORK_UNIT, SHARES
 
 __all__ = ["favourites"]
 
+FEW_SMS = ("copy_engine", "nccl_8", "two_shot")
+"""Forms of collectives that leave products most SMs, the most promising first."""
 EVEN = 8
 """SMs of a group, whose whole multiples every device can set apart."""
 
@@ -32,6 +37,7 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
     base: dict[str, Any] = {
         "nano_batches": 2, "decode_cut_1": SHARES // 2, "alike": True, "any_whole": False, "all_beside": True,
         "row_unit": 128, "skew": skew, "several_stages": False, "with_attention": companions,
+        "network_lane": True, "network_sms": NETWORK_UNIT,
     }  # fmt: skip
     base |= {f"kernel_{op.name}": "" for op in graph.layer}  # of which only some are asked for
     fourth = round(sms / 4 / EVEN) * EVEN
@@ -40,7 +46,7 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
     attention = next(op for op in graph.layer if op.name == ATTENTION)
     # Attention on more SMs with fewer programs on each reads as fast, and leaves products more of the bandwidth.
     fewer = [{f"kernel_{ATTENTION}": each} for each in reversed(kernels) if each in attention.kernels][:2]
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = _ranks_first(graph, base, sms, kernels)
     for memory in _sizes(sms, fourth, (0, -GRANULE)):
         found += [{**base, **memory}, {**base, **memory, "with_attention": 0}, {**base, **memory, **tilt}]
     for memory in _sizes(sms, fourth, (GRANULE, 0)):
@@ -55,6 +61,19 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
         halves |= {f"whole_{op}": op in before for op in (*before, *behind)}
         found.append({**halves, "beside_0": False, "beside_1": True})
     found.append({**base, "confined": False} if sms else base)  # two plain streams
+    return found
+
+
+def _ranks_first(graph: Graph, base: dict[str, Any], sms: int, kernels: Sequence[str]) -> list[dict[str, Any]]:
+    """Where ranks share the model: halves that take turns, and collectives in a lane of their own; confined and not."""
+    collectives = [name for names in collectives_of(graph).values() for name in names]
+    known = {kernel for name in collectives for kernel in graph.operation(name).kernels}
+    forms = [form for form in FEW_SMS if form in kernels and form in known][:2]
+    turns = {**base, "all_beside": False, "beside_0": False, "beside_1": False, "skew": 1}
+    found = []
+    for form in forms if collectives else ():
+        chosen = {**turns, **{f"kernel_{name}": form for name in collectives}}
+        found += [{**chosen, "confined": False}, *([{**chosen, "confined": True}] if sms else [])]
     return found
 
 

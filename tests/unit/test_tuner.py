@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.validate import validate
-from nanoflow.plans.case import H100, open_graph
+from nanoflow.plans.case import H100, H200, open_graph
 from nanoflow.search.favourites import favourites
 from nanoflow.search.journal import Journal
 from nanoflow.search.mix import Mix
-from nanoflow.search.space import PlanChoice, build_plan
+from nanoflow.search.space import PlanChoice, build_plan, collective_forms
 from nanoflow.search.tuner import ROUND, Outcome, PlanSearch, Target, search
 
 GRAPH = open_graph("llama-3-8b", Plan(1, (), ()), "a test")[2]
@@ -109,6 +110,18 @@ def test_the_favourites_come_first_and_the_simulator_rejects_none_of_them() -> N
     assert "triton_3" in kernels and "" in kernels and "no" not in kernels
     assert favourites(GRAPH, 100, 132) == [], "too few rows to cut"
     assert all("memory_sms" not in parameters for parameters in favourites(GRAPH, ROWS, 0))
+
+
+def test_ranks_begin_with_sums_beside_products_of_the_other_half() -> None:
+    rank = shard_graph(open_graph("llama-3-70b", Plan(1, (), ()), "a test")[2], 0, 2)
+    target = Target(rank, Mix(500, 768, (512, 12)), 1024, H200.rates, 132, collective_forms(rank))
+    first = [candidate.plan for candidate in PlanSearch(target).propose()]
+    for plan in first:
+        validate(plan, rank)
+    assert first[0].lanes == first[1].lanes == ("compute", "network")
+    assert set(first[0].kernels) == {"o_all_reduce", "down_all_reduce"}
+    assert [plan.partitions.get("split") for plan in first[:2]] == [None, (124, 8)]
+    assert any(plan.lanes == ("compute", "memory", "network") for plan in first), "the families of one device"
 
 
 def test_what_is_predicted_worst_is_not_measured_but_for_one_a_round() -> None:

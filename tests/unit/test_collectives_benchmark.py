@@ -1,0 +1,36 @@
+"""The benchmark of all-reduces, tried on the CPU with gloo."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import collectives
+
+
+def test_a_trial_without_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "ROUNDS", 2)
+    out = tmp_path / "record.json"
+    collectives.main(["--device", "cpu", "--mib", "1", "2", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert record["ranks"] == 2 and record["hardware"].startswith("CPU")
+    assert set(record["alone"]) == {"1 MiB", "2 MiB"}
+    assert set(record["alone"]["1 MiB"]) == {"nccl", "reference"}
+    assert set(record["beside"]["8 rows"]) == {"products", "nccl, in sequence", "reference, in sequence"}
+    assert set(record["missing"]) == {"copy_engine", "one_shot", "two_shot"}
+    assert all(row["milliseconds"] > 0 for ways in record["beside"].values() for row in ways.values())
+    assert "left out: two_shot: ranks on a CPU have no memory in common" in capsys.readouterr().out
+
+
+def test_the_slowest_rank_counts() -> None:
+    one = {"a": {"milliseconds": 1.0, "GB/s": 4.0}, "b": {"milliseconds": 3.0, "ratio": 1.0}}
+    two = {"a": {"milliseconds": 2.0, "GB/s": 2.0}, "b": {"milliseconds": 1.0, "ratio": 3.0}}
+    assert collectives.slowest([one, two]) == {"a": two["a"], "b": one["b"]}
+
+
+@pytest.mark.parametrize("ranks", ["1", "99"])
+def test_ranks_that_there_are_not(ranks: str) -> None:
+    with pytest.raises(SystemExit, match=f"--ranks {ranks}: it takes two or more, and this machine has"):
+        collectives.main(["--ranks", ranks])

@@ -221,8 +221,11 @@ def make_executor(
     weights: Weights,
     kv: KVLayout,
     communicator: Communicator | None = None,
+    *,
+    row_buckets: Sequence[int] | None = None,
 ) -> CudaExecutor | ReferenceExecutor:
-    """What runs the programs on the model's device; `communicator` joins the ranks that share the model.
+    """What runs the programs on the model's device; `communicator` joins the ranks that share the model. On a GPU there
+    are graphs of `row_buckets` rows, by default of the usual ones.
 
     Raises:
         OutOfMemoryError: there is too little left for the buffers or the CUDA graphs.
@@ -233,7 +236,7 @@ def make_executor(
     if model.device.type != "cuda":
         return ReferenceExecutor(programs, weights, kv, **sizes)
     try:
-        return CudaExecutor(programs, weights, kv, graphs=engine.cuda_graphs, **sizes)
+        return CudaExecutor(programs, weights, kv, graphs=engine.cuda_graphs, row_buckets=row_buckets, **sizes)
     except PartitionError as error:
         raise PlanError(f"partitions: {error}; change the plan's sizes, or use `plan: sequential`") from None
     except (CaptureError, torch.OutOfMemoryError) as error:

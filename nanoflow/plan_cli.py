@@ -134,6 +134,7 @@ def trace(
     ] = None,
     model: ModelOption = None,
     layers: LayersOption = None,
+    tensor: TensorOption = None,
     decode: DecodeOption = None,
     context: ContextOption = None,
     prompts: PromptsOption = None,
@@ -145,7 +146,7 @@ def trace(
         from nanoflow.plans.trace import trace_plan
 
         target = out or Path(f"{file.stem}.trace.json")
-        case = open_case(file, model, MixOptions(decode, context, _numbers(prompts)), layers=layers)
+        case = open_case(file, model, MixOptions(decode, context, _numbers(prompts)), layers=layers, tensor=tensor)
         info = trace_plan(case, target, device=device, iterations=iterations)
     typer.echo(f"{info.mix} on {info.device}: {info.seconds * 1e3:,.2f} ms, the median of {info.iterations} iterations")
     typer.echo(f"saved {short(target.absolute())}; open it with ui.perfetto.dev, or draw it with plan plot --trace")
@@ -164,6 +165,7 @@ def ablate(
     pairs: Annotated[int, typer.Option("--pairs", metavar="N", min=1, help="Blocks of each plan, in turn.")] = 8,
     model: ModelOption = None,
     layers: LayersOption = None,
+    tensor: TensorOption = None,
     decode: DecodeOption = None,
     context: ContextOption = None,
     prompts: PromptsOption = None,
@@ -175,7 +177,7 @@ def ablate(
         from nanoflow.plans.case import MixOptions, open_case
         from nanoflow.report import versions
 
-        case = open_case(file, model, MixOptions(decode, context, _numbers(prompts)), layers=layers)
+        case = open_case(file, model, MixOptions(decode, context, _numbers(prompts)), layers=layers, tensor=tensor)
         if out is not None:
             save_ablation(None, out)  # before minutes of measuring: whether it can be written
 

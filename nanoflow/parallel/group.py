@@ -89,14 +89,23 @@ class TensorGroup:
         size: all ranks, this one included.
         torchrun: they were started by torchrun, and come by themselves.
         then: what the user is told of a lost rank's consequences, behind the cause.
+        layers: only so many of the model's; None: all.
 
     Raises (from `with`) ConfigError if the device cannot be used.
     """
 
     def __init__(
-        self, model: ModelSection, engine: EngineSection, size: int, *, torchrun: bool = False, then: str = ""
+        self,
+        model: ModelSection,
+        engine: EngineSection,
+        size: int,
+        *,
+        torchrun: bool = False,
+        then: str = "",
+        layers: int | None = None,
     ) -> None:
         self.size = size
+        self._layers = layers
         self._then = f"; {then}" if then else ""
         self._model, self._engine, self._torchrun = model, engine, torchrun
         self._ranks: list[Child] = []
@@ -121,7 +130,7 @@ class TensorGroup:
         self._device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
         engine = self._engine.model_copy(update={"device": str(self._device)})
         self._store, port = open_store()
-        settings = RankSettings(self._model, engine, 0, self.size, share, port, TIMEOUT)
+        settings = RankSettings(self._model, engine, 0, self.size, share, port, TIMEOUT, self._layers)
         torch.set_num_threads(share)
         if device.type == "cuda":
             self._device_before = torch.cuda.current_device()
@@ -178,13 +187,21 @@ class TensorGroup:
                 send_handle(rank.link, self._writer.descriptor, rank.pid)
         return least
 
-    def executor(self, plans: tuple[str, ...], make: Callable[[Communicator], RankExecutor]) -> TensorParallelExecutor:
-        """Executors of `plans` on all ranks; `make` gives this one's. An earlier one must have been released."""
+    def executor(
+        self,
+        plans: tuple[str, ...],
+        make: Callable[[Communicator], RankExecutor],
+        *,
+        row_buckets: tuple[int, ...] | None = None,
+        random_cache: bool = False,
+    ) -> TensorParallelExecutor:
+        """Executors of `plans` on all ranks; `make` gives this one's. An earlier one must have been released. The rest
+        as `Build` has it; `make` must do the same."""
         assert self._writer is not None
         if self._builds:
             with self.blamed():
                 self._writer.pause()
-        self._tell(Build(plans, self._builds))
+        self._tell(Build(plans, self._builds, row_buckets, random_cache))
         if self._builds:
             self._communicator = self._meet()
         self._builds += 1

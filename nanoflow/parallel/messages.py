@@ -38,6 +38,8 @@ class RankSettings:
     """On 127.0.0.1, of the store where ranks find each other."""
     timeout: float
     """Seconds that a rank waits for the others in a collective."""
+    layers: int | None = None
+    """Only so many of the model's, for measuring; None: all."""
 
     def of_rank(self, rank: int) -> "RankSettings":
         """Of another rank: on a GPU, the devices follow one another from rank 0's on."""
@@ -72,3 +74,8 @@ class Build:
     """In their text form, so that all ranks run what rank 0 chose."""
     number: int
     """How many were made before it: each has communicators of its own."""
+    row_buckets: tuple[int, ...] | None = None
+    """Rows that a GPU's graphs are captured for; None: the usual ones. All ranks capture the same, since a capture is
+    preceded by an iteration of all of them."""
+    random_cache: bool = False
+    """Fill the KV cache with random values, for measuring: zeros draw less power."""

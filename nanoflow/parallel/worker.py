@@ -7,6 +7,7 @@ rank 0, which tells the user.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.reduction import recv_handle
 
@@ -39,6 +40,8 @@ def work(line: Line, settings: RankSettings) -> None:
     if settings.engine.device.startswith("cuda"):
         torch.cuda.set_device(settings.engine.device)  # first: nothing is to take memory of another rank's
     model = shard_model(open_model(settings.model, settings.engine), rank, size)
+    if settings.layers is not None:
+        model = replace(model, graph=replace(model.graph, layers=settings.layers))
     line.send(HERE)
     order: Load = line.recv()
     store = _store(settings)
@@ -57,7 +60,12 @@ def work(line: Line, settings: RankSettings) -> None:
         if build.number:
             communicator = meet(build.number)
         programs = [compile_program(plan, model.graph) for plan in _plans(build.plans)]
-        executor = make_executor(model, settings.engine, programs, weights, layout, communicator)
+        executor = make_executor(
+            model, settings.engine, programs, weights, layout, communicator, row_buckets=build.row_buckets
+        )
+        if build.random_cache:
+            for cache in executor.bound.kv:
+                cache.normal_()
         line.send(READY)
         goes_on = serve(executor, reader, line)
         executor.close()

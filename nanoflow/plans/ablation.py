@@ -23,7 +23,7 @@ from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.period import complete_period
 from nanoflow.pipeline.plan import MAIN_LANE, WHOLE, Entry, FrozenMapping, Plan, Stage
 from nanoflow.plans.case import PlanCase
-from nanoflow.plans.running import make_executor, mix_batch, open_here
+from nanoflow.plans.running import executor_here, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.files import check_writable, replace_file
 from nanoflow.search.measure import Block, Comparison, compare, output_error
@@ -42,6 +42,8 @@ class Ablation:
     mix: Mix
     model: str
     device: str
+    ranks: int
+    """Devices that share the model; joules and watts are of all of them."""
     rows: dict[str, int]
     """Rows of the dense batch as each plan pads it."""
     errors: dict[str, float]
@@ -68,6 +70,7 @@ class Ablation:
         return {
             "model": self.model,
             "device": self.device,
+            "ranks": self.ranks,
             "mix": asdict(self.mix),
             "plan": self.plan.dumps(),
             "plans": plans,
@@ -110,25 +113,24 @@ def ablate(
     """
     model, page_size, rows = open_here(case, device)
     plans = ablation_plans(case.plan, case.graph, rows)
-    executor = make_executor(model, list(plans.values()), case.mix, page_size, row_buckets=[rows])
-    try:
+    with executor_here(case, model, page_size, rows, list(plans.values())) as executor:
         batches = {
             name: mix_batch(case.mix, executor.cut, page_size, case.graph.vocab_size, number)
             for number, name in enumerate(plans)
         }
         errors = {name: output_error(executor, batches[SEQUENTIAL], batch) for name, batch in batches.items()}
-        joules = EnergyMeter(model.device).joules
+        joules = EnergyMeter(model.device, case.graph.ranks).joules
         found = compare(executor, batches, seconds=seconds, pairs=pairs, joules=joules, progress=progress)
-    finally:
-        executor.close()
     padded = {name: batch.rows for name, batch in batches.items()}
-    return Ablation(case.plan, case.mix, case.model, device_name(model.device), padded, errors, found)
+    where = device_name(model.device)
+    return Ablation(case.plan, case.mix, case.model, where, case.graph.ranks, padded, errors, found)
 
 
 def print_ablation(found: Ablation, console: Console) -> None:
     """A table: one plan a line."""
     comparison, tokens = found.comparison, found.mix.rows
-    table = Table(title=f"{found.model} on {found.device}: {found.mix}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    where = f"{found.ranks} x {found.device}" if found.ranks > 1 else found.device
+    table = Table(title=f"{found.model} on {where}: {found.mix}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title in ("plan", "rows", "ms", "tok/s", "W", "mJ/tok", "ratio", "least", "most", "error"):
         table.add_column(title, justify="left" if title == "plan" else "right", no_wrap=True)
     for name in comparison.blocks:

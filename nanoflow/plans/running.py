@@ -1,6 +1,7 @@
 """Plans on this machine: an executor with random weights, and one mix of requests laid out for each of its programs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,10 @@ from nanoflow.errors import InputError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
 from nanoflow.loading import PAGE_SIZES, Model, machine_fingerprint, open_model
 from nanoflow.ops.batch import DenseBatch, SamplingBatch
+from nanoflow.ops.communicator import Communicator
+from nanoflow.parallel.executor import RunExecutor
+from nanoflow.parallel.group import TensorGroup, check_ranks
+from nanoflow.parallel.messages import KVNeeds, Load
 from nanoflow.pipeline.bound_programs import make_caches
 from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
@@ -27,7 +32,7 @@ from nanoflow.plans.case import PlanCase
 from nanoflow.search.mix import Mix
 from nanoflow.weights import load_weights
 
-__all__ = ["make_executor", "mix_batch", "mix_kv", "mix_pages", "open_here", "random_caches"]
+__all__ = ["executor_here", "make_executor", "mix_batch", "mix_kv", "mix_pages", "open_here", "random_caches"]
 
 
 def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
@@ -129,6 +134,7 @@ def make_executor(
     marks: bool = False,
     weights: Weights | None = None,
     caches: Sequence[torch.Tensor] | None = None,
+    communicator: Communicator | None = None,
 ) -> CudaExecutor | ReferenceExecutor:
     """An executor of `plans` on the model's device, with random weights and a random KV cache of what `mix` takes.
 
@@ -137,13 +143,14 @@ def make_executor(
     Args:
         weights: those of another executor of the model; None: they are made.
         caches: the KV cache of one of the same mix (`random_caches`); None: it is made.
+        communicator: to the other ranks that share the model.
     """
     programs = [compile_program(plan, model.graph) for plan in plans]
     kv = mix_kv(model, mix, page_size)
     weights = weights or load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
     count = mix.decode + len(mix.prompts)
     sizes: dict[str, Any] = {"slots": count, "dtype": model.dtype, "device": model.device, "marks": marks}
-    sizes["caches"] = caches
+    sizes |= {"caches": caches, "communicator": communicator}
     executor: CudaExecutor | ReferenceExecutor
     try:
         if model.device.type == "cuda":
@@ -161,6 +168,55 @@ def make_executor(
         for cache in executor.bound.kv:
             cache.normal_()
     return executor
+
+
+@contextmanager
+def executor_here(
+    case: PlanCase, model: Model, page_size: int, rows: int, plans: Sequence[Plan], *, marks: bool = False
+) -> Iterator[RunExecutor]:
+    """An executor of `plans` on what `open_here` gave, closed in the end: `make_executor` says of what.
+
+    Where ranks share the model of `case`, it is one of all of them, which are started and ended here; `marks` are this
+    rank's. Raises UserError, from `with`, also if a rank is lost.
+    """
+    mix, ranks = case.mix, case.graph.ranks
+    if ranks == 1:
+        executor: RunExecutor = make_executor(model, plans, mix, page_size, row_buckets=[rows], marks=marks)
+        try:
+            yield executor
+        finally:
+            executor.close()
+        return
+    capacity = max(plan.capacity for plan in plans)
+    slots = mix.decode + len(mix.prompts)
+    engine = EngineSection(device=str(model.device), max_batch_tokens=capacity, max_running=slots)
+    by_torchrun = check_ranks(engine, ranks)
+    section = ModelSection(path=case.model_path, weights="random")
+    with TensorGroup(section, engine, ranks, torchrun=by_torchrun, layers=case.graph.layers) as group:
+        pages = mix_pages(mix, page_size)
+        group.load(Load("random", KVNeeds(pages - 1, pages - 1)))
+        weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
+        if group.least(pages) < pages:
+            raise OutOfMemoryError(f"--layers, --decode, --prompts: the KV cache of {mix} does not fit all ranks' GPUs")
+        executor = group.executor(
+            tuple(plan.dumps() for plan in plans),
+            lambda communicator: make_executor(
+                model,
+                plans,
+                mix,
+                page_size,
+                row_buckets=[rows],
+                marks=marks,
+                weights=weights,
+                communicator=communicator,
+            ),
+            row_buckets=(rows,),
+            random_cache=True,
+        )
+        try:
+            yield executor
+        finally:
+            executor.close()
 
 
 def mix_kv(model: Model, mix: Mix, page_size: int) -> KVLayout:

@@ -16,7 +16,7 @@ from nanoflow.loading import device_name
 from nanoflow.ops.batch import StepOutput
 from nanoflow.plans.case import PlanCase
 from nanoflow.plans.chrome_trace import TraceInfo, write_trace
-from nanoflow.plans.running import make_executor, mix_batch, open_here
+from nanoflow.plans.running import executor_here, mix_batch, open_here
 from nanoflow.report import versions
 from nanoflow.search.cost_model import works_of
 from nanoflow.search.timeline import measured_timeline
@@ -29,7 +29,7 @@ ITERATIONS = {"cuda": 51, "cpu": 5}
 
 
 def trace_plan(case: PlanCase, out: Path, *, device: str = "auto", iterations: int | None = None) -> TraceInfo:
-    """Run `case.plan` on its mix and write the trace to `out`.
+    """Run `case.plan` on its mix and write the trace to `out`; where ranks share the model, rank 0's.
 
     Args:
         device: as `engine.device` of a run.
@@ -38,8 +38,7 @@ def trace_plan(case: PlanCase, out: Path, *, device: str = "auto", iterations: i
     Raises UserError.
     """
     model, page_size, rows = open_here(case, device)
-    executor = make_executor(model, [case.plan], case.mix, page_size, row_buckets=[rows], marks=True)
-    try:
+    with executor_here(case, model, page_size, rows, [case.plan], marks=True) as executor:
         batch = mix_batch(case.mix, executor.cut, page_size, case.graph.vocab_size)
 
         def run() -> StepOutput:
@@ -51,8 +50,6 @@ def trace_plan(case: PlanCase, out: Path, *, device: str = "auto", iterations: i
         for _ in range(iterations or ITERATIONS[model.device.type]):
             output = run()
             found.append((output.seconds, executor.step_times()))
-    finally:
-        executor.close()
     seconds, times = sorted(found, key=lambda one: one[0])[len(found) // 2]
     works = works_of(batch)
     sms = device_sms(model.device)

@@ -1,6 +1,9 @@
 """Plans for ranks that share a model: estimates with a network lane, what the commands show, who may run them."""
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.plan import FrozenMapping, Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 from nanoflow.plans.case import H100, H200, NVLINK4, open_case, open_graph
-from nanoflow.plans.chrome_trace import trace_events
+from nanoflow.plans.chrome_trace import read_trace, trace_events
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.fingerprint import Fingerprint, graph_shape, ranks_of
 from nanoflow.search.mix import Mix, mix_works
@@ -253,3 +256,58 @@ def test_nothing_but_collectives_goes_over_the_wire() -> None:
 
     assert [op.name for op in RANK.layer if sends(op)] == ["o_all_reduce", "down_all_reduce"]
     assert not any(map(sends, WHOLE.layer))
+
+
+TINY = """\
+model: tiny-llama
+capacity: 32
+nano_batches:
+  a: {decode: 0.5, prefill: 0.5, rows: 16}
+  b: {decode: 0.5, prefill: 0.5, rows: 16}
+period:
+- whole:
+    compute: [o.a, o.b, add_norm.a, gate_up.a, down.a, add_norm.b, gate_up.b, down.b, add.a, qkv.a@1, add.b, qkv.b@1,
+              decode_attention.a@1, decode_attention.b@1]
+    network: [o_all_reduce.a, o_all_reduce.b, down_all_reduce.a, down_all_reduce.b]
+"""
+SMALL = ["--tensor", "2", "--layers", "2", "--decode", "9", "--context", "30", "--prompts", "7,8"]
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose end ends its ranks: nothing can hang longer than this."""
+    command = [sys.executable, "-m", "nanoflow", "plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_plan_is_traced_and_ablated_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    traced = started("trace", "tiny.yaml", *SMALL, "--device", "cpu", "--iterations", "2")
+    assert traced.returncode == 0, traced.stderr
+    trace = read_trace(tmp_path / "tiny.trace.json")
+    program = open_case("tiny.yaml", layers=2, tensor=2).program
+    timeline = trace.timeline(program)
+    sums = [span for span in timeline.spans if span.resource == "network"]
+    assert len(sums) == 2 * 2 * 2 and all(span.lane == "network" and span.seconds > 0 for span in sums)
+    for span, before in zip(timeline.spans, program.predecessors, strict=True):
+        assert span.start >= max((timeline.spans[index].end for index in before), default=0.0) - 1e-9
+    drawn = run("plot", "tiny.yaml", "--tensor", "2", "--trace", "tiny.trace.json", "--out", "measured.svg")
+    assert drawn.exit_code == 0, drawn.output
+    assert "wire GB/s" in Path("measured.svg").read_text()
+
+    blocks = ["--seconds", "0.05", "--pairs", "2", "--out", "found.json"]
+    ablated = started("ablate", "tiny.yaml", *SMALL, "--device", "cpu", *blocks)
+    assert ablated.returncode == 0, ablated.stderr
+    assert "tiny-llama on 2 x cpu" in ablated.stdout
+    found = json.loads(Path("found.json").read_text())
+    assert found["ranks"] == 2 and list(found["plans"]) == ["sequential", "nano-batches", "overlapped"]
+    assert all(each["output_error"] < 1e-4 and len(each["blocks"]) == 2 for each in found["plans"].values())
+
+
+def test_too_many_ranks_for_the_model_are_refused_before_any_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    refused = run("trace", "tiny.yaml", "--tensor", "3", "--device", "cpu")
+    assert refused.exit_code == 2 and "--tensor 3: parallel.tensor: 3 ranks cannot share this model" in refused.output

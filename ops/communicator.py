@@ -68,7 +68,7 @@ class Communicator(Protocol):
         """A block on each rank, with `room` bytes of data, that all ranks read and write; not while a graph is
         captured.
 
-        Every rank asks for the same ones in the same order, by names of their own. It lives as long as it is kept.
+        Every rank asks for the same ones in the same order, by names of their own. The caller closes it.
 
         Raises PeerMemoryError where devices do not reach each other's memory, on all ranks.
         """

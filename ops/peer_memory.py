@@ -8,8 +8,9 @@ A block begins with a few counters and flags (`nanoflow.ops.all_reduce_triton` s
 All flags are zero when the ranks have met.
 """
 
+import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -46,38 +47,44 @@ class PeerMemory:
         rank: whose end this is.
         blocks: uint8, of all ranks, contiguous, of one size; those of other ranks are their memory, not copies.
         timeout: seconds after which a kernel that waits for another rank gives up.
-        keep: what the blocks live as long as.
+        release: gives the memory back.
 
     Attributes:
+        size: ranks.
         addresses: int64 [N], where this rank's device finds the blocks.
         room: bytes of data in each block.
     """
 
-    def __init__(self, rank: int, blocks: Sequence[torch.Tensor], timeout: float, keep: Any = None) -> None:
+    def __init__(
+        self, rank: int, blocks: Sequence[torch.Tensor], timeout: float, release: Callable[[], None] | None = None
+    ) -> None:
         self.rank = rank
+        self.size = len(blocks)
         self.blocks = tuple(blocks)
         self.timeout = timeout
-        self._keep = keep
+        self._release = release
         own = self.blocks[rank]
         self.begin = data_begin(self.size)
         self.room = own.numel() - self.begin
         self.addresses = torch.tensor([block.data_ptr() for block in self.blocks], dtype=torch.int64, device=own.device)
-
-    @property
-    def size(self) -> int:
-        """Ranks."""
-        return len(self.blocks)
 
     def data(self, rank: int, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """`count` elements of a rank's data, from byte `offset` on."""
         begin = self.begin + offset
         return self.blocks[rank][begin : begin + count * dtype.itemsize].view(dtype)
 
+    def close(self) -> None:
+        """Give this rank's end back. Nothing on its device may be using it; other ranks may go on with theirs."""
+        self.blocks = ()
+        if self._release is not None:
+            self._release()
+
 
 def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, room: int, timeout: float) -> PeerMemory:
     """Allocate a block with `room` bytes of data on this GPU, and meet the other ranks, who do the same.
 
     Not while a graph is captured. Every rank calls it as often as the others, with a `store` that nothing else uses.
+    What is not closed stays until the process ends.
 
     Raises:
         PeerMemoryError: the devices do not reach each other, or this build of torch or the driver has no such memory;
@@ -109,7 +116,11 @@ def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, roo
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PeerMemoryError(f"rank {rank} has no memory in common with the others ({reason})") from error
-    return PeerMemory(rank, blocks, timeout, (block, handle, group))
+    keep = [block, handle, group]
+    # Never collected: torch waits for the device before it frees such memory, and where that fails, because a kernel
+    # has failed on it, the process is aborted and its message lost.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(keep))
+    return PeerMemory(rank, blocks, timeout, keep.clear)
 
 
 def _check_reach(store: Any, rank: int, size: int, device: torch.device) -> None:

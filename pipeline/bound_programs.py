@@ -108,6 +108,12 @@ class BoundPrograms:
         self._communicators = {} if communicator is None else self._twins(communicator)
         self._peers = {} if communicator is None else self._peer_memory(communicator, dtype)
 
+    def close(self) -> None:
+        """Give back what the ranks have in common of their memory; nothing runs any more, and graphs are gone."""
+        for memory in dict.fromkeys(self._peers.values()):
+            memory.close()
+        self._peers.clear()
+
     def sms(self, program: int, step: Step) -> int | None:
         """SMs that a step of a program has; None if its lane is not confined."""
         return self.programs[program].plan.lane_sms(step.stage, step.lane) if self._confined else None

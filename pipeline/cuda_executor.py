@@ -233,6 +233,7 @@ class CudaExecutor:
         self._in_flight.clear()
         self._layers.clear()
         self._heads.clear()
+        self.bound.close()
         self.lanes.close()
         gc.unfreeze()
 

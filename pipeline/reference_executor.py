@@ -115,6 +115,7 @@ class ReferenceExecutor:
         """Wait for what runs, drop what was not collected, and end the worker thread."""
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._in_flight.clear()
+        self.bound.close()
 
     @torch.inference_mode()
     def _run(self, host: DenseBatch) -> StepOutput:

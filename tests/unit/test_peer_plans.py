@@ -82,6 +82,8 @@ def test_each_lane_and_form_has_memory_of_its_own() -> None:
     assert communicator.twins == []
     assert bound._peers[0, "down_all_reduce", "two"] is communicator.made["two-two_shot"]
     assert bound._peers[0, "down_all_reduce", "one"] is communicator.made["one-two_shot"]
+    bound.close()
+    assert not any(memory.blocks for memory in communicator.made.values())
 
 
 def test_other_forms_have_none() -> None:

@@ -107,7 +107,7 @@ def test_a_run_answers_the_longest_first_with_the_same_records(job: Job) -> None
 
 
 def test_the_queue_is_filled_up_to_a_block_and_no_further(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanoflow.serving.BLOCK", 12)
+    monkeypatch.setattr("nanoflow.engine.BLOCK", 12)
     monkeypatch.setattr("nanoflow.waiting.BLOCK", 12)
     waited = []
 

@@ -11,15 +11,28 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import FileStore
 from triton.runtime import interpreter
 
+from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops import all_reduce_triton, peer_all_reduce as forms
+from nanoflow.ops.communicator import TorchCommunicator
+from nanoflow.ops.graph import RESIDUAL
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_room
 from nanoflow.ops.peer_memory import FLAGS, PeerMemory, data_begin
+from nanoflow.ops.sharding import shard_graph
+from nanoflow.pipeline.executor import KVLayout
+from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.program import compile_program
+from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from nanoflow.weights import load_weights
+from tests.unit.ops_harness import Pages, Piece, dense_batch
+from tests.unit.rank_models import graph_of, save
 
 SECONDS = 120
 """Until processes that wait for each other are given up, on any machine."""
@@ -155,3 +168,85 @@ def test_too_little_memory_is_refused() -> None:
     peers = PeerMemory(0, [torch.zeros(data_begin(2) + 1024, dtype=torch.uint8) for _ in range(2)], 60.0)
     with pytest.raises(ValueError, match="one_shot of 300 elements needs 6144 bytes of peer memory, and has 1024"):
         forms.peer_all_reduce("one_shot", torch.zeros(300), peers, None)
+
+
+LANES = """
+capacity: 32
+nano_batches: {a: {decode: 1/2, prefill: 1/2, rows: 16}, b: {decode: 1/2, prefill: 1/2, rows: 16}}
+kernels: {o_all_reduce: FIRST, down_all_reduce: SECOND}
+period:
+- whole:
+    compute: [qkv.a, decode_attention.a, prefill_attention.a, o.a, qkv.b, decode_attention.b, prefill_attention.b, o.b,
+      add_norm.a, gate_up.a, down.a, add_norm.b, gate_up.b, down.b]
+    one: [o_all_reduce.a, o_all_reduce.b, down_all_reduce.a]
+    two: [down_all_reduce.b]
+"""
+
+
+class Shared(TorchCommunicator):
+    """Joined by gloo; and what it has in common of its memory was there before the ranks."""
+
+    memory: dict[str, list[torch.Tensor]]
+
+    def peer_memory(self, name: str, room: int) -> PeerMemory:
+        begin = data_begin(self.size)
+        return PeerMemory(self.rank, [block[: begin + room] for block in self.memory[name]], 60.0)
+
+
+def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
+    """Whole iterations of two ranks, the forms on two lanes whose nano-ops run in random orders."""
+    graph = graph_of()
+    pages = Pages(page_size=8, requests=2, columns=4)
+    batches = [
+        dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(7))]], pages, padding=1),
+        dense_batch([[Piece(0, 11, [77], decode=True)], [Piece(1, 7, [8, 9, 10])]], pages, padding=1),
+        dense_batch([[Piece(0, 12, [78], decode=True)], [Piece(1, 10, [11], decode=True)]], pages),
+    ]
+    (tmp_path / "model").mkdir()
+    save(tmp_path / "model")
+    plans = [("copy_engine", "two_shot"), ("one_shot", "copy_engine"), ("two_shot", "one_shot")]
+    memory = [{f"{lane}-{form}": blocks(2, 2**18) for lane in ("one", "two") for form in PEER_FORMS} for _ in plans]
+
+    def rank_main(rank: int) -> None:
+        share = shard_graph(graph, rank, 2)
+        weights = load_weights(share, open_checkpoint(str(tmp_path / "model")), torch.float32, "cpu")
+        store = FileStore(str(tmp_path / "store"), 2)
+
+        def residuals(first: str, second: str, name: str, memory: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
+            communicator = Shared(store, rank, 2, torch.device("cpu"), timeout=60.0, name=name)
+            communicator.memory = memory
+            plan = Plan.loads(LANES.replace("FIRST", first).replace("SECOND", second), share)
+            executor = ReferenceExecutor(
+                [compile_program(plan, share)], weights, KVLayout(pages.pool, pages.page_size), slots=2,
+                dtype=torch.float32, device=torch.device("cpu"), seed=rank, communicator=communicator,
+            )  # fmt: skip
+            found = []
+            for batch in batches:
+                executor.launch(batch)
+                executor.collect()
+                found.append(executor.bound.buffers[RESIDUAL][: batch.rows].clone())
+            executor.close()
+            communicator.close()
+            return found
+
+        expected = residuals("reference", "reference", "reference", {})
+        at_odds(rank)
+        for number, (first, second) in enumerate(plans):
+            found = residuals(first, second, str(number), memory[number])
+            assert all(map(torch.equal, found, expected)), (first, second)
+
+    on_ranks(2, rank_main)
+    used = [name for each in memory for name, pair in each.items() if pair[0][:4].view(torch.int32).item()]
+    assert sorted(used) == sorted(
+        [
+            "one-copy_engine",
+            "one-two_shot",
+            "two-two_shot",
+            "one-one_shot",
+            "one-copy_engine",
+            "two-copy_engine",
+            "one-two_shot",
+            "one-one_shot",
+            "two-one_shot",
+        ]
+    )

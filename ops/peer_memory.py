@@ -84,8 +84,8 @@ def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, roo
     """Allocate a block with `room` bytes of data on this GPU, and meet the other ranks, who do the same.
 
     Not while a graph is captured. Every rank calls it as often as the others, with a `store` that nothing else uses.
-    What is not closed stays until the process ends. torch hands the mappings over without a timeout: that a rank is lost
-    in the middle of it, whoever watches the processes has to notice.
+    What is not closed stays until the process ends. torch hands the mappings over without a timeout: whoever watches
+    the processes has to notice a rank that is lost in the middle of it.
 
     Raises:
         PeerMemoryError: the devices do not reach each other, or this build of torch or the driver has no such memory;

@@ -66,8 +66,7 @@ def refuse_ranks(config: RunConfig, command: str) -> None:
     if config.parallel.tensor > 1:
         raise ConfigError(
             f"parallel.tensor: {config.parallel.tensor}, but {command} measures a model on one device as yet; "
-            + ("add --simulate to estimate plans for several, or " if command.endswith("tune") else "")
-            + "use --set parallel.tensor=1"
+            "use --set parallel.tensor=1"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nanoflow.config import load_config, refuse_ranks
+from nanoflow.config import load_config
 from nanoflow.errors import InputError
 from nanoflow.interrupt import Interrupted, Interrupts
 from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
@@ -78,7 +78,6 @@ def tune(
                 simulate_job(loaded, gpu=gpu, minutes=minutes, trials=trials, out=out, seed=seed), Console()
             )
             return
-        refuse_ranks(loaded, "nanoflow tune")
         from nanoflow.tuning.progress import TuneProgress
         from nanoflow.tuning.report import print_outcome
         from nanoflow.tuning.tune import tune as tune_job  # loads torch

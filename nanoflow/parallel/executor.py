@@ -4,15 +4,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from nanoflow.errors import OutOfMemoryError
 from nanoflow.ops.batch import DenseBatch, StepOutput
 from nanoflow.ops.sampling import Sampler
 from nanoflow.pipeline.bound_programs import BoundPrograms
 from nanoflow.pipeline.cuda_executor import CudaExecutor
+from nanoflow.pipeline.plan import PlanError
 from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import BatchCutter
 
-__all__ = ["OtherRanks", "RankExecutor", "RunExecutor", "TensorParallelExecutor"]
+__all__ = ["BUILD_ERRORS", "OtherRanks", "RankExecutor", "RunExecutor", "TensorParallelExecutor"]
+
+BUILD_ERRORS = (OutOfMemoryError, PlanError, RuntimeError)
+"""What an executor of plans that cannot run here raises: kernels that cannot be launched so raise RuntimeError."""
 
 RankExecutor = CudaExecutor | ReferenceExecutor
 """What runs one rank's share."""

@@ -25,8 +25,8 @@ from nanoflow.loading import Model, shard_model
 from nanoflow.ops.batch import DenseBatch
 from nanoflow.ops.communicator import TIMEOUT, Communicator, CommunicatorError, TorchCommunicator
 from nanoflow.parallel.batches import BatchWriter
-from nanoflow.parallel.executor import RankExecutor, TensorParallelExecutor
-from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, Load, RankSettings
+from nanoflow.parallel.executor import BUILD_ERRORS, RankExecutor, TensorParallelExecutor
+from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, RankSettings
 from nanoflow.parallel.processes import SILENT_SECONDS, Child, Loss, Watch, leave, start
 from nanoflow.parallel.torchrun import accept_ranks, check_place
 from nanoflow.search.ceilings import measure_link
@@ -116,6 +116,8 @@ class TensorGroup:
         self._writer: BatchWriter | None = None
         self._store: Any = None
         self._builds = 0
+        self._serving = False
+        """Whether the ranks have an executor, and wait for batches."""
         self._awaited: float | None = None
         """Seconds for which an iteration has been waited for, if one is."""
         self._finished = threading.Event()
@@ -193,21 +195,45 @@ class TensorGroup:
         make: Callable[[Communicator], RankExecutor],
         *,
         row_buckets: tuple[int, ...] | None = None,
-        random_cache: bool = False,
+        measuring: bool = False,
     ) -> TensorParallelExecutor:
         """Executors of `plans` on all ranks; `make` gives this one's. An earlier one must have been released. The rest
-        as `Build` has it; `make` must do the same."""
+        as `Build` has it; `make` must do the same.
+
+        Raises ParallelError. When measuring, what `make` raises is raised once all ranks have said that they cannot
+        either, and others may be asked for; that some can and some cannot is a ParallelError.
+        """
         assert self._writer is not None
-        if self._builds:
+        if self._serving:
             with self.blamed():
                 self._writer.pause()
-        self._tell(Build(plans, self._builds, row_buckets, random_cache))
+            self._serving = False
+        self._tell(Build(plans, self._builds, row_buckets, measuring))
         if self._builds:
             self._communicator = self._meet()
         self._builds += 1
-        with self.blamed():
-            own = make(self._communicator)
-        self._hear(READY)
+        own, failure = None, None
+        try:
+            with self.blamed():
+                own = make(self._communicator)
+        except BUILD_ERRORS as error:
+            if not measuring:
+                raise
+            failure = error
+        # One that could not build may have left the others in a collective, which on a GPU would not end.
+        answers = self._hear(None if measuring else READY, TIMEOUT if failure is not None else None)
+        refused = [answer.why for answer in answers if isinstance(answer, CannotBuild)]
+        if failure is not None and len(refused) == len(answers):
+            self._communicator.close()
+            try:
+                raise failure
+            finally:
+                del failure  # whose traceback holds on to what was made
+        if failure is not None or refused:
+            why = refused[0] if refused else str(failure).splitlines()[0]
+            raise ParallelError(f"a plan can run on some ranks and not on all: {why}{self._then}")
+        assert own is not None
+        self._serving = True
         return TensorParallelExecutor(own, self, self._communicator.close)
 
     # What the executor needs.
@@ -251,12 +277,16 @@ class TensorGroup:
             for rank in self._ranks:
                 rank.link.send(message)
 
-    def _hear(self, expected: object) -> list[Any]:
-        """A message of every rank, in their order; all are `expected` unless that is None."""
+    def _hear(self, expected: object, seconds: float | None = None) -> list[Any]:
+        """A message of every rank, in their order, in `seconds` if given; all are `expected` unless that is None."""
         found: dict[Connection, Any] = {}
+        begun = time.monotonic()
         with self.blamed():
             while len(found) < len(self._ranks):
                 self._check()
+                if seconds is not None and time.monotonic() > begun + seconds:
+                    self._broken = True
+                    raise ParallelError(f"a rank has not answered in {seconds:.0f} s: it hangs{self._then}")
                 for line in wait([rank.link for rank in self._ranks if rank.link not in found], 0.1):
                     assert isinstance(line, Connection)
                     found[line] = line.recv()

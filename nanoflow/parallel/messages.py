@@ -6,7 +6,8 @@ rank 0 -> r     Load                           meet; measure the link between th
 rank r -> 0     int                            pages that fit there
 rank 0 -> r     int, a descriptor              the least of all ranks' pages; the memory of the batches
 rank 0 -> r     Build                          executor of these plans
-rank r -> 0     READY                          then batches, up to the next Build or the line's end
+rank r -> 0     READY                          then batches, up to the next Build or the line's end; when measuring, or
+                CannotBuild                    then the next Build
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import torch
 
 from nanoflow.config_schema import EngineSection, ModelSection
 
-__all__ = ["HERE", "LINK_DTYPE", "READY", "Build", "KVNeeds", "Load", "RankSettings"]
+__all__ = ["HERE", "LINK_DTYPE", "READY", "Build", "CannotBuild", "KVNeeds", "Load", "RankSettings"]
 
 HERE, READY = "here", "ready"
 LINK_DTYPE = torch.float32
@@ -63,7 +64,10 @@ class Load:
     """Meet the other ranks, and load the weights."""
 
     weights: Literal["load", "random"]
-    needs: KVNeeds
+    needs: KVNeeds | int
+    """Or, for measuring, so many pages, whatever is configured."""
+    longest: int = 0
+    """Tokens of the longest request, for measuring, where it may be longer than the model allows."""
 
 
 @dataclass(frozen=True)
@@ -77,5 +81,13 @@ class Build:
     row_buckets: tuple[int, ...] | None = None
     """Rows that a GPU's graphs are captured for; None: the usual ones. All ranks capture the same, since a capture is
     preceded by an iteration of all of them."""
-    random_cache: bool = False
-    """Fill the KV cache with random values, for measuring: zeros draw less power."""
+    measuring: bool = False
+    """The KV cache is filled with random values, since zeros draw less power, and plans that cannot run here are told
+    of, not raised."""
+
+
+@dataclass(frozen=True)
+class CannotBuild:
+    """What was asked for cannot run on this rank; it waits for another order."""
+
+    why: str

@@ -15,10 +15,10 @@ import torch
 
 from nanoflow.loading import kv_layout, kv_pages, make_executor, open_model, shard_model
 from nanoflow.memory import release
-from nanoflow.ops.communicator import TorchCommunicator
+from nanoflow.ops.communicator import CommunicatorError, TorchCommunicator
 from nanoflow.parallel.batches import BatchReader
-from nanoflow.parallel.executor import RankExecutor
-from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, Load, RankSettings
+from nanoflow.parallel.executor import BUILD_ERRORS, RankExecutor
+from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, RankSettings
 from nanoflow.parallel.processes import Line
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import compile_program
@@ -27,6 +27,9 @@ from nanoflow.weights import load_weights
 
 __all__ = ["work"]
 
+ORDER_SECONDS = 600.0
+"""After plans that cannot run here, how long another order is waited for: rank 0 finds that it cannot run them either,
+unless it waits for this rank."""
 PATIENCE_SECONDS = 1.0
 """With an iteration in flight, how long the next batch is waited for before the one in flight is: where it has failed,
 rank 0 may be waiting for this rank, and would send no other."""
@@ -44,6 +47,7 @@ def work(line: Line, settings: RankSettings) -> None:
         model = replace(model, graph=replace(model.graph, layers=settings.layers))
     line.send(HERE)
     order: Load = line.recv()
+    model = replace(model, max_model_len=max(model.max_model_len, order.longest))
     store = _store(settings)
 
     def meet(number: int) -> TorchCommunicator:
@@ -52,7 +56,8 @@ def work(line: Line, settings: RankSettings) -> None:
     communicator = meet(0)
     measure_link(communicator, model.device, LINK_DTYPE)
     weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, order.weights)
-    line.send(kv_pages(model, settings.engine, order.needs))
+    needs = order.needs
+    line.send(needs if isinstance(needs, int) else kv_pages(model, settings.engine, needs))
     layout = kv_layout(model, settings.engine, line.recv())
     reader = BatchReader(recv_handle(line), rank - 1, line, readers=size - 1)
     while True:
@@ -60,10 +65,23 @@ def work(line: Line, settings: RankSettings) -> None:
         if build.number:
             communicator = meet(build.number)
         programs = [compile_program(plan, model.graph) for plan in _plans(build.plans)]
-        executor = make_executor(
-            model, settings.engine, programs, weights, layout, communicator, row_buckets=build.row_buckets
-        )
-        if build.random_cache:
+        why = ""
+        try:
+            executor = make_executor(
+                model, settings.engine, programs, weights, layout, communicator, row_buckets=build.row_buckets
+            )
+        except BUILD_ERRORS as error:
+            if not build.measuring or isinstance(error, CommunicatorError):
+                raise
+            why = str(error).splitlines()[0]
+        if why:  # out of the handler, whose traceback holds on to what was made
+            communicator.close()
+            release(model.device)
+            line.send(CannotBuild(why))
+            if not line.poll(ORDER_SECONDS):  # on a GPU nothing else would end what it waits for
+                raise CommunicatorError(f"rank 0 has given no other order in {ORDER_SECONDS:.0f} s after: {why}")
+            continue
+        if build.measuring:
             for cache in executor.bound.kv:
                 cache.normal_()
         line.send(READY)

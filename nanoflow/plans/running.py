@@ -19,7 +19,7 @@ from nanoflow.ops.batch import DenseBatch, SamplingBatch
 from nanoflow.ops.communicator import Communicator
 from nanoflow.parallel.executor import RunExecutor
 from nanoflow.parallel.group import TensorGroup, check_ranks
-from nanoflow.parallel.messages import KVNeeds, Load
+from nanoflow.parallel.messages import Load
 from nanoflow.pipeline.bound_programs import make_caches
 from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
@@ -135,6 +135,7 @@ def make_executor(
     weights: Weights | None = None,
     caches: Sequence[torch.Tensor] | None = None,
     communicator: Communicator | None = None,
+    slots: int | None = None,
 ) -> CudaExecutor | ReferenceExecutor:
     """An executor of `plans` on the model's device, with random weights and a random KV cache of what `mix` takes.
 
@@ -144,11 +145,12 @@ def make_executor(
         weights: those of another executor of the model; None: they are made.
         caches: the KV cache of one of the same mix (`random_caches`); None: it is made.
         communicator: to the other ranks that share the model.
+        slots: of requests, the same on all ranks; None: as many as the mix has.
     """
     programs = [compile_program(plan, model.graph) for plan in plans]
     kv = mix_kv(model, mix, page_size)
     weights = weights or load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
-    count = mix.decode + len(mix.prompts)
+    count = mix.decode + len(mix.prompts) if slots is None else slots
     sizes: dict[str, Any] = {"slots": count, "dtype": model.dtype, "device": model.device, "marks": marks}
     sizes |= {"caches": caches, "communicator": communicator}
     executor: CudaExecutor | ReferenceExecutor
@@ -194,10 +196,9 @@ def executor_here(
     section = ModelSection(path=case.model_path, weights="random")
     with TensorGroup(section, engine, ranks, torchrun=by_torchrun, layers=case.graph.layers) as group:
         pages = mix_pages(mix, page_size)
-        group.load(Load("random", KVNeeds(pages - 1, pages - 1)))
+        group.load(Load("random", pages, longest_request(mix)))
         weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
-        if group.least(pages) < pages:
-            raise OutOfMemoryError(f"--layers, --decode, --prompts: the KV cache of {mix} does not fit all ranks' GPUs")
+        group.least(pages)
         executor = group.executor(
             tuple(plan.dumps() for plan in plans),
             lambda communicator: make_executor(
@@ -211,7 +212,7 @@ def executor_here(
                 communicator=communicator,
             ),
             row_buckets=(rows,),
-            random_cache=True,
+            measuring=True,
         )
         try:
             yield executor

@@ -11,7 +11,7 @@ import torch
 from nanoflow.config_schema import RunConfig
 from nanoflow.devices import device_sms
 from nanoflow.errors import OutputError
-from nanoflow.loading import Model, device_name, here_kv_tokens, open_model, run_fingerprint
+from nanoflow.loading import Model, device_name, here_kv_tokens, open_model, run_fingerprint, shard_model
 from nanoflow.ops.attention import FEWER_PROGRAMS
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.pipeline.plan import Plan
@@ -25,6 +25,7 @@ from nanoflow.search.files import replace_file, slug
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.mix import Mix
 from nanoflow.search.rates import CeilingRates, Rates
+from nanoflow.search.space import collective_forms
 from nanoflow.search.store import plan_folders
 from nanoflow.search.tuner import Target
 
@@ -59,7 +60,7 @@ class TuningJob:
     def target(self, mix: WeightedMix) -> Target:
         """What the search is asked for."""
         # With fewer programs attention leaves the products beside it more bandwidth; only measuring tells what is best.
-        kernels = tuple(FEWER_PROGRAMS) if self.sms else ()
+        kernels = (*FEWER_PROGRAMS, *collective_forms(self.model.graph)) if self.sms else ()
         return Target(self.model.graph, mix.mix, self.rows(mix)[1], self.rates, self.sms, kernels)
 
     def journal(self, mix: WeightedMix, folder: Path) -> Path:
@@ -90,7 +91,8 @@ def open_job(config: RunConfig, device: str | None, folder: Path) -> TuningJob:
     Raises UserError.
     """
     config = job_on(config, device)
-    model = open_model(config.model, config.engine)
+    # Of several ranks that share the model, this is one: their shares are alike.
+    model = shard_model(open_model(config.model, config.engine), 0, config.parallel.tensor)
     here = run_fingerprint(model, config.engine)
     on_gpu = model.device.type == "cuda"
     row_buckets = buckets(config.engine.max_batch_tokens) if on_gpu and config.engine.cuda_graphs else ()

@@ -2,7 +2,7 @@
 
 Contract: nothing of a round is left on the device when it is over, whatever became of it: graphs, buffers and
 partitions go, weights and KV cache stay. A plan that does not fit, cannot be captured or gives wrong outputs fails
-alone. Anything else, a device that is lost above all, is raised.
+alone. Anything else, a device or a rank that is lost above all, is raised.
 
 Pseudo-code of a round::
 
@@ -22,11 +22,12 @@ from nanoflow.errors import OutOfMemoryError
 from nanoflow.loading import Model
 from nanoflow.memory import release
 from nanoflow.ops.batch import DenseBatch
-from nanoflow.pipeline.cuda_executor import CudaExecutor
+from nanoflow.ops.communicator import Communicator
+from nanoflow.parallel.executor import RankExecutor, RunExecutor, TensorParallelExecutor
+from nanoflow.parallel.group import TensorGroup
 from nanoflow.pipeline.executor import Weights
 from nanoflow.pipeline.partitions import Partition, PartitionError, unavailable
 from nanoflow.pipeline.plan import Plan, PlanError
-from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.plans.running import longest_request, make_executor, mix_batch, random_caches
 from nanoflow.power import EnergyMeter
 from nanoflow.search.measure import LARGEST_ERROR, Block, Comparison, compare, output_error
@@ -79,6 +80,8 @@ class MixRounds:
         rows: that the mix is padded to.
         page_size: tokens of a KV page.
         stopping: asked between two blocks whether to end, by `Stopped`.
+        group: the other ranks, where some share the model, loaded and with enough pages for the mix.
+        slots: of requests, on all ranks; None: as many as the mix has.
 
     Raises OutOfMemoryError if the mix does not fit the device even in sequence.
     """
@@ -91,14 +94,18 @@ class MixRounds:
         rows: int,
         page_size: int,
         stopping: Callable[[], bool] = lambda: False,
+        *,
+        group: TensorGroup | None = None,
+        slots: int | None = None,
     ) -> None:
         self.mix, self.rows = mix, rows
         # Contexts are spread around their mean, and where all of the job's are long, beyond what the model would allow:
         # that changes nothing of the time, but page tables must have room.
         self._model = replace(model, max_model_len=max(model.max_model_len, longest_request(mix)))
         self._weights, self._stopping = weights, stopping
+        self._group, self._slots = group, slots
         self._page_size = page_size
-        self._joules = EnergyMeter(model.device).joules
+        self._joules = EnergyMeter(model.device, model.graph.ranks).joules
         self._caches: list[torch.Tensor] = []
         self._sequential = Plan.sequential(model.graph, rows)
         self._refused: dict[tuple[int, ...], str] = {}
@@ -175,18 +182,10 @@ class MixRounds:
         """The plans, by their number, beside the sequential one, and what is wrong with some of them; or why no
         executor of all of them can be made."""
         self._check_stop()
-        executor: CudaExecutor | ReferenceExecutor | None = None
+        executor: RunExecutor | None = None
         problem = ""
         try:
-            executor = make_executor(
-                self._model,
-                [self._sequential, *plans],
-                self.mix,
-                self._page_size,
-                row_buckets=[self.rows],
-                weights=self._weights,
-                caches=self._caches,
-            )
+            executor = self._executor([self._sequential, *plans])
         except (OutOfMemoryError, PlanError) as error:
             problem = str(error).splitlines()[0]
         except RuntimeError as error:  # a kernel that cannot be launched so
@@ -221,10 +220,34 @@ class MixRounds:
         except torch.OutOfMemoryError as error:  # of what is not captured
             problem = str(error).splitlines()[0]
         finally:
-            executor.close()
+            if not isinstance(executor, TensorParallelExecutor):
+                executor.close()
+            elif self._group is not None and not self._group.lost:
+                executor.release()  # the other ranks go on to the next round's
             del executor
         release(self._model.device)
         return problem or (comparison, wrong)
+
+    def _executor(self, plans: Sequence[Plan]) -> RunExecutor:
+        """Of `plans`, on all ranks; raises what `make_executor` does."""
+
+        def make(communicator: Communicator | None = None) -> RankExecutor:
+            return make_executor(
+                self._model,
+                plans,
+                self.mix,
+                self._page_size,
+                row_buckets=[self.rows],
+                weights=self._weights,
+                caches=self._caches,
+                communicator=communicator,
+                slots=self._slots,
+            )
+
+        if self._group is None:
+            return make()
+        texts = tuple(plan.dumps() for plan in plans)
+        return self._group.executor(texts, make, row_buckets=(self.rows,), measuring=True)
 
     def _refuses(self, plan: Plan) -> str:
         """Why the device cannot be split as the plan says, or nothing."""
@@ -258,7 +281,7 @@ def _outcome(comparison: Comparison, name: str) -> Outcome:
     return Outcome(median(comparison.ratios(SEQUENTIAL, name)), figures=figures)
 
 
-def _wrong(executor: CudaExecutor | ReferenceExecutor, batches: Mapping[str, DenseBatch]) -> dict[str, str]:
+def _wrong(executor: RunExecutor, batches: Mapping[str, DenseBatch]) -> dict[str, str]:
     """Of the plans whose outputs are not those of the sequential one: what is wrong."""
     errors = {name: output_error(executor, batches[SEQUENTIAL], batch) for name, batch in batches.items()}
     return {

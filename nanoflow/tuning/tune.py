@@ -3,6 +3,7 @@
 Pseudo-code::
 
     mixes of the job; the minutes are dealt among them by weight
+    start the other ranks, if some share the model: they build what rank 0 says, and run what it runs
     load weights; for every mix that gets some:
         search, in rounds, until a third of its time is left at most        (`nanoflow.search.tuner`)
         the fastest two, and what is stored for this mix already, against the sequential plan, long and in pairs
@@ -11,16 +12,21 @@ Pseudo-code::
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from nanoflow.config_schema import RunConfig
 from nanoflow.interrupt import Interrupts
+from nanoflow.parallel.group import TensorGroup, check_ranks
+from nanoflow.parallel.messages import Load
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans.job_mixes import JobMixes, WeightedMix
+from nanoflow.plans.running import job_on, longest_request, mix_pages
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.journal import Journal
+from nanoflow.search.rates import CeilingRates, Rates
 from nanoflow.search.store import judge, same_mix, store_plan, stored_plans
 from nanoflow.search.tuner import PlanSearch, Step, search
 from nanoflow.tuning.job import TuningJob, deal, open_job, plan_mix, tuning_folder
@@ -112,41 +118,51 @@ def tune(
     """
     folder = out or tuning_folder()
     progress = progress or TuneProgress(quiet=True)
+    check_ranks(job_on(config, device).engine, config.parallel.tensor)
     job = open_job(config, device, folder)
     model, mixes = job.model, job.mixes.mixes
     least = LEAST_SECONDS[model.device.type]
     tuned = [mix for mix, seconds in zip(mixes, deal(60 * minutes, mixes, least), strict=True) if seconds]
     journals = [Journal(job.journal(mix, folder)) for mix in tuned]  # before loading: whether they can be written
-    weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
-    if interrupts is not None:
-        interrupts.drain()
+    page_size = job.here.page_size
+    assert page_size is not None
+    slots = max((mix.mix.decode + len(mix.mix.prompts) for mix in tuned), default=1) if model.graph.ranks > 1 else None
+    with _ranks(job, slots or 1) as group:
+        if group is not None:
+            pages = max(mix_pages(mix.mix, page_size) for mix in tuned)
+            group.load(Load("random", pages, max(longest_request(mix.mix) for mix in tuned)))
+            job = replace(job, rates=_with_link(job.rates, group.link_bytes_per_second))
+        weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
+        if group is not None:
+            group.least(pages)
+        if interrupts is not None:
+            interrupts.drain()
 
-    def stopping() -> bool:
-        return interrupts is not None and interrupts.signal is not None
+        def stopping() -> bool:
+            return interrupts is not None and interrupts.signal is not None
 
-    ends = time.monotonic() + 60 * minutes
-    results: list[MixResult] = []
-    failures: dict[str, None] = {}
-    assert job.here.page_size is not None
-    for place, (mix, journal) in enumerate(zip(tuned, journals, strict=True)):
-        # What a mix did not use goes to those after it.
-        dealt = deal(max(0.0, ends - time.monotonic()), tuned[place:], 0.0)[0]
-        if dealt <= least / 2:
-            break  # the ones before took longer than they were to
-        progress.begin(f"mix {place + 1} of {len(mixes)}, {mix.weight:.0%} of the job: {mix.mix}", dealt)
-        rounds = MixRounds(model, weights, mix.mix, job.rows(mix)[1], job.here.page_size, stopping)
-        plans = PlanSearch(job.target(mix), journal, seed=seed)
-        try:
-            with rounds:
-                result = _tune_mix(job, mix, plans, rounds, dealt, trials, progress)
-            results.append(replace(result, steps=plans.steps))
-        except Stopped:
-            assert interrupts is not None
-            interrupts.drained()
-            results.append(MixResult(mix, plans.measured, steps=plans.steps))
-            break
-        finally:
-            failures |= dict.fromkeys(plans.failures)
+        ends = time.monotonic() + 60 * minutes
+        results: list[MixResult] = []
+        failures: dict[str, None] = {}
+        for place, (mix, journal) in enumerate(zip(tuned, journals, strict=True)):
+            # What a mix did not use goes to those after it.
+            dealt = deal(max(0.0, ends - time.monotonic()), tuned[place:], 0.0)[0]
+            if dealt <= least / 2:
+                break  # the ones before took longer than they were to
+            progress.begin(f"mix {place + 1} of {len(mixes)}, {mix.weight:.0%} of the job: {mix.mix}", dealt)
+            rounds = MixRounds(model, weights, mix.mix, job.rows(mix)[1], page_size, stopping, group=group, slots=slots)
+            plans = PlanSearch(job.target(mix), journal, seed=seed)
+            try:
+                with rounds:
+                    result = _tune_mix(job, mix, plans, rounds, dealt, trials, progress)
+                results.append(replace(result, steps=plans.steps))
+            except Stopped:
+                assert interrupts is not None
+                interrupts.drained()
+                results.append(MixResult(mix, plans.measured, steps=plans.steps))
+                break
+            finally:
+                failures |= dict.fromkeys(plans.failures)
     results += [MixResult(mix, 0) for mix in mixes[len(results) :]]
     return TuneOutcome(
         job.here,
@@ -156,6 +172,24 @@ def tune(
         tuple(failures),
         interrupts.signal if interrupts is not None else None,
     )
+
+
+def _ranks(job: TuningJob, slots: int) -> AbstractContextManager[TensorGroup | None]:
+    """The other ranks that share the model, with room for `slots` requests; None if there are none."""
+    config, size = job.config, job.config.parallel.tensor
+    if size == 1:
+        return nullcontext()
+    engine = config.engine.model_copy(update={"device": str(job.model.device), "max_running": slots})
+    by_torchrun = check_ranks(engine, size)
+    then = "what was measured is kept, and the same command goes on"
+    return TensorGroup(config.model, engine, size, torchrun=by_torchrun, then=then)
+
+
+def _with_link(rates: Rates, link: float | None) -> Rates:
+    """Estimates with the link as it was just measured, where nothing is known of the device's."""
+    if not isinstance(rates, CeilingRates) or rates.ceilings.link_bytes_per_second is not None:
+        return rates
+    return replace(rates, ceilings=replace(rates.ceilings, link_bytes_per_second=link))
 
 
 def _tune_mix(

@@ -483,7 +483,7 @@ def test_a_split_that_the_gpu_refuses_is_tried_once_and_fails_its_plans(
     monkeypatch.setattr(rounds_module, "unavailable", lambda device: None)
     monkeypatch.setattr(rounds_module, "Partition", Refusing)
     monkeypatch.setattr(MixRounds, "_round", round_of)
-    monkeypatch.setattr(rounds_module, "EnergyMeter", lambda device: SimpleNamespace(joules=lambda: None))
+    monkeypatch.setattr(rounds_module, "EnergyMeter", lambda device, count: SimpleNamespace(joules=lambda: None))
     (plan,) = candidates(job, 1)
     plans = [replace(plan, sms=132, partitions=FrozenMapping({"split": parts})) for parts in ((100, 32), (104, 28))]
     model = replace(job.model, device=torch.device("cuda"))

@@ -23,7 +23,7 @@ run: $(VENV)/.installed
 	$(PY) -m nanoflow run configs/quickstart.yaml --restart
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check

@@ -1,13 +1,18 @@
 """What all tests share: GPU tests are skipped without a GPU; hypothesis does not fail for a slow machine; what the user
 has stored, plans above all, does not take part."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import pytest
 from hypothesis import settings
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nanoflow-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: torch must not take all cores for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("nanoflow", deadline=None)
 settings.load_profile("nanoflow")

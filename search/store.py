@@ -158,13 +158,14 @@ def _judge(stored: StoredPlan, here: Fingerprint, graph: Graph | None, capacity:
 
 def _fits(plan: Plan) -> tuple[object, ...]:
     """All that a run must be to take the plan."""
-    return plan.fingerprint.get("shape") or plan.model, plan.gpu, plan.sms, plan.fingerprint.get("dtype")
+    return plan.model, plan.gpu, plan.sms, plan.fingerprint.get("shape"), plan.fingerprint.get("dtype")
 
 
 def _serve_the_same(first: StoredPlan, second: StoredPlan) -> bool:
     a, b = first.plan, second.plan
     assert a is not None and b is not None
-    if _fits(a) != _fits(b) or a.least_rows > b.capacity or b.least_rows > a.capacity:
+    same_name = replace(a, model=b.model) if a.fingerprint.get("shape") else a  # the shape is the model
+    if _fits(same_name) != _fits(b) or a.least_rows > b.capacity or b.least_rows > a.capacity:
         return False
     if a.mix is None or b.mix is None:
         return a.mix is b.mix

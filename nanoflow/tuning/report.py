@@ -59,5 +59,5 @@ def _cells(each: MixResult) -> tuple[str, ...]:
         f"{final.ratio:.3f}",
         f"{min(final.ratios):.3f}",
         f"{max(final.ratios):.3f}",
-        "the plan" if each.won else "sequential",
+        "plan" if each.won else "sequential",
     )

@@ -215,7 +215,7 @@ def test_what_it_is_worth_counts_the_batches_that_run_the_plan() -> None:
         print_outcome(found, console)
     text = capture.get()
     assert "the whole job: 1.111 times as fast as in sequence; plans serve 50% of its time" in text
-    assert re.search(r"1 +80% +9 .* 1\.250 +1\.250 +1\.250 +the plan", text), text
+    assert re.search(r"1 +80% +9 .* 1\.250 +1\.250 +1\.250 +plan", text), text
     assert "1  10 decode rows of context 20 + 30 prompt rows: a.yaml" in text
     assert re.search(r"2 .* 20% +4 .* 1\.200 +0\.900 +1\.500 +sequential", text) and "given up: broken" in text
 

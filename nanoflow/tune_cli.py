@@ -101,8 +101,9 @@ def tune(
         if record is not None:
             from nanoflow.tuning.record import outcome_record, plot_search, save_record
 
-            save_record(outcome, record)
-            pictures = plot_search(outcome_record(outcome), record) if find_spec("matplotlib") else []
+            found = outcome_record(outcome)
+            save_record(found, record)
+            pictures = plot_search(found, record) if find_spec("matplotlib") else []
             for path in (record, *pictures):
                 typer.echo(f"saved {short(path.absolute())}")
     if outcome.signal is not None:

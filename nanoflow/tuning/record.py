@@ -38,11 +38,11 @@ def outcome_record(found: TuneOutcome) -> dict[str, Any]:
     }
 
 
-def save_record(found: TuneOutcome, path: Path) -> None:
-    """Write the record of `found`. Raises OutputError."""
+def save_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(outcome_record(found), indent=1) + "\n")
+        replace_file(path, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise OutputError(f"--record {path}: it cannot be written: {error.strerror}; give another place") from None
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.unit.forks import ForkServer, Run, wait_for_lines
-from tests.unit.tiny_model import VOCAB, save_tiny_llama
+from tests.unit.tiny_model import request_lines, save_tiny_llama
 
 SLOW = "import nanoflow.pipeline.reference_executor as e, time; run = e.ReferenceExecutor._run; "
 SLOW += "e.ReferenceExecutor._run = lambda *a: (time.sleep({}), run(*a))[1]; "
@@ -38,11 +38,7 @@ class Job:
     def __init__(self, folder: Path, model: Path, server: ForkServer, output: Path | None = None) -> None:
         self.folder, self.server = folder, server
         self.output = output or folder / "o.jsonl"
-        rng = random.Random(5)
-        lines: list[Any] = []
-        for number in range(24):
-            line = {"custom_id": f"r{number}", "prompt": [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 30))]}
-            lines.append(line | rng.choice([{}, {"temperature": 1.0}, {"temperature": 1.2, "seed": 7, "n": 2}]))
+        lines = request_lines(24)
         lines[11]["prompt"] = []
         (folder / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbad\n")
         config = {

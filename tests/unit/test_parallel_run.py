@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.unit.forks import ForkServer, Run, wait_for_lines
-from tests.unit.tiny_model import VOCAB, save_tiny_llama
+from tests.unit.tiny_model import request_lines, save_tiny_llama
 
 FAST = "from tests.unit.rank_zygote import install; install({sabotage!r}); "
 """Ranks are forks; each runs `sabotage` first."""
@@ -41,11 +41,7 @@ class Job:
     def __init__(self, folder: Path, model: Path, server: ForkServer) -> None:
         self.folder, self.server = folder, server
         self.output = folder / "o.jsonl"
-        rng = random.Random(5)
-        lines: list[Any] = []
-        for number in range(10):
-            line = {"custom_id": f"r{number}", "prompt": [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 30))]}
-            lines.append(line | rng.choice([{}, {"temperature": 1.0}, {"temperature": 1.2, "seed": 7, "n": 2}]))
+        lines = request_lines(10)
         (folder / "in.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, lines)) + "\n")
         config = {
             "model": {"path": str(model)},

@@ -18,7 +18,7 @@ from nanoflow.errors import ConfigError
 from nanoflow.replicas import start
 from nanoflow.replicas.start import check_replicas, places
 from tests.unit.forks import ForkServer, Run, wait_for_lines
-from tests.unit.tiny_model import VOCAB, save_tiny_llama
+from tests.unit.tiny_model import request_lines, save_tiny_llama
 
 LIMIT = 60.0
 COUNT = 40
@@ -35,11 +35,7 @@ class Job:
 
     def __init__(self, folder: Path, server: ForkServer, model: Path) -> None:
         self.folder, self.server, self.output = folder, server, folder / "o.jsonl"
-        rng = random.Random(5)
-        lines: list[Any] = []
-        for number in range(COUNT):
-            line = {"custom_id": f"r{number}", "prompt": [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 30))]}
-            lines.append(line | rng.choice([{}, {"temperature": 1.0}, {"temperature": 1.2, "seed": 7, "n": 2}]))
+        lines = request_lines(COUNT)
         lines[11]["prompt"] = []
         (folder / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbad\n")
         config = {

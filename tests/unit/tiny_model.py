@@ -1,5 +1,6 @@
 """A tiny Llama checkpoint for tests of the whole engine: random, with logits far apart, and a tokenizer of bytes."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
     LlamaForCausalLM(LlamaConfig(**(values | changes))).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def request_lines(count: int) -> list[dict[str, Any]]:
+    """Lines of a job, the same at every call: greedy ones, sampled ones, and some of two completions with a seed."""
+    rng = random.Random(5)
+    lines = []
+    for number in range(count):
+        line = {"custom_id": f"r{number}", "prompt": [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 30))]}
+        lines.append(line | rng.choice([{}, {"temperature": 1.0}, {"temperature": 1.2, "seed": 7, "n": 2}]))
+    return lines
 
 
 def save_tokenizer(folder: Path) -> None:

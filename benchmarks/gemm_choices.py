@@ -2,6 +2,7 @@
 
     python -m benchmarks.gemm_choices                                # Llama-3-8B's shapes on this GPU
     python -m benchmarks.gemm_choices --model configs/models/qwen2-7b
+    python -m benchmarks.gemm_choices --model configs/models/llama-3-70b --tensor 2    # a rank's shapes, of two
     python -m benchmarks.gemm_choices --rows 1280 2048 --out configs/gemm/nvidia-h100-80gb-hbm3.json
     python -m benchmarks.gemm_choices --sms 92 100 --rows 512 640 1280    # for lanes that have so many SMs
 
@@ -34,6 +35,7 @@ from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.gemm_choice import Choice, choice_file, choice_folders
 from nanoflow.ops.operation import device_sms
+from nanoflow.ops.sharding import ShardError, shard_graph
 from nanoflow.search.gemm_measure import (
     CANDIDATES,
     GemmBench as Bench,
@@ -94,9 +96,10 @@ class Layer:
         }
 
 
-def linears(model: Path) -> list[tuple[str, int, int, bool]]:
-    """See `linears_of`; of the model whose config is in the folder `model`."""
-    return linears_of(build_graph(ModelConfig.from_dict(json.loads((model / "config.json").read_text()))))
+def linears(model: Path, ranks: int = 1) -> list[tuple[str, int, int, bool]]:
+    """See `linears_of`; of the model whose config is in the folder `model`, or of a rank's share of it."""
+    graph = build_graph(ModelConfig.from_dict(json.loads((model / "config.json").read_text())))
+    return linears_of(shard_graph(graph, 0, ranks))
 
 
 def layer_times(cases: Sequence[Case], chosen: Mapping[str, Choice], bench: Bench) -> tuple[float, float]:
@@ -140,7 +143,7 @@ class Run:
         files = [choice_file(folder, str(self.here["gpu"])) for folder in choice_folders()]
         self.out: Path = args.out or files[0]
         self.choices = stored_here(self.here, [self.out, *files])
-        self.shapes = linears(args.model)
+        self.shapes = linears(args.model, args.tensor)
         self.ends = time.perf_counter() + args.time_limit
         self.layers: list[Layer] = []
 
@@ -175,6 +178,7 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gemm_choices", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=MODEL, help="folder with a config.json")
+    parser.add_argument("--tensor", type=int, default=1, help="ranks that share the model; one of them is measured")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument(
         "--sms", type=int, nargs="+", default=None, help="measure on parts of so many SMs; all by default"
@@ -196,6 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--rows {min(args.rows)}: give 1 or more")
     if min(parts) < 1 or max(parts) > whole:
         parser.error(f"--sms {max(parts) if max(parts) > whole else min(parts)}: {device} has {whole}")
+    try:
+        linears(args.model, args.tensor)
+    except ShardError as error:
+        parser.error(str(error))
     if args.candidates < 1:
         parser.error(f"--candidates {args.candidates}: give 1 or more")
     begun = time.perf_counter()

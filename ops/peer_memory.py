@@ -98,8 +98,10 @@ def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, roo
     try:
         from torch._C._distributed_c10d import ProcessGroup, _register_process_group, _SymmetricMemory
 
-        # Another backend that the environment asks for may not map the memory of other ranks.
-        _SymmetricMemory.set_backend("CUDA")
+        # Another backend that the environment asks for may not map the memory of other ranks. Where this one is the
+        # default, it cannot be asked for.
+        if _SymmetricMemory.get_backend(device) != "CUDA":
+            _SymmetricMemory.set_backend("CUDA")
         begin = data_begin(size)
         block = _SymmetricMemory.empty_strided_p2p((begin + room,), (1,), torch.uint8, device)
         block.zero_()

@@ -154,10 +154,10 @@ def told(label: str, block: Block) -> None:
     print(f"  {label:<40} {block.seconds * 1e3:8.3f} ms{watts}", flush=True)
 
 
-def table(found: Comparison, mix: Mix) -> None:
-    """The plans, fastest first."""
+def table(found: Comparison, mix: Mix, base: str = SEQUENTIAL) -> None:
+    """The plans, fastest first, against `base`."""
     for label in sorted(found.blocks, key=found.seconds):
-        ratios, joules = found.ratios(SEQUENTIAL, label), found.joules(label)
+        ratios, joules = found.ratios(base, label), found.joules(label)
         energy = "" if joules is None else f" {found.watts(label):4.0f} W {joules / mix.rows * 1e3:6.2f} mJ/row"
         print(
             f"{label:<40} {found.seconds(label) * 1e3:8.3f} ms  {median(ratios):.4f} "
@@ -166,9 +166,10 @@ def table(found: Comparison, mix: Mix) -> None:
         )
 
 
-def blocks(found: Comparison) -> dict[str, Any]:
+def blocks(found: Comparison, base: str = SEQUENTIAL) -> dict[str, Any]:
+    """All blocks, and the ratio to `base`, of each plan."""
     return {
-        label: {"ratio": median(found.ratios(SEQUENTIAL, label)), "blocks": [asdict(block) for block in each]}
+        label: {"ratio": median(found.ratios(base, label)), "blocks": [asdict(block) for block in each]}
         for label, each in found.blocks.items()
     }
 

@@ -15,14 +15,13 @@ Pseudo-code::
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence as ListLike
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.errors import InputError
 from nanoflow.grammars import Grammars, MaskMaker
 from nanoflow.ops.batch import StepOutput
 from nanoflow.ops.graph import Graph
@@ -31,6 +30,7 @@ from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogp
 from nanoflow.pipeline.executor import Executor
 from nanoflow.pipeline.program import Program
 from nanoflow.recording import IterationRecord, Recorder
+from nanoflow.request_check import RequestCheck, Tokens
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.scheduler import Iteration, Scheduler
 from nanoflow.search.cost_model import work_of
@@ -39,8 +39,6 @@ from nanoflow.tokenizer import TextStream, Tokenizer
 from nanoflow.waiting import BLOCK
 
 __all__ = ["LEAST_WAITING", "Engine", "EngineStats"]
-
-Tokens = ListLike[int] | NDArray[np.int32]
 
 LEAST_WAITING = 1024
 """Sequences that an engine's queue is filled up to, at least: pacing predicts from the first 512."""
@@ -117,32 +115,12 @@ class Engine:
         self._preemptions_told = 0
         self._in_flight: deque[Iteration] = deque()
         self._grammars = Grammars(tokenizer, graph.vocab_size, scheduler.eos_token_ids.tolist())
+        self._check = RequestCheck(graph.vocab_size, tokenizer, scheduler.check, self._grammars)
         self._mask_maker: MaskMaker | None = None
 
     def check(self, prompt_token_ids: Tokens, params: SamplingParams) -> None:
-        """Say whether a request can run. Safe to call from any thread.
-
-        Raises:
-            InputError: the prompt is empty, has a token id that the model lacks, or leaves no room in the context; or
-                the grammar of its structured outputs cannot be compiled. A grammar is compiled once and then kept.
-        """
-        vocab_size = self.graph.vocab_size
-        prompt = np.asarray(prompt_token_ids)
-        if len(unknown := prompt[(prompt < 0) | (prompt >= vocab_size)]):
-            raise InputError(f"prompt: token id {unknown[0]} is unknown; this model's ids are 0 to {vocab_size - 1}")
-        if wrong := [token for token in (*params.logit_bias, *params.stop_token_ids) if token >= vocab_size]:
-            raise InputError(
-                f"logit_bias or stop_token_ids: token id {wrong[0]} is unknown; "
-                f"this model's ids are 0 to {vocab_size - 1}"
-            )
-        if params.stop and self.tokenizer is None:
-            raise InputError("stop: strings need a tokenizer, and this model came without one; use stop_token_ids")
-        try:
-            self.scheduler.check(len(prompt_token_ids), params.max_tokens)
-        except ValueError as error:
-            raise InputError(f"prompt: {error}") from None
-        if params.structured_outputs is not None:
-            self._grammars.compile(params.structured_outputs)
+        """See `RequestCheck`."""
+        self._check(prompt_token_ids, params)
 
     def submit(
         self,

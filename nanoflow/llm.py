@@ -1,15 +1,29 @@
-"""The Python API: a model that completes prompts."""
+"""The Python API: a model that completes prompts, on a device in this process, or on several in processes of their own.
 
-from collections.abc import Mapping, Sequence
+With several, this process computes nothing: it keeps the queue, and touches no GPU. So whatever becomes of a rank or a
+replica, the caller gets an exception, and a notebook lives on.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from nanoflow.config_schema import EngineSection, ModelSection, PipelineSection
-from nanoflow.errors import InputError
-from nanoflow.loading import build_engine, open_model
+from nanoflow.config_schema import EngineSection, ModelSection, ParallelSection, PipelineSection
+from nanoflow.engine import Engine
+from nanoflow.errors import ConfigError, InputError
+from nanoflow.grammars import Grammars
+from nanoflow.loading import Model, build_engine, open_model
 from nanoflow.outputs import Completion, RequestOutput, TokenLogprobs
+from nanoflow.parallel.group import check_ranks
+from nanoflow.parallel.torchrun import place
+from nanoflow.replicas.pool import Pool
+from nanoflow.replicas.start import check_replicas, start_replicas
+from nanoflow.request_check import RequestCheck
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.tokenizer import Tokenizer
 from nanoflow.validation import checked
@@ -18,6 +32,19 @@ __all__ = ["LLM", "Completion", "RequestOutput", "SamplingParams", "TokenLogprob
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+
+OTHER_NAMES = {"tensor_parallel_size": "tensor", "tp_size": "tensor", "data_parallel_size": "data", "dp_size": "data"}
+"""What other engines call arguments of `LLM`."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What processes of their own need to know; see `nanoflow.replicas.start.Parts`."""
+
+    model: ModelSection
+    engine: EngineSection
+    pipeline: PipelineSection
+    parallel: ParallelSection
 
 
 class LLM:
@@ -29,11 +56,25 @@ class LLM:
         weights: ``load``, or ``random`` for a model of which only config.json is there.
         plan: ``auto`` (stored plans that were measured to win here, else sequential), which is the default,
             ``sequential``, or a plan's YAML file.
+        tensor: GPUs that share every layer, from the engine's device on: for a model that one does not hold. On a CPU,
+            processes.
+        data: replicas of the model, on `tensor` GPUs each, which share the prompts.
         engine: any key of the YAML's ``engine`` section, such as ``max_running=64`` or ``kv_memory="4GiB"``.
+
+    With `tensor` or `data` above 1, processes are started for the model, which end with `close`, with this object, or
+    with this process, however that ends.
+
+    Attributes:
+        model: opened; without weights.
+        tokenizer: None if the model came without one.
+        engine: of one device alone; with several, each has its own, in a process of its own.
 
     Raises:
         UserError: the model or an option is not usable; the message says why and what would be.
+        ParallelError: a process of the model could not start, or was lost while it did.
     """
+
+    engine: Engine
 
     def __init__(
         self,
@@ -42,18 +83,34 @@ class LLM:
         dtype: str = "auto",
         weights: str = "load",
         plan: str | Path | None = None,
+        tensor: int = 1,
+        data: int = 1,
         **engine: Any,
     ) -> None:
-        section = checked(ModelSection, {"path": str(model), "dtype": dtype, "weights": weights})
-        sizes = checked(EngineSection, engine)
-        self.model = open_model(section, sizes)
-        self.engine = build_engine(
-            self.model,
-            sizes,
+        for name in OTHER_NAMES.keys() & engine.keys():
+            raise InputError(f"{name}: unknown key; did you mean {OTHER_NAMES[name]}?")
+        parts = _Parts(
+            checked(ModelSection, {"path": str(model), "dtype": dtype, "weights": weights}),
+            checked(EngineSection, engine),
             checked(PipelineSection, {} if plan is None else {"plan": str(plan)}),
-            weights=section.weights,
+            checked(ParallelSection, {"tensor": tensor, "data": data}),
         )
+        several = tensor * data > 1
+        if several:
+            _check_several(parts)
+        self.model = open_model(parts.model, parts.engine, use=not several)
         self.tokenizer = self.model.tokenizer
+        self._calls = 0
+        self._submitted = 0
+        """Completions, as an engine counts them: what seeds are made of."""
+        self._pool: Pool | None = None
+        if several:
+            self._pool = start_replicas(parts, self.model, None, more=False, quiet=False)
+            self._check: Callable[[Sequence[int], SamplingParams], None] = _check_of(self.model, self._pool)
+            self._end = weakref.finalize(self, self._pool.kill)  # nobody may have closed it
+        else:
+            self.engine = build_engine(self.model, parts.engine, parts.pipeline, weights=parts.model.weights)
+            self._check = self.engine.check
 
     def generate(
         self,
@@ -66,6 +123,7 @@ class LLM:
 
         Raises:
             InputError: a prompt is empty or too long, or has unknown token ids; nothing has run then.
+            ParallelError: with several devices, a process of the model was lost, and no replica is left.
         """
         if isinstance(prompts, str) or _is_token_ids(prompts):
             prompts = cast("list[Prompt]", [prompts])
@@ -96,15 +154,39 @@ class LLM:
             raise InputError(f"{len(prompts)} prompts came with {len(each)} SamplingParams; give one, or one a prompt")
         for number, ((_, token_ids), one) in enumerate(zip(prompts, each, strict=True)):
             try:
-                self.engine.check(token_ids, one)
+                self._check(token_ids, one)
             except InputError as error:
                 raise InputError(f"prompt {number}: {error}") from None
-        for number, ((text, token_ids), one) in enumerate(zip(prompts, each, strict=True)):
-            self.engine.submit(token_ids, one, prompt=text, key=number)
+        self._calls += 1
         outputs: list[RequestOutput | None] = [None] * len(prompts)
-        for output in self.engine.run():
-            outputs[output.key] = output
+        for output in self._outputs(prompts, each):
+            call, number = output.key
+            if call == self._calls:  # an earlier call may have been interrupted
+                outputs[number] = replace(output, prompt=prompts[number][0], key=number)
         return [output for output in outputs if output is not None]
+
+    def _outputs(
+        self, prompts: Sequence[tuple[str | None, list[int]]], each: Sequence[SamplingParams]
+    ) -> Iterator[RequestOutput]:
+        """Run them, each with this call's number and its own as its key."""
+        keyed = [((self._calls, number), token_ids) for number, (_, token_ids) in enumerate(prompts)]
+        pool = self._pool
+        if pool is None:
+            for (key, token_ids), params in zip(keyed, each, strict=True):
+                self.engine.submit(token_ids, params, key=key)
+            yield from self.engine.run()
+            return
+        if not self._end.alive:
+            raise InputError("the model is closed, or a call was interrupted; make it anew")
+        try:
+            for (key, token_ids), params in zip(keyed, each, strict=True):
+                place, self._submitted = self._submitted, self._submitted + params.n
+                pool.submit(np.array(token_ids, np.int32), params, key=key, place=place, arrived=time.perf_counter())
+            while pool.unfinished:
+                yield from pool.step()
+        except KeyboardInterrupt:
+            self._end()  # half a message may have been read
+            raise
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -112,14 +194,32 @@ class LLM:
         return self.tokenizer
 
     def close(self) -> None:
-        """Release the engine; the object cannot be used afterwards."""
-        self.engine.close()
+        """Release the engine, or end the processes of the model; the object cannot be used afterwards."""
+        if self._pool is None:
+            self.engine.close()
+        elif self._end.detach():
+            self._pool.close()
 
     def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _check_several(parts: _Parts) -> None:
+    """Refuse what this machine cannot do, before anything slow is done. Raises ConfigError."""
+    if place() is not None:
+        raise ConfigError("tensor, data: LLM starts the processes of a model itself; start the script without torchrun")
+    check_replicas(parts.engine, parts.parallel)
+    if parts.parallel.data == 1:
+        check_ranks(parts.engine, parts.parallel.tensor, use=False)
+
+
+def _check_of(model: Model, pool: Pool) -> RequestCheck:
+    """What an engine would ask of a request, asked in this process: nothing has run if one cannot."""
+    grammars = Grammars(model.tokenizer, model.graph.vocab_size, sorted(model.checkpoint.eos_token_ids))
+    return RequestCheck(model.graph.vocab_size, model.tokenizer, pool.lengths.check, grammars)
 
 
 def _is_token_ids(prompts: Sequence[Any]) -> bool:

@@ -98,7 +98,7 @@ def run(
                 "set it to false, or output.path to a file"
             )
         if config.parallel.data > 1:
-            check_replicas(config)
+            check_replicas(config.engine, config.parallel)
         else:
             check_ranks(config.engine, config.parallel.tensor)
         model = open_model(config.model, config.engine, use=config.parallel.data == 1)
@@ -123,7 +123,8 @@ def run(
                 return RunOutcome(None, ledger.completed, ledger.errors, ledger.records)
             engine: Engine | Pool
             if config.parallel.data > 1:
-                engine = start_replicas(config, model, _job(model, ahead), more=not feed.ended, quiet=quiet)
+                job = _job(model, ahead)
+                engine = start_replicas(config, model, job, more=not feed.ended, quiet=quiet, then=GOES_ON)
             else:
                 engine = engine_for(config, model, ahead, more=not feed.ended, quiet=quiet, ranks=ranks)
                 feed.prepare = engine.check

@@ -38,6 +38,7 @@ from nanoflow.forecast import Forecast
 from nanoflow.kv_cache import KVCache
 from nanoflow.ops.batch import DenseBatch, StepOutput
 from nanoflow.pacing import Pacer
+from nanoflow.request_check import Lengths
 from nanoflow.sequence import FinishReason, Sequence
 from nanoflow.slots import FREE, SlotTable
 from nanoflow.waiting import WaitingQueue
@@ -120,6 +121,7 @@ class Scheduler:
         """Of the last update: seconds between a token and the one before it of its sequence -> how many tokens."""
         self.unfinished = 0
         """Sequences added and not finished."""
+        self._lengths = Lengths(max_model_len, kv.page_size, min(kv.usable_pages, kv.max_pages_per_sequence))
         self._slots = SlotTable(kv.max_running)
         self._epoch = 0
         self._queue = WaitingQueue()
@@ -199,26 +201,8 @@ class Scheduler:
         self._queue.expected = value
 
     def check(self, prompt: int, max_tokens: int) -> int:
-        """Output tokens that a sequence with `prompt` prompt tokens may have.
-
-        Raises ValueError if it is empty or can never fit.
-        """
-        if prompt == 0:
-            raise ValueError("the prompt has no tokens; give it at least one")
-        if prompt >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {prompt} tokens, which leaves no room for output in a context of {self.max_model_len} "
-                "(engine.max_model_len); shorten it"
-            )
-        limit = min(max_tokens, self.max_model_len - prompt)
-        pages = self.kv.pages_for(prompt + limit - 1)  # the last token's KV is never needed
-        room = min(self.kv.usable_pages, self.kv.max_pages_per_sequence)
-        if pages > room:
-            raise ValueError(
-                f"a prompt of {prompt} tokens with {limit} output tokens needs {pages} KV pages of {self.kv.page_size} "
-                f"tokens, and there are {room}; lower max_tokens, shorten the prompt or raise engine.kv_memory"
-            )
-        return limit
+        """See `Lengths.check`."""
+        return self._lengths.check(prompt, max_tokens)
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue. Raises ValueError as `check` does."""

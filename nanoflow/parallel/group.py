@@ -45,14 +45,14 @@ BLAME_SECONDS = 5.0
 """How long the loss is waited for that explains why a collective failed."""
 
 
-def check_ranks(engine: EngineSection, tensor: int) -> bool:
-    """Whether torchrun has started the ranks, if there are several.
+def check_ranks(engine: EngineSection, tensor: int, *, use: bool = True) -> bool:
+    """Whether torchrun has started the ranks, if there are several. `use`: see `choose_device`.
 
     Raises ConfigError if it has started more or fewer, or if there are too few GPUs.
     """
     by_torchrun = check_place(tensor)
     if tensor > 1:
-        device = choose_device(engine.device)
+        device = choose_device(engine.device, use=use)
         first, there = device.index or 0, torch.cuda.device_count() if device.type == "cuda" else 0
         if device.type == "cuda" and first + tensor > there:
             begin = f" from cuda:{first} on" if first else ""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow.config_schema import RunConfig
+from nanoflow.config_schema import EngineSection, ModelSection, PipelineSection
 from nanoflow.engine import EngineStats
 from nanoflow.outputs import Completion, RequestOutput, RequestTiming, TokenLogprobs
 from nanoflow.pipeline.program import Program
@@ -32,10 +32,15 @@ __all__ = ["Begin", "Done", "End", "Ended", "Give", "Given", "PackedLogprobs", "
 class Begin:
     """What a replica is made of."""
 
-    config: RunConfig
-    """The run's, with this replica's share of the machine."""
-    job: NDArray[np.int64]
-    """As `build_engine` has it: for each completion known so far, the tokens of its prompt with its longest output."""
+    model: ModelSection
+    engine: EngineSection
+    """With this replica's share of the machine."""
+    pipeline: PipelineSection
+    tensor: int
+    """Ranks that share this replica's model."""
+    job: NDArray[np.int64] | None
+    """As `build_engine` has it: for each completion known so far, the tokens of its prompt with its longest output;
+    None if the job is not known."""
     more: bool
     """Whether the job has others."""
     quiet: bool

@@ -35,6 +35,7 @@ from nanoflow.replicas.merging import Merger
 from nanoflow.replicas.messages import End, Give, Given, Ready, Told
 from nanoflow.replicas.remote import Remote
 from nanoflow.replicas.totals import add_stats, all_programs
+from nanoflow.request_check import Lengths
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.serving import MOST_WAITING_TOKENS
 from nanoflow.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ class Pool:
         watch: makes what tells of a child's loss, by calling what it is given from a thread of its own.
         max_model_len: tokens of a prompt with its output.
         longest_first: the order of admission.
+        then: what the user is told of the consequences when none is left, behind the cause.
 
     Raises:
         ParallelError: none of them could start.
@@ -78,7 +80,9 @@ class Pool:
         max_model_len: int,
         tokenizer: Tokenizer | None = None,
         longest_first: bool = False,
+        then: str = "",
     ) -> None:
+        self._then = then
         self.tokenizer = tokenizer
         self.scheduler = Dispatcher(count, max_model_len, longest_first=longest_first)
         self.observers: list[Callable[[IterationRecord], None]] = []
@@ -186,6 +190,14 @@ class Pool:
     def kv_capacity(self) -> int:
         """KV pages that can be in use, of all replicas."""
         return sum(ready.kv_capacity for ready in self._ready)
+
+    @property
+    def lengths(self) -> Lengths:
+        """How long a sequence may be, wherever it runs."""
+        sizes = self._ready[0].sizes
+        longest, page_size = sizes["max_model_len"], sizes["page_size"]
+        pages = min(ready.kv_capacity for ready in self._ready)
+        return Lengths(longest, page_size, min(pages, -(-longest // page_size)))
 
     def figures(self, seconds: float) -> list[ReplicaFigures]:
         """What each replica did in a run of `seconds`."""
@@ -330,12 +342,21 @@ class Pool:
         if not loss.mistake and loss.trace:
             print(loss.trace, file=sys.stderr, flush=True)
         if not left:
-            then = "no replica is left; what was finished is in the output, and the same command goes on"
-            self._failure = ParallelError(f"{loss.text}; {then if self._ready else 'no replica could start'}")
+            self._failure = ParallelError(self._words(loss))
         elif self._started:
             others = "the other one goes" if left == 1 else f"the other {left} go"
             what = f"{others} on with its {returned} unfinished requests" if returned else f"{others} on"
             _warn(f"{loss.text}; {what}")
+
+    def _words(self, loss: Loss) -> str:
+        """Why no replica is left. Of several, a message says which one; of one, a mistake is told as it would be of an
+        engine in this process."""
+        text, parts = loss.text, [self._then] if self._then and self._ready else []
+        if len(self._all) > 1:
+            parts.insert(0, "no replica is left" if self._ready else "no replica could start")
+        elif loss.mistake:
+            text = text.removeprefix(f"{loss.child.name}: ")
+        return "; ".join([text, *parts])
 
     def _tell_who_started(self) -> None:
         """What became of those that did not: only now is it known that there are others."""

@@ -136,19 +136,18 @@ def main(link: Line, begin: Begin) -> None:
     """What a replica's process runs. What it raises is told by whoever started it (`nanoflow.parallel.processes`)."""
     if begin.quiet:
         warnings.simplefilter("ignore")  # the first one warns of the same
-    config = begin.config
     started = time.perf_counter()
-    model = open_model(config.model, config.engine)
+    model = open_model(begin.model, begin.engine)
     with ExitStack() as stack:
         ranks = None
-        if config.parallel.tensor > 1:
-            ranks = stack.enter_context(TensorGroup(config.model, config.engine, config.parallel.tensor))
+        if begin.tensor > 1:
+            ranks = stack.enter_context(TensorGroup(begin.model, begin.engine, begin.tensor))
         engine = build_engine(
             model,
-            config.engine,
-            config.pipeline,
-            weights=config.model.weights,
-            job=begin.job.tolist(),
+            begin.engine,
+            begin.pipeline,
+            weights=begin.model.weights,
+            job=None if begin.job is None else begin.job.tolist(),
             more=begin.more,
             quiet=begin.quiet,
             ranks=ranks,
@@ -169,7 +168,7 @@ def main(link: Line, begin: Begin) -> None:
             except OSError:
                 raise EOFError from None  # the main process has gone
 
-        loop = Loop(engine, tell, EnergyMeter(model.device, config.parallel.tensor))
+        loop = Loop(engine, tell, EnergyMeter(model.device, begin.tensor))
         Thread(target=listen, args=(link, engine, loop.inbox), name="listen", daemon=True).start()
         if model.device.type == "cuda":
             Thread(target=watch_steps, args=(loop, leave), name="watch-steps", daemon=True).start()

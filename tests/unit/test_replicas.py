@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nanoflow.config_schema import RunConfig
 from nanoflow.errors import ConfigError
 from nanoflow.replicas import start
-from nanoflow.replicas.start import check_replicas, places
+from nanoflow.replicas.start import Place, check_replicas, places
 from tests.unit.forks import ForkServer, Run, wait_for_lines
 from tests.unit.tiny_model import request_lines, save_tiny_llama
 
@@ -240,14 +241,16 @@ def config_of(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(values | changes)
 
 
-def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+def places_of(config: RunConfig, device: torch.device) -> list[Place]:
+    return places(config.engine, config.parallel, device)
 
+
+def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def shown(device: str, **parallel: int) -> list[str]:
-        found = places(config_of(parallel=parallel), torch.device(device))
+        found = places_of(config_of(parallel=parallel), torch.device(device))
         assert {place.engine.device for place in found} == {"cuda"}
         return [place.environment["CUDA_VISIBLE_DEVICES"] for place in found]
 
@@ -256,29 +259,27 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, 5,GPU-aa,1,0,2,3,4")
     assert shown("cuda", data=2, tensor=2) == ["7,5", "GPU-aa,1"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
-    for place in places(config_of(parallel={"data": 3}), torch.device("cuda")):
+    for place in places_of(config_of(parallel={"data": 3}), torch.device("cuda")):
         assert place.environment["OMP_NUM_THREADS"] == "4"
     five, eight = config_of(parallel={"data": 5, "tensor": 2}), config_of(parallel={"data": 8})
     with pytest.raises(
         ConfigError, match=r"5 replicas of 2 GPUs each need 10 GPUs, and .* has 8; set it to 4 or less$"
     ):
-        places(five, torch.device("cuda"))
+        places_of(five, torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"8 replicas need 8 GPUs from cuda:1 on, and .* has 8; set it to 7 or less$"):
-        places(eight, torch.device("cuda", 1))
+        places_of(eight, torch.device("cuda", 1))
 
 
 def test_a_cpu_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     for asked, given in (("auto", 0.25 / 3), (0.6, 0.2), ("2GiB", "2GiB")):
-        found = places(config_of(parallel={"data": 3}, engine={"kv_memory": asked}), torch.device("cpu"))
+        found = places_of(config_of(parallel={"data": 3}, engine={"kv_memory": asked}), torch.device("cpu"))
         assert len(found) == 3
         for place in found:
             assert place.environment == {"OMP_NUM_THREADS": "4"} and place.engine.device == "cpu"
             assert place.engine.kv_memory == (pytest.approx(given) if isinstance(given, float) else given)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found = places(config_of(parallel={"data": 3}), torch.device("cpu"))
+    found = places_of(config_of(parallel={"data": 3}), torch.device("cpu"))
     assert found[0].environment == {"OMP_NUM_THREADS": "1"}
 
 
@@ -292,5 +293,5 @@ def test_torchrun_and_bench_refuse_replicas(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(
         ConfigError, match=r"parallel\.data: 2 replicas under torchrun are not supported; use `nanoflow run`"
     ):
-        check_replicas(config)
-    check_replicas(config_of())
+        check_replicas(config.engine, config.parallel)
+    check_replicas(config_of().engine, config_of().parallel)

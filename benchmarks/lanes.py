@@ -45,7 +45,7 @@ from nanoflow.plans.case import H100, PlanCase, known_device, open_graph
 from nanoflow.plans.running import make_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.fingerprint import Fingerprint
-from nanoflow.search.measure import LARGEST_ERROR, Block, Comparison, compare, output_error
+from nanoflow.search.measure import Block, Comparison, compare, largest_error, output_error
 from nanoflow.search.mix import Mix
 from nanoflow.search.space import PlanChoice, build_plan
 from nanoflow.search.store import store_plan
@@ -119,7 +119,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             for number, label in enumerate(plans)
         }
         errors = {label: output_error(executor, batches[SEQUENTIAL], batch) for label, batch in batches.items()}
-        wrong = [label for label, error in errors.items() if not error < LARGEST_ERROR]
+        wrong = [label for label, error in errors.items() if not error < largest_error(executor)]
         print(f"captured; {len(wrong)} wrong: {wrong}", flush=True)
         right = {label: batch for label, batch in batches.items() if label not in wrong}
         joules = EnergyMeter(model.device).joules

@@ -32,7 +32,7 @@ from nanoflow.plans.running import executor_here, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.files import replace_file
 from nanoflow.search.list_schedule import COMPANIONS, collectives_of
-from nanoflow.search.measure import LARGEST_ERROR, compare, output_error
+from nanoflow.search.measure import compare, largest_error, output_error
 from nanoflow.search.mix import Mix
 from nanoflow.search.space import PlanChoice, build_plan
 
@@ -92,7 +92,7 @@ def measure(mix: Mix, args: argparse.Namespace) -> dict[str, Any]:
         }
         base = next(iter(plans))
         errors = {label: output_error(executor, batches[base], batch) for label, batch in batches.items()}
-        wrong = [label for label, error in errors.items() if not error < LARGEST_ERROR]
+        wrong = [label for label, error in errors.items() if not error < largest_error(executor)]
         print(f"captured; {len(wrong)} wrong: {wrong}", flush=True)
         right = {label: batch for label, batch in batches.items() if label not in wrong}
         joules = EnergyMeter(model.device, graph.ranks).joules

@@ -16,7 +16,7 @@ from nanoflow.plans.case import MixOptions, choose_mix
 from nanoflow.plans.running import longest_request, mix_batch, mix_pages
 from nanoflow.power import EnergyMeter
 from nanoflow.search.fingerprint import Fingerprint
-from nanoflow.search.measure import LARGEST_ERROR, compare, output_error
+from nanoflow.search.measure import compare, largest_error, output_error
 from nanoflow.search.mix import Mix
 from nanoflow.search.rechecks import keep_recheck
 
@@ -84,7 +84,7 @@ def _ratio(executor: RunExecutor, place: int, sequential: int, mix: Mix, model: 
     if model.device.type == "cuda":  # zeros draw less power than what a run has there; nothing of it is read later
         for cache in executor.bound.kv:
             cache.normal_()
-    if not output_error(executor, base, own) < LARGEST_ERROR:
+    if not output_error(executor, base, own) < largest_error(executor):
         return 0.0
     joules = EnergyMeter(model.device).joules
     found = compare(executor, {"base": base, "own": own}, seconds=SECONDS, pairs=PAIRS, joules=joules)

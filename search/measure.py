@@ -143,8 +143,8 @@ def output_error(executor: Measured, base: DenseBatch, other: DenseBatch) -> flo
     """How far the last layer's outputs of the sampled rows are apart in two layouts of one batch.
 
     The root of the mean squared difference over that of `base`'s values: 0 where kernels add in the same order, some
-    hundredths in bfloat16 where they do not. Or a fourth of the same of the worst row, if that is more: rounding is alike
-    in all rows, and a race may show in few.
+    hundredths in bfloat16 where they do not. Or a fourth of the same of the worst row, if that is more: rounding is
+    alike in all rows, and a race may show in few.
     """
     outputs = []
     # What the first samples is not what the second starts from, on whichever rank: both bring their tokens along.

@@ -70,13 +70,15 @@ class Job:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that `pid` has started and that have memory on a GPU, or will have."""
+    """Ranks or replicas that `pid` has started, by their age."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdecimal() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                if b"nanoflow" in (entry / "cmdline").read_bytes() or b"python" in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+            if not entry.name.isdecimal():
+                continue
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"python" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
         except OSError:
             continue
     return sorted(found)

@@ -97,7 +97,7 @@ class Engine:
     """Runs requests to their end. Not thread-safe: one caller submits and iterates.
 
     Args:
-        graph: what the executor runs; of several ranks, one's share. `stats.cost` is of all ranks.
+        graph: of what the executor runs; of several ranks, one's share. `stats.cost` is of all ranks.
     """
 
     def __init__(
@@ -287,7 +287,8 @@ class Engine:
         stats.busy_seconds += output.seconds
         work = work_of(batch)
         stats.work = stats.work + work
-        stats.cost = stats.cost + self.graph.cost(work, self._itemsize) * self.graph.ranks
+        graph = self.programs[batch.program].graph
+        stats.cost = stats.cost + graph.cost(work, self._itemsize) * graph.ranks
 
     def _hit_stop_string(self, sequence: Sequence, progress: _Progress) -> bool:
         """Whether the text up to the newest token holds a stop string; if so, cut the text before the first one."""

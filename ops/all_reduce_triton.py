@@ -267,10 +267,11 @@ def wait_for_readers(peers: PeerMemory) -> None:
 def add_arrived(x: torch.Tensor, peers: PeerMemory, stride: int, *, tell: bool, block: int = ADD_BLOCK) -> None:
     """Add what the other ranks have put into this one's slots [N, stride] to `x` [n], contiguous, in rank order.
 
-    With `tell` the others' `wait_for_readers` gets to know; then `x` may be empty on all ranks or on none.
+    With `tell` the others' `wait_for_readers` gets to know, also where `x` is empty.
     """
-    if x.numel():
-        add_arrived_kernel[(triton.cdiv(x.numel(), block),)](
+    programs = max(int(tell), triton.cdiv(x.numel(), block))
+    if programs:
+        add_arrived_kernel[(programs,)](
             x, peers.addresses, _counters(peers), x.numel(), stride, RANK=peers.rank, RANKS=peers.size,
             BEGIN=peers.begin, TELL=tell, BLOCK=block, num_warps=ADD_WARPS,
         )  # fmt: skip

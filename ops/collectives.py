@@ -18,17 +18,19 @@ Shape legend: N ranks, T rows, S sampled rows, E columns, C columns of a rank's 
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.operation import SCRATCH, Access, Cost, Kernel, NanoContext, Operation, Work
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_all_reduce, peer_room
+from nanoflow.ops.peer_memory import PeerMemory
 
-__all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "sum_in_rank_order"]
+__all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "add_in_order", "sum_in_rank_order"]
 
 CTAS = {f"nccl_{count}": count for count in (2, 4, 8, 16)}
-"""All-reduces with NCCL on at most so many thread blocks, by the kernel's name: products beside them lose no more SMs
+"""Collectives with NCCL on at most so many thread blocks, by the kernel's name: products beside them lose no more SMs
 than that. By itself NCCL takes what it likes."""
 
 
@@ -40,6 +42,8 @@ class Collective(Operation):
     """
 
     resource = "network"
+    peer_suffix: ClassVar[str] = ""
+    """Of the name of its peer memory: collectives whose forms use flags otherwise have memories of their own."""
 
     def __init__(self, name: str, ranks: int) -> None:
         super().__init__(name)
@@ -61,9 +65,21 @@ class Collective(Operation):
         """With the collective of the communicator's library: NCCL on a GPU."""
         raise NotImplementedError
 
-    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int:
-        """Bytes of peer memory, in each rank's block, that `kernel` needs for `rows` rows; 0: it uses none."""
-        return 0
+    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
+        """Bytes of data in each rank's block of peer memory that `kernel` needs for `rows` rows; None: it uses none."""
+        return None
+
+    def peer_buffer(self, kernel: str) -> str | None:
+        """The value whose buffers all ranks must reach for `kernel`, if there is one."""
+        return None
+
+    def peers(self, context: NanoContext) -> PeerMemory:
+        """That of the context, which must be there and of as many ranks."""
+        found = context.peers
+        if found is None or found.size != self.ranks:
+            have = "none" if found is None else f"that of {found.size}"
+            raise ValueError(f"{self.name} needs memory in common of {self.ranks} ranks, and the executor has {have}")
+        return found
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return "nccl" if device.type == "cuda" else "reference"
@@ -85,10 +101,10 @@ class AllReduce(Collective):
 
     def scratch_bytes(self, rows: int, sms: int) -> int:
         """Of the form that needs most, for elements of 4 bytes."""
-        return max(self.peer_room(form, rows, 4) for form in PEER_FORMS)
+        return max(self.peer_room(form, rows, 4) or 0 for form in PEER_FORMS)
 
-    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int:
-        return peer_room(kernel, rows * self.columns, self.ranks, itemsize) if kernel in PEER_FORMS else 0
+    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
+        return peer_room(kernel, rows * self.columns, self.ranks, itemsize) if kernel in PEER_FORMS else None
 
     def cost(self, work: Work, itemsize: int) -> Cost:
         """Wire bytes are those that a rank sends; in memory it reads what it sends and writes what it gets."""
@@ -122,11 +138,7 @@ class AllReduce(Collective):
         return {**super().kernels, **dict.fromkeys(CTAS, self.nccl), **forms}
 
     def _among_peers(self, form: str, context: NanoContext) -> None:
-        peers = context.peers
-        if peers is None or peers.size != self.ranks:
-            have = "none" if peers is None else f"that of {peers.size}"
-            raise ValueError(f"{self.name} needs memory in common of {self.ranks} ranks, and the executor has {have}")
-        peer_all_reduce(form, context.rows(self.buffer), peers, context.sms)
+        peer_all_reduce(form, context.rows(self.buffer), self.peers(context), context.sms)
 
 
 class AllGather(Collective):
@@ -176,7 +188,12 @@ def sum_in_rank_order(communicator: Communicator, tensor: torch.Tensor) -> None:
     wider, rounded once at the end."""
     parts = tensor.new_empty(communicator.size, *tensor.shape)
     communicator.all_gather(tensor, parts)
-    total = parts[0].to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    tensor.copy_(add_in_order(parts))
+
+
+def add_in_order(parts: torch.Tensor) -> torch.Tensor:
+    """The sum of `parts` [N, ...] in rank order, in float32 or wider: the caller rounds it, once."""
+    total = parts[0].to(torch.promote_types(parts.dtype, torch.float32), copy=True)
     for part in parts[1:]:
         total += part
-    tensor.copy_(total)
+    return total

@@ -1,4 +1,4 @@
-"""How the ranks of tensor parallelism reach each other: all-reduce, all-gather, broadcast.
+"""How the ranks of tensor parallelism reach each other: all-reduce, reduce-scatter, all-gather, broadcast.
 
 Contract: a group of `size` processes (ranks 0 to size - 1, one a device) calls the same operations of one communicator
 in the same order, with tensors of the same shape and type; whatever a rank does in between is its own matter. Every
@@ -48,8 +48,14 @@ class Communicator(Protocol):
         """
         ...
 
+    def reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill `out` with the sum over the ranks of this rank's part of `tensor` [size, *out.shape], added as the
+        library likes to; both contiguous. `out` may be that part itself; the other parts hold anything then."""
+        ...
+
     def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
-        """Fill `out` [size, *tensor.shape] with every rank's `tensor`; both contiguous."""
+        """Fill `out` [size, *tensor.shape] with every rank's `tensor`; both contiguous. `tensor` may be this rank's
+        part of `out`."""
         ...
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
@@ -145,6 +151,19 @@ class TorchCommunicator:
         options.asyncOp = False  # NCCL then runs on the current stream, with that stream's SMs
         if tensor.numel():
             self._run("all-reduce", lambda: self._backend.allreduce([tensor], options))
+
+    def reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Communicator.reduce_scatter`."""
+        from torch._C._distributed_c10d import ReduceScatterOptions
+
+        if tensor.shape != (self._size, *out.shape):
+            raise ValueError(f"scattered to {self._size} ranks, {list(tensor.shape)} is not {list(out.shape)} for each")
+        options = ReduceScatterOptions()
+        options.asyncOp = False
+        if out.numel():
+            self._run(
+                "reduce-scatter", lambda: self._backend._reduce_scatter_base(out.view(-1), tensor.view(-1), options)
+            )
 
     def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
         """See `Communicator.all_gather`."""

@@ -1,6 +1,7 @@
 """A dense batch on the device: the scheduler's numpy arrays as tensors, cut into the parts that nano-ops run on."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from nanoflow.ops.batch import DenseBatch, RowClass
 from nanoflow.ops.device_arrays import DeviceArrays, MakeArray
 
-__all__ = ["BatchPart", "DeviceBatch"]
+__all__ = ["BatchPart", "DeviceBatch", "RowsOnly"]
 
 Work = TypeVar("Work")
 
@@ -99,6 +100,8 @@ class BatchPart:
         """Of the nano-batch, if it is one."""
         self.rows = slice(nano_batches[0].start, nano_batches[-1].end) if nano_batches else slice(0, 0)
         """Rows of the dense batch, padding included."""
+        self.nano_batch_rows = tuple(slice(each.start, each.end) for each in nano_batches if each.end > each.start)
+        """The same of each nano-batch that has any."""
         self.decode = slice(int(host.decode_splits[first]), int(host.decode_splits[last]))
         """Decode segments: a slice of the batch's decode arrays."""
         self.prefill = slice(int(host.prefill_splits[first]), int(host.prefill_splits[last]))
@@ -132,3 +135,10 @@ class BatchPart:
     def kept(self, key: Hashable, make: Callable[[], Work]) -> Work:
         """What outlives the iteration (a workspace), one for each nano-batch."""
         return self.batch.arrays.kept((self.number, key), make)
+
+
+@dataclass(frozen=True)
+class RowsOnly:
+    """What stands for a `BatchPart` where an operation only looks at rows."""
+
+    rows: slice

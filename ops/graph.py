@@ -5,7 +5,7 @@ that every plan must keep. Each value has one physical buffer that all layers sh
 a layer's output to the next one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nanoflow.ops.operation import Cost, Operation, Work
@@ -35,7 +35,13 @@ class Graph:
     ranks: int = 1
     """Ranks of tensor parallelism: with more than one, this is the graph of a rank, whose heads are the rank's own, and
     it has collectives. The vocabulary stays whole."""
+    rank: int = 0
+    """Which of them."""
+    sharding: str = "all_reduce"
+    """How the ranks share what comes behind products that leave partial sums: see `nanoflow.ops.row_sharding`."""
     _by_name: dict[str, Operation] = field(default_factory=dict, init=False, repr=False)
+    _derived: dict[str, "Graph"] = field(default_factory=dict, init=False, repr=False)
+    """Graphs of other shardings that were made of this one."""
 
     def __post_init__(self) -> None:
         self._by_name.update({op.name: op for op in self.layer})
@@ -45,6 +51,12 @@ class Graph:
     def operation(self, name: str) -> Operation:
         """The layer's operation `name`; raises KeyError for an unknown one."""
         return self._by_name[name]
+
+    def derived(self, sharding: str, make: Callable[["Graph"], "Graph"]) -> "Graph":
+        """What `make` gave of this graph when it was first asked for `sharding`: always the same object."""
+        if sharding not in self._derived:
+            self._derived[sharding] = make(self)
+        return self._derived[sharding]
 
     def cost(self, work: Work, itemsize: int) -> Cost:
         """FLOPs and bytes of one iteration of the whole model."""

@@ -167,6 +167,9 @@ class NanoContext:
     """To the other ranks, for collectives; None where there is one rank."""
     peers: PeerMemory | None = None
     """What the ranks have in common of their memory, for forms of collectives that use it. It is the lane's own."""
+    places: PeerMemory | None = None
+    """All ranks' buffers of the value that a collective gathers, for forms that write into them: each begins its
+    block's data."""
 
     def scratch(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """Memory that outlives the iteration, one for each lane: a lane's nano-ops run one after the other."""

@@ -14,11 +14,11 @@ import torch
 
 from nanoflow.ops.peer_memory import PROGRAMS, PeerMemory
 
-__all__ = ["PEER_FORMS", "peer_all_reduce", "peer_room"]
+__all__ = ["PEER_FORMS", "UNCONFINED", "peer_all_reduce", "peer_room", "whole_grains"]
 
 PEER_FORMS = ("copy_engine", "one_shot", "two_shot")
 UNCONFINED = 16
-"""Thread blocks of one-shot and two-shot in a lane that has no SMs of its own: few, beside others' products."""
+"""Thread blocks of a form's own kernels in a lane that has no SMs of its own: few, beside others' products."""
 GRAIN = 128
 """Shares and slots are multiples of so many elements, so that all accesses are 16 bytes wide."""
 
@@ -26,7 +26,7 @@ GRAIN = 128
 def peer_room(form: str, elements: int, ranks: int, itemsize: int) -> int:
     """Bytes of data in each rank's block that `form` needs for up to so many elements."""
     if form == "one_shot" or (form == "copy_engine" and ranks == 2):
-        slots = ranks * _share(elements, 1)
+        slots = ranks * whole_grains(elements)
         return slots * itemsize * (2 if form == "one_shot" else 1)
     return 2 * ranks * _share(elements, ranks) * itemsize
 
@@ -46,7 +46,7 @@ def peer_all_reduce(form: str, tensor: torch.Tensor, peers: PeerMemory, sms: int
     if not x.numel():
         return
     if form == "one_shot":
-        all_reduce_triton.one_shot(x, peers, _share(x.numel(), 1), programs)
+        all_reduce_triton.one_shot(x, peers, whole_grains(x.numel()), programs)
     elif form == "two_shot":
         all_reduce_triton.two_shot(x, peers, _share(x.numel(), peers.size), programs)
     elif peers.size == 2:
@@ -63,7 +63,7 @@ def _exchange(x: torch.Tensor, peers: PeerMemory) -> None:
     """
     from nanoflow.ops.all_reduce_triton import add_arrived, meet, wait_for_readers
 
-    stride = _share(x.numel(), 1)
+    stride = whole_grains(x.numel())
     wait_for_readers(peers)
     peers.data(1 - peers.rank, peers.rank * stride * x.element_size(), x.numel(), x.dtype).copy_(x)
     meet(peers)
@@ -101,5 +101,10 @@ def _scatter_and_gather(x: torch.Tensor, peers: PeerMemory) -> None:
 
 
 def _share(elements: int, ranks: int) -> int:
-    """Elements of each rank's share, or of a slot for all of them (`ranks` is 1): whole grains."""
-    return -(-elements // (ranks * GRAIN)) * GRAIN
+    """Elements of each rank's share: whole grains."""
+    return whole_grains(-(-elements // ranks))
+
+
+def whole_grains(elements: int) -> int:
+    """Elements of a slot for so many."""
+    return -(-elements // GRAIN) * GRAIN

@@ -104,6 +104,7 @@ class _Sharding:
             heads=self.heads,
             kv_heads=self.kv_heads,
             ranks=self.size,
+            rank=self.rank,
         )
 
     def operation(self, op: Operation) -> tuple[Operation, ...]:

@@ -3,25 +3,30 @@
 An iteration is `begin`, then every step of the program that its batch is laid out for, then `head` over the rows to
 sample. Which step comes when, on which stream, and whether it is launched or replayed is the executor's matter.
 
-All programs are of one model and share weights, KV cache and buffers: they run one after the other.
+All programs are of one model and share weights, KV cache and buffers: they run one after the other. Their graphs may
+have different shardings.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from nanoflow.ops.batch import TOKEN_ON_DEVICE
+from nanoflow.ops.batch import TOKEN_ON_DEVICE, DenseBatch
 from nanoflow.ops.collectives import CTAS, Collective
 from nanoflow.ops.communicator import Communicator
-from nanoflow.ops.device_batch import BatchPart, DeviceBatch
+from nanoflow.ops.device_batch import BatchPart, DeviceBatch, RowsOnly
 from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.operation import Kernel, NanoContext, Operation
 from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
-from nanoflow.pipeline.buffers import assign_buffers
+from nanoflow.ops.row_collectives import RowsAllGather
+from nanoflow.ops.row_sharding import ALL_REDUCE
+from nanoflow.ops.row_shares import own_rows
+from nanoflow.pipeline.buffers import BufferSpec, assign_buffers
 from nanoflow.pipeline.executor import KVLayout, OpWeights, Weights
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program, Step
@@ -31,13 +36,6 @@ __all__ = ["BoundPrograms", "make_caches"]
 
 _Key = tuple[int, str, int | None]
 """Program, operation, and SMs of the lane."""
-
-
-@dataclass(frozen=True)
-class _RowsOnly:
-    """The part of an operation that only looks at rows: the sampled ones, gathered."""
-
-    rows: slice
 
 
 class BoundPrograms:
@@ -77,42 +75,56 @@ class BoundPrograms:
             raise ValueError(f"the graph was split for {graph.ranks} ranks, and the communicator joins {ranks}")
         self.graph = graph
         self.programs = tuple(programs)
+        self.heads = tuple(_same_head(programs))
         self.weights = weights
         self.device = device
         self.kv_layout = kv
         self.sampled_rows = sampled_rows
-        self._confined = confined
-        specs = [assign_buffers(graph, program.plan, sampled_rows) for program in programs]
-        self.buffers = {
-            name: torch.zeros(
-                max(spec[name].rows for spec in specs), specs[0][name].columns, dtype=dtype, device=device
-            )
-            for name in specs[0]
-        }
         self.communicator = communicator
-        self.kv = make_caches(graph, kv, dtype, device) if caches is None else list(caches)
-        outer = (*graph.prologue, *graph.epilogue)
-        self._outer_kernels = {op.name: op.kernels[_kernel(op, programs[0].plan, device, dtype, None)] for op in outer}
+        self._confined = confined
+        self._outer_kernels: dict[tuple[int, str], Kernel] = {}
         self._kernels: dict[_Key, Kernel] = {}
         self._names: dict[_Key, str] = {}
         self._prepared: list[list[Step]] = []
         for number, program in enumerate(programs):
+            for op in (*program.graph.prologue, *program.graph.epilogue):
+                name = _kernel(op, programs[self.heads[number]].plan, device, dtype, None)
+                self._outer_kernels[number, op.name] = op.kernels[name]
             first: dict[tuple[str, int | None], Step] = {}
             for step in program.steps:
                 first.setdefault((step.nano_op.op, step.nano_op.nano_batch), step)
             self._prepared.append(list(first.values()))
             for step in first.values():
-                op, sms = graph.operation(step.nano_op.op), self.sms(number, step)
+                op, sms = program.graph.operation(step.nano_op.op), self.sms(number, step)
                 name = _kernel(op, program.plan, device, dtype, sms)
                 self._names[number, op.name, sms], self._kernels[number, op.name, sms] = name, op.kernels[name]
         self._communicators = {} if communicator is None else self._twins(communicator)
-        self._peers = {} if communicator is None else self._peer_memory(communicator, dtype)
+        self._peers: dict[tuple[int, str, str], PeerMemory] = {}
+        """Where collectives meet, by program, operation and lane."""
+        self._places: dict[str, PeerMemory] = {}
+        """Buffers that all ranks reach, by the value."""
+        self.buffers: dict[str, torch.Tensor] = {}
+        specs = _specs(programs, sampled_rows)
+        try:
+            if communicator is not None:
+                self._meet(communicator, dtype)
+                self._share_buffers(communicator, specs, dtype)
+            for name, spec in specs.items():
+                if name not in self.buffers:
+                    self.buffers[name] = torch.zeros(spec.rows, spec.columns, dtype=dtype, device=device)
+            self.kv = make_caches(graph, kv, dtype, device) if caches is None else list(caches)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give back what the ranks have in common of their memory; nothing runs any more, and graphs are gone."""
-        for memory in dict.fromkeys(self._peers.values()):
+        for name in self._places:
+            self.buffers.pop(name, None)
+        for memory in dict.fromkeys((*self._peers.values(), *self._places.values())):
             memory.close()
         self._peers.clear()
+        self._places.clear()
 
     def sms(self, program: int, step: Step) -> int | None:
         """SMs that a step of a program has; None if its lane is not confined."""
@@ -124,8 +136,8 @@ class BoundPrograms:
         on_device = batch.token_ids_T == TOKEN_ON_DEVICE
         batch.token_ids_T = torch.where(on_device, last_tokens[batch.slots_T], batch.token_ids_T)
         number = batch.host.program
-        for op in self.graph.prologue:
-            self._outer_kernels[op.name](self._outer_context(batch, batch.whole, op))
+        for op in self.programs[number].graph.prologue:
+            self._outer_kernels[number, op.name](self._outer_context(batch, batch.whole, op))
         for step in self._prepared[number]:
             op, context = self._context(batch, step)
             if context.part.has_rows(op.row_class):
@@ -138,15 +150,41 @@ class BoundPrograms:
         if context.part.has_rows(op.row_class):
             self._kernels[number, op.name, context.sms](context)
 
+    def own(self, host: DenseBatch) -> NDArray[np.bool_]:
+        """[T] whether a row of the residual is this rank's behind the last layer: all are, unless ranks divide them."""
+        graph = self.programs[host.program].graph
+        if graph.sharding == ALL_REDUCE:
+            return np.ones(host.rows, np.bool_)
+        return own_rows(host.nano_batches, graph.rank, graph.ranks)
+
+    def sampled(self, batch: DeviceBatch) -> torch.Tensor:
+        """[S] int64, the rows to sample as `head` takes them; a static tensor goes on beyond them.
+
+        Where ranks have divided the residual's rows, a row of zeros stands for what is another rank's.
+        """
+        if self.programs[batch.host.program].graph.sharding == ALL_REDUCE:
+            return batch.sampled_rows_S
+        nothing = len(self.buffers[RESIDUAL]) - 1
+
+        def make(part: BatchPart) -> NDArray[np.int64]:
+            host = part.batch.host
+            if host.sampling is None:
+                return np.zeros(0, np.int64)
+            rows = host.sampling.rows.astype(np.int64)
+            return np.where(self.own(host)[rows], rows, nothing)
+
+        return batch.whole.from_host("own_sampled_rows", make, (batch.host.rows,))
+
     def head(self, batch: DeviceBatch, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [S, V] of the dense batch's rows `rows` [S]: gathered, final norm, head. The next call overwrites
+        """Logits [S, V] of `rows` [S] as `sampled` gives them: gathered, final norm, head. The next call overwrites
         them."""
+        number = batch.host.program
         sampled, logits = self.buffers["sampled"], self.buffers["logits"]
         count = len(rows)
         torch.index_select(self.buffers[RESIDUAL], 0, rows, out=sampled[:count])
-        part = cast(BatchPart, _RowsOnly(slice(0, count)))
-        for op in self.graph.epilogue:
-            self._outer_kernels[op.name](self._outer_context(batch, part, op))
+        part = cast(BatchPart, RowsOnly(slice(0, count)))
+        for op in self.programs[number].graph.epilogue:
+            self._outer_kernels[number, op.name](self._outer_context(batch, part, op))
         return logits[:count]
 
     def _outer_context(self, batch: DeviceBatch, part: BatchPart, op: Operation) -> NanoContext:
@@ -154,7 +192,8 @@ class BoundPrograms:
         return NanoContext(batch, part, 0, self.buffers, weights, self.kv[0], communicator=self.communicator)
 
     def _context(self, batch: DeviceBatch, step: Step) -> tuple[Operation, NanoContext]:
-        nano_op = step.nano_op
+        nano_op, number = step.nano_op, batch.host.program
+        op = self.programs[number].graph.operation(nano_op.op)
         weights: OpWeights = self.weights.layers[nano_op.layer]
         context = NanoContext(
             batch,
@@ -163,12 +202,13 @@ class BoundPrograms:
             self.buffers,
             weights.get(nano_op.op, {}),
             self.kv[nano_op.layer],
-            self.sms(batch.host.program, step),
+            self.sms(number, step),
             step.lane,
-            self._communicators.get((batch.host.program, nano_op.op, step.lane)),
-            self._peers.get((batch.host.program, nano_op.op, step.lane)),
+            self._communicators.get((number, nano_op.op, step.lane)),
+            self._peers.get((number, nano_op.op, step.lane)),
+            self._places.get(op.buffer) if isinstance(op, RowsAllGather) else None,
         )
-        return self.graph.operation(nano_op.op), context
+        return op, context
 
     def _twins(self, communicator: Communicator) -> dict[tuple[int, str, str], Communicator]:
         """What collectives reach the other ranks with, by program, operation and lane.
@@ -182,7 +222,7 @@ class BoundPrograms:
             for index in program.collectives:
                 step = program.steps[index]
                 name = step.nano_op.op
-                if self._room(number, step, 1):
+                if self._room(number, step, 1) is not None:
                     continue
                 ctas = CTAS.get(self._names[number, name, self.sms(number, step)])
                 if (step.lane, ctas) not in made:
@@ -193,43 +233,79 @@ class BoundPrograms:
                 found[number, name, step.lane] = made[step.lane, ctas]
         return found
 
-    def _peer_memory(self, communicator: Communicator, dtype: torch.dtype) -> dict[tuple[int, str, str], PeerMemory]:
-        """Where the collectives of forms that need it meet, by program, operation and lane.
+    def _meet(self, communicator: Communicator, dtype: torch.dtype) -> None:
+        """Make what the collectives of forms that need it meet in.
 
         A lane has one for each form: the flags of one form do not guard another's data. The programs share them.
         """
-        users: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
+        users: dict[str, list[tuple[int, str, str, int]]] = {}
         for number, program in enumerate(self.programs):
             for index in program.collectives:
                 step = program.steps[index]
                 room = self._room(number, step, dtype.itemsize)
-                if room:
-                    form = self._names[number, step.nano_op.op, self.sms(number, step)]
-                    users.setdefault((step.lane, form), []).append((number, step.nano_op.op, room))
-        found = {}
-        for (lane, form), uses in users.items():
-            try:
-                memory = communicator.peer_memory(f"{lane}-{form}", max(room for _, _, room in uses))
-            except PeerMemoryError as error:
-                name = uses[0][1]
-                can = [kernel for kernel in self.graph.operation(name).kernels if not self._needs_peers(name, kernel)]
-                raise PlanError(
-                    f"kernels.{name}: {form!r} cannot run here: {error}; what can: {', '.join(can)}"
-                ) from error
-            found.update({(number, name, lane): memory for number, name, _ in uses})
-        return found
+                if room is not None:
+                    op, form = self._collective(number, step)
+                    name = f"{step.lane}-{form}{op.peer_suffix}"
+                    users.setdefault(name, []).append((number, op.name, step.lane, room))
+        for name, uses in users.items():
+            memory = self._peer_memory(communicator, name, max(room for *_, room in uses), *uses[0][:2])
+            self._peers.update({(number, op, lane): memory for number, op, lane, _ in uses})
 
-    def _room(self, number: int, step: Step, itemsize: int) -> int:
-        """Bytes of peer memory that a step of program `number` needs; 0 if its kernel uses none."""
-        nano_op, plan = step.nano_op, self.programs[number].plan
-        op = self.graph.operation(nano_op.op)
+    def _share_buffers(self, communicator: Communicator, specs: Mapping[str, BufferSpec], dtype: torch.dtype) -> None:
+        """Make the buffers that all ranks reach."""
+        for number, program in enumerate(self.programs):
+            for index in program.collectives:
+                op, form = self._collective(number, program.steps[index])
+                value = op.peer_buffer(form)
+                if value is not None and value not in self._places:
+                    rows, columns = specs[value].rows, specs[value].columns
+                    size = rows * columns * dtype.itemsize
+                    memory = self._peer_memory(communicator, f"buffer-{value}", size, number, op.name)
+                    self._places[value] = memory
+                    self.buffers[value] = memory.data(communicator.rank, 0, rows * columns, dtype).view(rows, columns)
+
+    def _peer_memory(self, communicator: Communicator, name: str, room: int, number: int, op: str) -> PeerMemory:
+        """Memory that operation `op` of program `number` asks for. Raises PlanError where it cannot be had."""
+        try:
+            return communicator.peer_memory(name, room)
+        except PeerMemoryError as error:
+            form = self.programs[number].plan.kernels[op]
+            collective = self.programs[number].graph.operation(op)
+            assert isinstance(collective, Collective)
+            can = [kernel for kernel in collective.kernels if collective.peer_room(kernel, 1, 1) is None]
+            raise PlanError(f"kernels.{op}: {form!r} cannot run here: {error}; what can: {', '.join(can)}") from error
+
+    def _collective(self, number: int, step: Step) -> tuple[Collective, str]:
+        """A collective of program `number`, and its kernel."""
+        op = self.programs[number].graph.operation(step.nano_op.op)
         assert isinstance(op, Collective)
-        rows = plan.rows if nano_op.nano_batch is None else plan.nano_batches[nano_op.nano_batch].rows
-        return op.peer_room(self._names[number, op.name, self.sms(number, step)], rows, itemsize)
+        return op, self._names[number, op.name, self.sms(number, step)]
 
-    def _needs_peers(self, name: str, kernel: str) -> bool:
-        op = self.graph.operation(name)
-        return isinstance(op, Collective) and op.peer_room(kernel, 1, 1) > 0
+    def _room(self, number: int, step: Step, itemsize: int) -> int | None:
+        """Bytes of peer memory that a step of program `number` needs; None if its kernel uses none."""
+        plan, nano_batch = self.programs[number].plan, step.nano_op.nano_batch
+        op, form = self._collective(number, step)
+        return op.peer_room(form, plan.rows if nano_batch is None else plan.nano_batches[nano_batch].rows, itemsize)
+
+
+def _same_head(programs: Sequence[Program]) -> Iterator[int]:
+    """For each program the first one whose head is the same, which it is for one sharding."""
+    first: dict[str, int] = {}
+    for number, program in enumerate(programs):
+        yield first.setdefault(program.graph.sharding, number)
+
+
+def _specs(programs: Sequence[Program], sampled_rows: int) -> dict[str, BufferSpec]:
+    """Buffers with room for each of the programs; behind the residual's rows one of zeros, which nothing writes, where
+    a program divides them among ranks."""
+    found: dict[str, BufferSpec] = {}
+    for program in programs:
+        for name, spec in assign_buffers(program.graph, program.plan, sampled_rows).items():
+            rows = max(spec.rows, found[name].rows) if name in found else spec.rows
+            found[name] = BufferSpec(spec.columns, rows)
+    if any(program.graph.sharding != ALL_REDUCE for program in programs):
+        found[RESIDUAL] = replace(found[RESIDUAL], rows=found[RESIDUAL].rows + 1)
+    return found
 
 
 def make_caches(graph: Graph, kv: KVLayout, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

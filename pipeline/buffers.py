@@ -52,6 +52,7 @@ def assign_scratch(graph: Graph, plan: Plan, device_sms: int = 0) -> dict[str, i
     """
     rows = {nano_batch.name: nano_batch.rows for nano_batch in plan.nano_batches}
     scratch = dict.fromkeys(plan.lanes, 0)
+    graph = plan.graph(graph)
     for index, stage in enumerate(complete_period(plan, graph)):
         for lane, entries in stage.lanes.items():
             sms = plan.lane_sms(index, lane)

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -172,7 +173,8 @@ class CudaExecutor:
         self._eager = DeviceArrays(device)
         self._layers: dict[tuple[int, tuple[int, ...]], _Captured] = {}
         """By program and rows of its nano-batches."""
-        self._heads: dict[int, _Replayable] = {}
+        self._heads: dict[tuple[int, int], _Replayable] = {}
+        """By program (the first one that has the same) and sampled rows."""
         self._head_rows = torch.zeros(sampled_rows, dtype=torch.int64, device=device)
         self._in_flight: deque[_Iteration] = deque()
         self._last_end: Mark | None = None
@@ -282,7 +284,7 @@ class CudaExecutor:
         tokens = NOTHING_SAMPLED
         if sampling is not None:
             count = len(sampling)
-            rows_S, slots_S = batch.sampled_rows_S[:count], batch.sampled_slots_S[:count]
+            rows_S, slots_S = self.bound.sampled(batch)[:count], batch.sampled_slots_S[:count]
             tokens = sample_on_rank(
                 self.sampler,
                 self.bound.communicator,
@@ -299,7 +301,7 @@ class CudaExecutor:
         padded = next(bucket for bucket in self.sampled_buckets if bucket >= count)
         # Padding takes rows of an earlier head: any row will do.
         self._head_rows[:count].copy_(rows_S)
-        head = self._heads.get(padded)
+        head = self._heads.get((self.bound.heads[batch.host.program], padded))
         if head is None:
             return self.bound.head(batch, self._head_rows[:padded])[:count]
         head.replay()
@@ -314,11 +316,13 @@ class CudaExecutor:
         pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
         what = "the largest batches"
         plans = self.cut.plans
+        batches = []
         try:
             for number, plan in enumerate(plans):
                 batch = self._device_batch(capture_batch(plan, number, plan.capacity), self._static)
                 self._queue_layers(batch)
                 self._note_sampled(batch)
+                batches.append(batch)
             self._static.lay_out()
             sizes = [(rows, number) for number in range(len(plans)) for rows in self.cut.buckets(number)]
             for rows, number in sorted(sizes, reverse=True):
@@ -335,13 +339,13 @@ class CudaExecutor:
                 graph = self._capture(layers, pool)
                 key = number, tuple(n.end - n.start for n in host.nano_batches)
                 self._layers[key] = _Captured(graph, host, self._static.take_room(), marks)
-            for rows in reversed(self.sampled_buckets):
+            for rows, number in product(reversed(self.sampled_buckets), sorted(set(self.bound.heads))):
                 what = f"the head of {rows} rows"
 
-                def head(rows: int = rows) -> None:
+                def head(batch: DeviceBatch = batches[number], rows: int = rows) -> None:
                     self.bound.head(batch, self._head_rows[:rows])
 
-                self._heads[rows] = self._capture(head, pool)
+                self._heads[number, rows] = self._capture(head, pool)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
@@ -349,7 +353,7 @@ class CudaExecutor:
 
     def _note_sampled(self, batch: DeviceBatch) -> None:
         """What the head reads is copied with the layers' arrays."""
-        batch.sampled_rows_S, batch.sampled_slots_S  # noqa: B018
+        self.bound.sampled(batch), batch.sampled_slots_S
 
     def _capture(self, function: Callable[[], None], pool: Any) -> _Replayable:
         """Run `function` once, which compiles and loads its kernels, then capture it."""

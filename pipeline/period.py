@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Operation
+from nanoflow.ops.row_sharding import ALL_REDUCE, REDUCE_SCATTER, with_sharding
 from nanoflow.pipeline.dependencies import producer
 from nanoflow.pipeline.grid import Block, Cell, Name, plain, render_order
 from nanoflow.pipeline.plan import Entry, FrozenMapping, Plan, PlanError, Stage
@@ -21,9 +22,10 @@ GRID_WIDTH = 112
 def complete_period(plan: Plan, graph: Graph) -> tuple[Stage, ...]:
     """`plan.period` with every operation of the layer placed, each exactly once or once a nano-batch.
 
-    Raises PlanError for an unknown operation or nano-batch, for rows that are missed or run twice, and for an operation
-    that is neither named nor follows one that is.
+    `graph` is any that `plan.graph` takes. Raises PlanError as that does, for an unknown operation or nano-batch, for
+    rows that are missed or run twice, and for an operation that is neither named nor follows one that is.
     """
+    graph = plan.graph(graph)
     _check_entries(plan, graph)
     named = {entry.op for stage in plan.period for entries in stage.lanes.values() for entry in entries}
     position = {op.name: index for index, op in enumerate(graph.layer)}
@@ -106,9 +108,14 @@ def _marked(plan: Plan, entries: set[Entry], message: str) -> PlanError:
 
 
 def ranks_hint(name: str, graph: Graph) -> str:
-    """The mend where a plan of several ranks names operation `name` of a model that has one; else nothing."""
-    if graph.ranks > 1 or not name.endswith(("_all_reduce", "_all_gather")):
+    """The mend where a plan names operation `name`, which a model has with other ranks or another sharding; else
+    nothing."""
+    if not name.endswith(("_all_reduce", "_all_gather", "_reduce_scatter")):
         return ""
+    if graph.ranks > 1:
+        other = REDUCE_SCATTER if graph.sharding == ALL_REDUCE else ALL_REDUCE
+        there = other == ALL_REDUCE or name in {op.name for op in with_sharding(graph, other).layer}
+        return f"; it is there with `sharding: {other}`, and the plan has {graph.sharding}" if there else ""
     return "; it is there where ranks share the model: set parallel.tensor (plan check: --tensor)"
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.row_sharding import ALL_REDUCE, with_sharding
 from nanoflow.pipeline.plan_mix import PlanMix
 
 __all__ = [
@@ -49,6 +50,9 @@ WHOLE = "whole"
 
 MAIN_LANE = "main"
 """The only lane of the sequential plan."""
+
+SEQUENTIAL_SHARDING = ALL_REDUCE
+"""Sharding of the sequential plan of several ranks."""
 
 V = TypeVar("V")
 
@@ -187,6 +191,8 @@ class Plan:
     """What it was tuned for: other mixes do not run it. None means any."""
     fingerprint: FrozenMapping[int | str] = field(default_factory=FrozenMapping)
     """What else it was measured with, by `FINGERPRINT_KEYS`. Says nothing about how it runs."""
+    sharding: str = ALL_REDUCE
+    """How ranks that share the model share sums and residual: one of `nanoflow.ops.row_sharding.SHARDINGS`."""
 
     def __post_init__(self) -> None:
         partitions = FrozenMapping({name: tuple(sms) for name, sms in self.partitions.items()})
@@ -199,15 +205,33 @@ class Plan:
 
     @classmethod
     def sequential(cls, graph: Graph, capacity: int, *, model: str = "", gpu: str = "") -> "Plan":
-        """The plan that runs `graph` as it stands: one nano-batch of `capacity` rows, one lane, program order."""
-        lane = tuple(Entry(op.name) for op in graph.layer)
+        """The plan that runs `graph` in program order: one nano-batch of `capacity` rows, one lane."""
+        sharding = ALL_REDUCE if graph.ranks == 1 else SEQUENTIAL_SHARDING
+        lane = tuple(Entry(op.name) for op in with_sharding(graph, sharding).layer)
         return cls(
             capacity=capacity,
             nano_batches=(NanoBatch("a", Fraction(1), Fraction(1), capacity),),
             period=(Stage(WHOLE, FrozenMapping({MAIN_LANE: lane})),),
             model=model,
             gpu=gpu,
+            sharding=sharding,
         )
+
+    def graph(self, graph: Graph) -> Graph:
+        """What the plan runs of a rank's `graph`: it with the plan's sharding, the same object at every call.
+
+        Raises PlanError if there is none.
+        """
+        try:
+            return with_sharding(graph, self.sharding)
+        except ValueError:
+            pass
+        if graph.ranks == 1:
+            raise PlanError(
+                f"sharding: {self.sharding} is for ranks that share the model, and there is one: leave it out, or set "
+                "parallel.tensor (plan check: --tensor)"
+            )
+        raise PlanError(f"sharding: {self.sharding} cannot run beside {graph.sharding}, which the run has")
 
     @property
     def lanes(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from nanoflow.ops.row_sharding import ALL_REDUCE, SHARDINGS
 from nanoflow.pipeline.plan import FINGERPRINT_KEYS, Entry, FrozenMapping, NanoBatch, Plan, PlanError, Stage
 from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.strict_yaml import StrictDumper, YamlError, load_yaml
@@ -20,8 +21,8 @@ from nanoflow.pipeline.strict_yaml import StrictDumper, YamlError, load_yaml
 __all__ = ["format_plan", "parse_plan"]
 
 _KEYS = (
-    *("model", "gpu", "sms", "mix", "capacity", "least_rows", "nano_batches", "partitions", "period", "kernels"),
-    *("measured", "fingerprint"),
+    *("model", "gpu", "sms", "mix", "sharding", "capacity", "least_rows", "nano_batches", "partitions", "period"),
+    *("kernels", "measured", "fingerprint"),
 )
 _SHARE = re.compile(r"\s*-?\d{1,999}([./]\d{1,999})?\s*")
 _NANO_BATCH_KEYS = ("decode", "prefill", "rows")
@@ -65,6 +66,7 @@ def parse_plan(text: str) -> Plan:
         least_rows=_integer(top.get("least_rows", 0), "least_rows"),
         mix=_mix(top["mix"]) if "mix" in top else None,
         fingerprint=_fingerprint(top.get("fingerprint", {})),
+        sharding=_sharding(top["sharding"]) if "sharding" in top else ALL_REDUCE,
     )
 
 
@@ -78,6 +80,8 @@ def format_plan(plan: Plan) -> str:
         data["sms"] = plan.sms
     if plan.mix is not None:
         data["mix"] = _Inline({key: getattr(plan.mix, key) for key in _MIX_KEYS})
+    if plan.sharding != ALL_REDUCE:
+        data["sharding"] = plan.sharding
     data["capacity"] = plan.capacity
     if plan.least_rows:
         data["least_rows"] = plan.least_rows
@@ -115,6 +119,15 @@ def _nano_batch(name: str, value: object) -> NanoBatch:
         _share(fields["prefill"], f"{where}.prefill"),
         _integer(fields["rows"], f"{where}.rows"),
     )
+
+
+def _sharding(value: object) -> str:
+    found = _string(value, "sharding")
+    if found not in SHARDINGS:
+        near = get_close_matches(found, SHARDINGS, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SHARDINGS)}"
+        raise PlanError(f"sharding: unknown sharding {found!r}; {mend}")
+    return found
 
 
 def _mix(value: object) -> PlanMix:

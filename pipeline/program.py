@@ -41,7 +41,10 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """`plan` on `graph`. `steps` is in an order in which they may be issued: a step comes after its predecessors."""
+    """`plan` on `graph`, which has the plan's sharding.
+
+    `steps` is in an order in which they may be issued: a step comes after its predecessors.
+    """
 
     plan: Plan
     graph: Graph
@@ -106,11 +109,12 @@ class _Placed:
 
 
 def compile_program(plan: Plan, graph: Graph) -> Program:
-    """Compile `plan` for `graph`.
+    """Compile `plan` for `graph`, with the plan's sharding (`Plan.graph`).
 
     Raises PlanError as `complete_period` does, and for a deadlock. Shares, capacities and partitions are not looked at:
     `nanoflow.pipeline.validate.validate` does that.
     """
+    graph = plan.graph(graph)
     period = complete_period(plan, graph)
     nano_batches = [nano_batch.name for nano_batch in plan.nano_batches]
     whole = {e.op for stage in period for lane in stage.lanes.values() for e in lane if e.nano_batch is None}

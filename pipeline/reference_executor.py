@@ -135,7 +135,7 @@ class ReferenceExecutor:
 
     def _sample(self, batch: DeviceBatch, sampling: SamplingBatch) -> StepTensors:
         """Final norm, head and sampling of the rows that need a token, some at a time so that logits stay small."""
-        rows_S = batch.sampled_rows_S
+        rows_S = self.bound.sampled(batch)
         return sample_on_rank(
             self.sampler,
             self.bound.communicator,

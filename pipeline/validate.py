@@ -17,7 +17,7 @@ __all__ = ["validate"]
 
 
 def validate(plan: Plan, graph: Graph, *, sms: int | None = None) -> None:
-    """Raise PlanError if `plan` cannot run `graph`.
+    """Raise PlanError if `plan` cannot run `graph`, with its own sharding where ranks share the model.
 
     `sms` are those of the device, where it is known and has any. What the plan was tuned for beyond that,
     `nanoflow.search.fingerprint` compares.
@@ -27,6 +27,7 @@ def validate(plan: Plan, graph: Graph, *, sms: int | None = None) -> None:
     _check_nano_batches(plan)
     _check_mix(plan)
     _check_partitions(plan)
+    graph = plan.graph(graph)
     _check_kernels(plan, graph)
     compile_program(plan, graph)
 

@@ -146,7 +146,8 @@ def output_error(executor: Measured, base: DenseBatch, other: DenseBatch) -> flo
     hundredths in bfloat16 where they do not. Or a fourth of the same of the worst row, if that is more: rounding is
     alike in all rows, and a race may show in few.
     """
-    outputs = []
+    outputs: list[torch.Tensor] = []
+    known = np.ones(0 if base.sampling is None else len(base.sampling), np.bool_)
     # What the first samples is not what the second starts from, on whichever rank: both bring their tokens along.
     last_tokens = executor.sampler.last_tokens.cpu().numpy().copy()
     for batch in (base, other):
@@ -154,9 +155,16 @@ def output_error(executor: Measured, base: DenseBatch, other: DenseBatch) -> flo
         token_ids = np.where(batch.token_ids == TOKEN_ON_DEVICE, last_tokens[batch.slots], batch.token_ids)
         executor.launch(replace(batch, token_ids=token_ids.astype(np.int32)))
         executor.collect()
-        rows = torch.from_numpy(batch.sampling.rows.astype(np.int64)).to(executor.bound.device)
-        outputs.append(executor.bound.buffers[RESIDUAL][rows].double())
-    first, second = outputs
+        bound, rows = executor.bound, batch.sampling.rows.astype(np.int64)
+        found = bound.buffers[RESIDUAL][torch.from_numpy(rows).to(bound.device)].double()
+        # Other ranks may have some of the rows. The head's last ones have come together here.
+        last = (len(rows) - 1) // bound.sampled_rows * bound.sampled_rows
+        found[last:] = bound.buffers["sampled"][: len(rows) - last]
+        here = bound.own(batch)[rows]
+        here[last:] = True
+        known &= here
+        outputs.append(found)
+    first, second = (found[torch.from_numpy(known).to(found.device)] for found in outputs)
     of_rows = (first - second).square().mean(1) / first.square().mean()
     return max(float(of_rows.mean().sqrt()), WORST_ROW * float(of_rows.max().sqrt()))
 

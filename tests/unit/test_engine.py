@@ -238,14 +238,14 @@ def test_padding_rows_reach_nothing(folder: Path, expected: list[RequestOutput])
             buffer.fill_(torch.nan)
         for kv in executor.bound.kv:
             kv[RESERVED_PAGE] = torch.nan
-        embed = executor.bound._outer_kernels["embed"]
+        embed = executor.bound._outer_kernels[0, "embed"]
 
         def poisoned(context: NanoContext) -> None:
             embed(context)
             for rows in context.batch.host.nano_batches:
                 context.buffers["x"][rows.end - rows.padding : rows.end] = torch.nan
 
-        executor.bound._outer_kernels["embed"] = poisoned
+        executor.bound._outer_kernels[0, "embed"] = poisoned
         assert_same(run_all(llm), expected)
         assert llm.engine.stats.padding_rows > 0
         assert all(bool(kv[RESERVED_PAGE].isnan().any()) for kv in executor.bound.kv), "padding rows wrote nothing"

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,10 +178,13 @@ def step_logits(ranks: list[Any], batch: DenseBatch) -> list[torch.Tensor]:
     for executor in ranks:
         executor.collect()
 
+    all_rows: Any = SimpleNamespace(rows=np.arange(batch.rows))
+
     def head(rank: int) -> torch.Tensor:
+        bound = ranks[rank].bound
         with torch.inference_mode():
-            device_batch = DeviceBatch(batch, CPU, ranks[rank].bound.kv_layout.page_size)
-            logits: torch.Tensor = ranks[rank].bound.head(device_batch, torch.arange(batch.rows))
+            device_batch = DeviceBatch(replace(batch, sampling=all_rows), CPU, bound.kv_layout.page_size)
+            logits: torch.Tensor = bound.head(device_batch, bound.sampled(device_batch))
             return logits.clone()
 
     return on_all(head, len(ranks))

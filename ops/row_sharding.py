@@ -1,0 +1,71 @@
+"""Shardings: how the ranks share what comes behind the products that leave partial sums.
+
+``all_reduce``: every rank adds up all partial sums, and has the whole residual. ``reduce_scatter``: of each nano-batch
+a rank has a share of the residual's rows, adds up those, and runs what works on each row alone on them; the ranks put
+the normed rows together for the next product. Both compute the same, with the same weights::
+
+    all_reduce       o | all-reduce of all rows | add_norm of all rows              | gate_up
+    reduce_scatter   o | reduce-scatter         | add_norm of the rank's rows | all-gather | gate_up
+
+Contract: `with_sharding` derives a rank's graph for a sharding from the one with all-reduces that `shard_graph` gives.
+
+    embedding                      whole: all rows on each rank
+    all-reduce of a linear         `<linear>_reduce_scatter`
+    norm, add_norm of the residual on the rank's rows, then `<norm>_all_gather`
+    add to the residual            on the rank's rows
+    epilogue                       the sampled rows come together first: `sampled_all_reduce`
+"""
+
+from dataclasses import replace
+
+from nanoflow.ops.collectives import AllReduce
+from nanoflow.ops.elementwise import Add
+from nanoflow.ops.graph import RESIDUAL, Graph
+from nanoflow.ops.norm import AddNorm, Norm
+from nanoflow.ops.operation import Operation
+from nanoflow.ops.own_rows import OwnRows
+from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather, SampledSum
+
+__all__ = ["ALL_REDUCE", "REDUCE_SCATTER", "SHARDINGS", "with_sharding"]
+
+ALL_REDUCE, REDUCE_SCATTER = "all_reduce", "reduce_scatter"
+SHARDINGS = (ALL_REDUCE, REDUCE_SCATTER)
+
+
+def with_sharding(graph: Graph, sharding: str) -> Graph:
+    """The graph of `graph`'s rank for `sharding`: the same object for the same graph, `graph` itself if it has it.
+
+    Raises ValueError if there is one rank, or for a graph that has another sharding than ``all_reduce``.
+    """
+    if graph.sharding == sharding:
+        return graph
+    if graph.ranks == 1:
+        raise ValueError(f"one rank has nothing to share by {sharding}")
+    if graph.sharding != ALL_REDUCE or sharding != REDUCE_SCATTER:
+        raise ValueError(f"no graph for {sharding} can be made of one for {graph.sharding}")
+    return graph.derived(sharding, _scattered)
+
+
+def _scattered(graph: Graph) -> Graph:
+    scattered = {RESIDUAL}  # values of which a rank has its own rows
+    layer: list[Operation] = []
+    for op in graph.layer:
+        if isinstance(op, AllReduce):
+            scattered.add(op.buffer)
+            name = f"{op.name.removesuffix('_all_reduce')}_reduce_scatter"
+            layer.append(ReduceScatter(name, op.buffer, op.columns, op.ranks))
+        elif not scattered & {access.buffer for access in op.accesses}:
+            layer.append(op)
+        elif isinstance(op, (Norm, AddNorm)):
+            norm = op.norm if isinstance(op, AddNorm) else op
+            layer.append(OwnRows(op, graph.rank, graph.ranks))
+            layer.append(RowsAllGather(f"{op.name}_all_gather", norm.target, norm.columns, graph.ranks))
+        elif isinstance(op, Add):
+            layer.append(OwnRows(op, graph.rank, graph.ranks))
+        elif any(access.buffer in scattered and not access.write for access in op.accesses):
+            raise ValueError(f"{op.name} needs all rows of the residual, or of a sum over ranks, before a norm")
+        else:  # it writes, whole, what is added up next
+            layer.append(op)
+    sampled = next(op for op in graph.epilogue if isinstance(op, Norm))
+    together = SampledSum("sampled_all_reduce", sampled.source, sampled.columns, graph.ranks)
+    return replace(graph, layer=tuple(layer), epilogue=(together, *graph.epilogue), sharding=REDUCE_SCATTER)

@@ -1,0 +1,257 @@
+"""`sharding: reduce_scatter` on a CPU: the tokens of one rank, whatever the plan, the order drawn and the rows.
+
+Ranks are threads here: see `rank_threads`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from nanoflow import LLM, RequestOutput, loading
+from nanoflow.checkpoints import open_checkpoint
+from nanoflow.ops.batch import NanoBatchRows
+from nanoflow.ops.graph import Graph
+from nanoflow.ops.operation import Work
+from nanoflow.ops.row_sharding import with_sharding
+from nanoflow.ops.row_shares import own_rows, row_share, share_rows
+from nanoflow.ops.sharding import shard_graph
+from nanoflow.pipeline.checker import check_program
+from nanoflow.pipeline.cuda_executor import CudaExecutor
+from nanoflow.pipeline.executor import KVLayout
+from nanoflow.pipeline.plan import FrozenMapping, Plan, PlanError
+from nanoflow.pipeline.program import compile_program
+from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from nanoflow.pipeline.validate import validate
+from nanoflow.search.fingerprint import graph_shape
+from nanoflow.weights import load_weights
+from tests.unit.ops_harness import Pages, Piece, dense_batch
+from tests.unit.plan_strategies import full_batch, plans
+from tests.unit.rank_models import graph_of, save
+from tests.unit.rank_threads import CPU, ThreadRanks
+from tests.unit.test_engine import assert_same
+from tests.unit.test_tensor_parallel import BASE, FEW, MIX, MODELS, generate, rows_of, shares, step_logits
+
+REDUCE_SCATTER = "reduce_scatter"
+ROWS = ("o_reduce_scatter", "add_norm_all_gather", "down_reduce_scatter", "input_layernorm_all_gather")
+
+
+def scattered(graph: Graph, rows: int, kernels: dict[str, str] | None = None) -> Plan:
+    """All in sequence, the residual divided among the ranks of `graph`."""
+    names = " ".join(f"{op.name}," for op in with_sharding(graph, REDUCE_SCATTER).layer)
+    text = f"{{sharding: {REDUCE_SCATTER}, capacity: {rows}, nano_batches: {{a: {{decode: 1, prefill: 1, rows: {rows}}}"
+    plan = Plan.loads(f"{text}}}, period: [whole: {{main: [{names}]}}]}}", graph)
+    return replace(plan, kernels=FrozenMapping(kernels))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @functools.cache
+    def made(name: str) -> Path:
+        return save(tmp_path_factory.mktemp(name), **BASE, **MODELS[name])
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Callable[[str], Path]) -> Callable[[str], list[RequestOutput]]:
+    """What one rank generates, by the model's name."""
+    return functools.cache(lambda name: generate(folder(name), MIX))
+
+
+def use_plans(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    whole: Graph,
+    size: int,
+    plans: Callable[[Graph], Sequence[Plan]],
+    make: Any = ReferenceExecutor,
+    **options: Any,
+) -> list[ThreadRanks]:
+    """Engines have `size` ranks from now on, which run `plans` of a rank's graph; the list gets their executors."""
+    made: list[ThreadRanks] = []
+
+    def executor(_: Any, weights: Any, kv: KVLayout, **sizes: Any) -> ThreadRanks:
+        graphs, each = shares(folder, whole, size)
+        ranks = [[compile_program(plan, graph) for plan in plans(graph)] for graph in graphs]
+        made.append(ThreadRanks(make, ranks, each, kv, **sizes, **options))
+        return made[-1]
+
+    monkeypatch.setattr(loading, "ReferenceExecutor", executor)
+    return made
+
+
+@pytest.mark.parametrize("kernel", ["reference", "nccl"])
+@pytest.mark.parametrize(
+    ("name", "size"), [("llama", 2), ("llama", 4), ("biases", 4), ("shared-heads", 4), ("qwen2", 2), ("qwen3", 4)]
+)
+def test_tokens_are_those_of_one_rank(
+    folder: Callable[[str], Path],
+    alone: Callable[[str], list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    size: int,
+    kernel: str,
+) -> None:
+    expected = alone(name)
+    kernels = dict.fromkeys((*ROWS, "sampled_all_reduce"), kernel)
+    whole = graph_of(**BASE, **MODELS[name])
+    use_plans(monkeypatch, folder(name), whole, size, lambda graph: [scattered(graph, 48, kernels)], seed=1)
+    assert_same(generate(folder(name), MIX), expected)
+
+
+def test_unfused_operations_too(
+    folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone("llama")
+    whole = graph_of(fused=False, **BASE)
+    use_plans(monkeypatch, folder("llama"), whole, 2, lambda graph: [scattered(graph, 48)], seed=1)
+    assert_same(generate(folder("llama"), MIX), expected)
+
+
+def test_launches_of_a_gpu_are_in_one_order(
+    folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other executor, with plans of both shardings: batches of fewer than 9 rows have all-reduces."""
+    expected = alone("llama")
+
+    def both(graph: Graph) -> list[Plan]:
+        return [replace(scattered(graph, 48), least_rows=9), Plan.sequential(graph, 48)]
+
+    made = use_plans(monkeypatch, folder("llama"), graph_of(**BASE), 2, both, CudaExecutor, graphs=False)
+    assert_same(generate(folder("llama"), MIX), expected)
+    bound = made[0].ranks[0].bound
+    assert bound.heads == (0, 1) and not bound.buffers["x"][-1].any()
+    assert bound.programs[0].graph is not bound.programs[1].graph
+
+
+def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives in several lanes, and an order of its own on every rank."""
+    expected = generate(folder("llama"), FEW)
+    rank = shard_graph(graph_of(**BASE), 0, 2)
+    several_lanes = []
+
+    @settings(max_examples=12, derandomize=True)
+    @given(plan=plans(with_sharding(rank, REDUCE_SCATTER)), kernel=st.sampled_from(["reference", "nccl", "nccl_4"]))
+    def check(plan: Plan, kernel: str) -> None:
+        kernels = FrozenMapping({ROWS[0]: kernel, ROWS[1]: kernel})
+        plan = replace(rows_of(plan, 11), sharding=REDUCE_SCATTER, kernels=kernels)
+        program = compile_program(plan, rank)
+        assert not check_program(program, full_batch(len(plan.nano_batches)), page_size=2)
+        several_lanes.append(len({program.steps[i].lane for i in program.collectives}) > 1)
+        use_plans(monkeypatch, folder("llama"), graph_of(**BASE), 2, lambda _: [plan], seed=len(several_lanes))
+        assert_same(generate(folder("llama"), FEW), expected)
+
+    check()
+    assert sum(several_lanes) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_ranks_have_the_same_bits(folder: Callable[[str], Path], size: int, dtype: torch.dtype) -> None:
+    """Logits of prompts and decode rows: the bits of the plan with all-reduces, also where a nano-batch has one row or
+    none, where rows do not divide, and where an operation is left whole."""
+    whole = graph_of(**BASE)
+    source = open_checkpoint(str(folder("llama")))
+    pages = Pages(page_size=8, requests=2, columns=4)
+    batches = [
+        dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(6))]], pages),
+        dense_batch([[Piece(0, 11, [77], decode=True)], []], pages),
+        dense_batch([[Piece(0, 12, [78], decode=True)], [Piece(1, 6, [8, 9, 10])]], pages, padding=1),
+        dense_batch([[], [Piece(1, 9, [8, 9, 10, 12, 13])]], pages),
+    ]
+    text = "{sharding: SHARDING, capacity: 32, nano_batches: {a: {decode: 1/2, prefill: 1/2, rows: 16}, b: {decode: "
+    text += "1/2, prefill: 1/2, rows: 16}}, period: [whole: {main: [qkv.a, qkv.b, gate_up.a, gate_up.b, down]}]}"
+    graphs = [shard_graph(whole, rank, size) for rank in range(size)]
+    weights = [load_weights(graph, source, dtype, "cpu") for graph in graphs]
+
+    def run(sharding: str) -> list[list[torch.Tensor]]:
+        programs = [[compile_program(Plan.loads(text.replace("SHARDING", sharding), g), g)] for g in graphs]
+        sizes: dict[str, Any] = {"slots": 2, "dtype": dtype, "device": CPU, "seed": 0}
+        ranks = ThreadRanks(ReferenceExecutor, programs, weights, KVLayout(pages.pool, pages.page_size), **sizes)
+        found = [step_logits(ranks.ranks, batch) for batch in batches]
+        ranks.close()
+        return found
+
+    for logits, expected in zip(run(REDUCE_SCATTER), run("all_reduce"), strict=True):
+        assert all(torch.equal(each, expected[0]) for each in logits)
+
+
+def test_shares_of_rows_are_a_partition() -> None:
+    for ranks in (2, 3, 4, 8):
+        for start in (0, 5):
+            for count in range(20):
+                rows = slice(start, start + count)
+                each = [row_share(rows, rank, ranks) for rank in range(ranks)]
+                assert [n for share in each for n in range(share.start, share.stop)] == list(
+                    range(start, start + count)
+                )
+                assert max(share.stop - share.start for share in each) == share_rows(count, ranks)
+    nano_batches = [NanoBatchRows(0, 1, 2), NanoBatchRows(3, 0, 0), NanoBatchRows(3, 0, 3, 1)]
+    assert own_rows(nano_batches, 0, 2).tolist() == [True, True, False, True, True, False, False]
+    assert (own_rows(nano_batches, 0, 2) ^ own_rows(nano_batches, 1, 2)).all()
+    assert own_rows([], 0, 2).dtype == np.bool_
+
+
+def test_a_graph_of_shares_has_the_weights_and_half_of_the_rest() -> None:
+    whole = graph_of()
+    for size in (2, 4):
+        graph = shard_graph(whole, 0, size)
+        other = with_sharding(graph, REDUCE_SCATTER)
+        assert other is with_sharding(graph, REDUCE_SCATTER) and with_sharding(graph, "all_reduce") is graph
+        assert [op.name for op in other.layer] == [
+            "input_layernorm", "input_layernorm_all_gather", "qkv", "rope_append", "decode_attention",
+            "prefill_attention", "o", "o_reduce_scatter", "add_norm", "add_norm_all_gather", "gate_up", "down",
+            "down_reduce_scatter", "add",
+        ]  # fmt: skip
+        assert [op.weights for op in graph.layer if op.weights] == [op.weights for op in other.layer if op.weights]
+        work = Work(prefill_rows=200, prefill_pairs=100, sampled_rows=10)
+        wire = other.cost(work, 2).wire_bytes - graph.cost(work, 2).wire_bytes
+        assert wire == pytest.approx(2 * (size - 1) / size * 10 * 64 * 2), "the sampled rows alone"
+        for name in ("input_layernorm", "add_norm", "add"):
+            assert other.operation(name).cost(work, 2) * size == graph.operation(name).cost(work, 2)
+        one = Work(decode_rows=1)
+        assert other.operation("add").cost(one, 2) == graph.operation("add").cost(one, 2)
+        assert graph_shape(graph) != graph_shape(other)
+
+
+def test_plans_say_their_sharding() -> None:
+    whole = graph_of()
+    graph = shard_graph(whole, 0, 2)
+    plan = scattered(graph, 32)
+    assert "sharding: reduce_scatter\n" in plan.dumps() and Plan.loads(plan.dumps()) == plan
+    sequential = Plan.sequential(graph, 32)
+    assert "sharding" not in sequential.dumps() and Plan.loads(sequential.dumps()) == sequential
+    validate(plan, graph)
+    with pytest.raises(PlanError, match=r"sharding: unknown sharding 'reduce_scater'; did you mean 'reduce_scatter'\?"):
+        Plan.loads(plan.dumps().replace("reduce_scatter\n", "reduce_scater\n", 1))
+    with pytest.raises(PlanError, match=r"sharding: reduce_scatter is for ranks that share .*parallel\.tensor"):
+        validate(plan, whole)
+    named = replace(sequential, kernels=FrozenMapping({"o_reduce_scatter": "nccl"}))
+    told = (
+        r"kernels\.o_reduce_scatter: unknown operation 'o_reduce_scatter'; it is there with `sharding: reduce_scatter`"
+    )
+    with pytest.raises(PlanError, match=told):
+        validate(named, graph)
+    named = replace(plan, kernels=FrozenMapping({"o_all_reduce": "nccl"}))
+    with pytest.raises(PlanError, match=r"it is there with `sharding: all_reduce`, and the plan has reduce_scatter"):
+        validate(named, graph)
+    with pytest.raises(PlanError, match=r"period.*main\[1\]: input_layernorm_all_gather: unknown operation .* with"):
+        validate(replace(plan, sharding="all_reduce"), graph)
+    with pytest.raises(PlanError, match=r"kernels\.o_reduce_scatter: unknown kernel 'two_shot'; known: reference"):
+        validate(replace(plan, kernels=FrozenMapping({"o_reduce_scatter": "two_shot"})), graph)
+
+
+def test_a_run_needs_no_plan_for_it(tmp_path: Path) -> None:
+    """What one rank has: nothing to divide."""
+    folder = save(tmp_path, **BASE)
+    text = scattered(shard_graph(graph_of(**BASE), 0, 2), 48).dumps()
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(PlanError, match=r"plan\.yaml: sharding: reduce_scatter is for ranks that share the model"):
+        LLM(model=folder, dtype="float32", device="cpu", kv_memory="1MiB", plan=str(tmp_path / "plan.yaml"))

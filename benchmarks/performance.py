@@ -8,7 +8,8 @@ benchmarks.gemm_choices --record ...``), iteration.json (``python -m benchmarks.
 offline_throughput.json, and of lanes: lanes.json (``python -m benchmarks.lanes``), gemm_partitions.json (``python -m
 benchmarks.gemm_choices --sms ... --record ...``) and decode_partitions.json (``python -m benchmarks.decode_blocks --sms
 ...``), of tuning: tuning.json, plan_grid.json (``python -m benchmarks.plan_grid``) and prediction.json (``python -m
-benchmarks.prediction --record ...``). The pictures are drawn by ``python -m benchmarks.plots``.
+benchmarks.prediction --record ...``), and of several GPUs: collectives.json (``python -m benchmarks.collectives``) and
+network_lanes.json (``python -m benchmarks.network_lanes``). The pictures are drawn by ``python -m benchmarks.plots``.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import lane_tables, tuning_tables, whole_tables
+from benchmarks import lane_tables, parallel_tables, tuning_tables, whole_tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
-PAGES = (PAGE, ROOT / "docs" / "plans.md", ROOT / "docs" / "tuning.md", README)
+PAGES = (PAGE, ROOT / "docs" / "plans.md", ROOT / "docs" / "tuning.md", ROOT / "docs" / "parallel.md", README)
 RESULTS = ROOT / "benchmarks" / "results"
 CHOICES = RESULTS / "gemm_choices.json"
 NONE = "Nothing is recorded yet: run `python -m benchmarks.kernels` on a GPU, then `python -m benchmarks.performance`."
@@ -49,6 +50,9 @@ class Records:
     tuning: Record = None
     grid: Record = None
     predictions: Record = None
+    collectives: Record = None
+    network: Record = None
+    """By mix."""
 
     @classmethod
     def load(cls) -> "Records":
@@ -64,6 +68,8 @@ class Records:
             _load("tuning"),
             _load("plan_grid"),
             _load("prediction"),
+            _load("collectives"),
+            _load("network_lanes"),
         )
 
 
@@ -158,6 +164,9 @@ PARTS: dict[str, Callable[[Records], Iterator[str]]] = {
     "tuned": lambda records: tuning_tables.tuned(records.tuning),
     "grid": lambda records: tuning_tables.grid(records.grid),
     "predictions": lambda records: tuning_tables.predictions(records.predictions),
+    "alone": lambda records: parallel_tables.alone(records.collectives),
+    "beside": lambda records: parallel_tables.beside(records.collectives),
+    "network": lambda records: parallel_tables.network(records.network),
     "claims": lambda records: whole_tables.claims(records.runs),
 }
 MARKED = re.compile(r"(<!-- (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)

@@ -49,6 +49,8 @@ AXES = {
 }
 """Names of the coordinates, by an operation's kind."""
 
+_OF_COLLECTIVES = ("kernel", "wire_bytes", "other_kernel")
+
 At = tuple[int, ...]
 Found = TypeVar("Found")
 
@@ -80,6 +82,10 @@ class Solo:
     """That it had, the others idle; None: the whole device."""
     points: tuple[Point, ...]
     """By coordinates, ascending."""
+    kernel: str = ""
+    """Of a collective, which form of it; empty: the preferred one, and of all other operations."""
+    wire_bytes: float = 0.0
+    """Of a collective, the bytes that a rank sends for each row."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,18 @@ class Pair:
     other_at: At
     other_sms: int | None
     other_kept: float
+    other_kernel: str = ""
+    """As `Solo.kernel`, of the second one."""
 
     @property
     def what(self) -> tuple[object, ...]:
         """All but what was measured."""
-        return self.op, self.at, self.sms, self.other, self.other_at, self.other_sms
+        return self.op, self.at, self.sms, self.other, self.other_at, self.other_sms, self.other_kernel
+
+    @property
+    def other_name(self) -> str:
+        """Of the second one, with its form."""
+        return f"{self.other}, {self.other_kernel}" if self.other_kernel else self.other
 
 
 @dataclass(frozen=True)
@@ -115,16 +128,17 @@ class Profile:
     solos: tuple[Solo, ...] = ()
     pairs: tuple[Pair, ...] = ()
 
-    def solo(self, op: str, sms: int | None) -> Solo | None:
-        return next((solo for solo in self.solos if (solo.op, solo.sms) == (op, sms)), None)
+    def solo(self, op: str, sms: int | None, kernel: str = "") -> Solo | None:
+        return next((solo for solo in self.solos if (solo.op, solo.sms, solo.kernel) == (op, sms, kernel)), None)
 
     def with_solo(self, found: Solo) -> "Profile":
         """With these points, which replace others at the same coordinates."""
-        known = self.solo(found.op, found.sms)
+        known = self.solo(found.op, found.sms, found.kernel)
         points = {point.at: point for point in (*(known.points if known else ()), *found.points)}
         merged = replace(found, points=tuple(points[at] for at in sorted(points)))
-        solos = [solo for solo in self.solos if (solo.op, solo.sms) != (found.op, found.sms)]
-        return replace(self, solos=tuple(sorted([*solos, merged], key=lambda s: (s.op, s.sms or math.inf))))
+        solos = [solo for solo in self.solos if solo is not known]
+        ordered = sorted([*solos, merged], key=lambda s: (s.op, s.kernel, s.sms or math.inf))
+        return replace(self, solos=tuple(ordered))
 
     def with_pair(self, found: Pair) -> "Profile":
         """With this pair, which replaces one of the same."""
@@ -139,11 +153,11 @@ class Profile:
             "idle_watts": self.idle_watts,
         }
         solos = [
-            {**asdict(solo), "points": [[*point.at, point.seconds, point.joules] for point in solo.points]}
+            {**_said(solo), "points": [[*point.at, point.seconds, point.joules] for point in solo.points]}
             for solo in self.solos
         ]
         parts = [json.dumps(head, indent=1)[:-2]]
-        for name, rows in (("solos", solos), ("pairs", [asdict(pair) for pair in self.pairs])):
+        for name, rows in (("solos", solos), ("pairs", [_said(pair) for pair in self.pairs])):
             lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
             parts.append(f' "{name}": [\n{lines}\n ]' if rows else f' "{name}": []')
         return ",\n".join(parts) + "\n}\n"
@@ -275,6 +289,11 @@ def _known(fingerprint: Fingerprint) -> dict[str, Any]:
     return {key: value for key, value in asdict(fingerprint).items() if value is not None and key != "format"}
 
 
+def _said(row: Solo | Pair) -> dict[str, Any]:
+    """Its keys, but for those that only collectives have."""
+    return {key: value for key, value in asdict(row).items() if value or key not in _OF_COLLECTIVES}
+
+
 def _part(path: Path, key: str, read: Callable[[], Found]) -> Found:
     try:
         return read()
@@ -294,13 +313,16 @@ def _solo(raw: Mapping[str, Any]) -> Solo:
         points.append(Point(_at(at), _positive(seconds), _or_none(joules)))
     if not points:
         raise ValueError("points: there is none")
-    return Solo(str(raw["op"]), raw["kind"], _sms(raw["sms"]), tuple(sorted(points, key=lambda point: point.at)))
+    ordered = tuple(sorted(points, key=lambda point: point.at))
+    wire = _or_none(raw.get("wire_bytes")) or 0.0
+    return Solo(str(raw["op"]), raw["kind"], _sms(raw["sms"]), ordered, str(raw.get("kernel", "")), wire)
 
 
 def _pair(raw: Mapping[str, Any]) -> Pair:
     return Pair(
         str(raw["op"]), _at(raw["at"]), _sms(raw["sms"]), _positive(raw["kept"]),
         str(raw["other"]), _at(raw["other_at"]), _sms(raw["other_sms"]), _positive(raw["other_kept"]),
+        str(raw.get("other_kernel", "")),
     )  # fmt: skip
 
 

@@ -16,15 +16,21 @@ So nothing is ever carried on along a straight line beyond what was measured. Wh
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanoflow.ops.operation import Cost, Operation, Work
-from nanoflow.search.profile import At, Pair, Profile, Solo, axes_of, work_at
+from nanoflow.search.profile import At, Profile, Solo, axes_of, work_at
 from nanoflow.search.rates import CeilingRates, Energy, Running
 from nanoflow.search.simulate import CLOCK_ENERGY
 
 __all__ = ["ProfileRates", "profile_rates"]
+
+LIBRARY = ("nccl", "reference")
+"""Kernels of collectives, of which a device prefers one."""
+
+_Form = tuple[str, str]
+"""An operation, and of a collective the form; empty: the preferred one."""
 
 Shape = Callable[[tuple[float, ...]], float]
 """What ceilings say of a point at some coordinates."""
@@ -37,10 +43,10 @@ class ProfileRates:
     profile: Profile
     base: CeilingRates
     """For what was not measured, and for the shape of what lies beyond."""
-    _solos: Mapping[str, tuple["_Table", ...]]
-    """By operation, ascending by SMs."""
-    _pairs: Mapping[tuple[str, str], tuple[Pair, ...]]
-    _seconds: dict[tuple[str, Work, int | None], float] = field(default_factory=dict, repr=False, compare=False)
+    _solos: Mapping["_Form", tuple["_Table", ...]]
+    """By operation, and form of a collective, ascending by SMs."""
+    _pairs: Mapping[tuple["_Form", "_Form"], tuple["_Turned", ...]]
+    _seconds: dict[tuple["_Form", Work, int | None], float] = field(default_factory=dict, repr=False, compare=False)
     """Kept: a simulation asks for the same again and again."""
 
     @property
@@ -59,20 +65,23 @@ class ProfileRates:
     def limit_watts(self) -> float | None:
         return self.base.limit_watts
 
-    def seconds(self, op: Operation, work: Work, sms: int | None) -> float:
-        tables = self._solos.get(op.name)
+    def seconds(self, op: Operation, work: Work, sms: int | None, kernel: str = "") -> float:
+        form = self._form(op.name, kernel)
+        tables = self._solos.get(form)
         if not tables or not _has_rows(op, work):
-            return self.base.seconds(op, work, sms)
-        key = op.name, work, sms
+            return self.base.seconds(op, work, sms, kernel)
+        key = form, work, sms
         if key not in self._seconds:
-            self._seconds[key] = self._measured(op, work, self.device_sms if sms is None else sms, tables)
+            on = self.device_sms if sms is None else sms
+            self._seconds[key] = self._measured(op, work, on, tables, kernel)
         return self._seconds[key]
 
     def kept(self, running: Running, beside: Sequence[Running]) -> float:
         """As measured for the pair; of several beside it, each takes its share of what the others left."""
         share, unknown = 1.0, []
+        form = self._form(running.op.name, running.kernel)
         for other in beside:
-            pairs = self._pairs.get((running.op.name, other.op.name), ())
+            pairs = self._pairs.get((form, self._form(other.op.name, other.kernel)), ())
             alike = [pair for pair in pairs if (pair.sms is None) == (running.sms is None)]
             if alike:
                 known = sorted((pair.sms or 0, self._kept_by(pair, running, other)) for pair in alike)
@@ -83,14 +92,18 @@ class ProfileRates:
             share *= self.base.kept(running, unknown)
         return min(1.0, share)
 
-    def _kept_by(self, pair: Pair, running: Running, other: Running) -> float:
+    def _form(self, op: str, kernel: str) -> "_Form":
+        """What a kernel was measured as: the one that a device prefers has no name there."""
+        return (op, "") if kernel in LIBRARY and (op, kernel) not in self._solos else (op, kernel)
+
+    def _kept_by(self, pair: "_Turned", running: Running, other: Running) -> float:
         """What `running` keeps beside `other`, as `pair` has it. In a confined lane it is no more than the ceilings
         allow: few rows, say, read more of memory in their time than those that were measured."""
-        kept = self._at_full_clock(pair, running.op, other.op)
+        kept = self._at_full_clock(pair, running, other)
         return kept if running.sms is None else min(kept, self.base.kept(running, [other]))
 
-    def _at_full_clock(self, pair: Pair, op: Operation, other: Operation) -> float:
-        """What `op` keeps beside `other`, had power limited nothing.
+    def _at_full_clock(self, pair: "_Turned", running: Running, other: Running) -> float:
+        """What `running` keeps beside `other`, had power limited nothing.
 
         A pair runs so long that the power limit answers, and what was measured has a lower clock in it. With D the
         watts of the work at the speeds that were kept, but with the joules of the full clock, P the limit and W what is
@@ -100,16 +113,16 @@ class ProfileRates:
         watts, limit = self.idle_watts, self.limit_watts
         if watts is None or limit is None or limit <= watts:
             return pair.kept
-        both = (op, pair.at, pair.sms, pair.kept), (other, pair.other_at, pair.other_sms, pair.other_kept)
+        both = (running, pair.at, pair.sms, pair.kept), (other, pair.other_at, pair.other_sms, pair.other_kept)
         drawn = 0.0
         for each, at, sms, kept in both:
-            work = work_at(axes_of(each), at)
-            drawn += kept * self.joules(each, work, sms) / self.seconds(each, work, sms)
+            work = work_at(axes_of(each.op), at)
+            drawn += kept * self.joules(each.op, work, sms) / self.seconds(each.op, work, sms, each.kernel)
         return min(1.0, pair.kept * float(max(1.0, drawn / (limit - watts)) ** (1 / CLOCK_ENERGY)))
 
     def joules(self, op: Operation, work: Work, sms: int | None) -> float:
         """As measured on the whole device, whatever the SMs, less what the device draws whatever runs."""
-        table = next((table for table in self._solos.get(op.name, ()) if table.joules), None)
+        table = next((table for table in self._solos.get((op.name, ""), ()) if table.joules), None)
         if table is None or self.idle_watts is None or not _has_rows(op, work):
             return self.base.joules(op, work, sms)
         at, least = _coordinates(op, work), self.base.joules(op, work, sms)
@@ -122,11 +135,11 @@ class ProfileRates:
         # Of noise there is no negative energy.
         return max(found, 0.1 * least, 0.0)
 
-    def _measured(self, op: Operation, work: Work, sms: int, tables: Sequence["_Table"]) -> float:
+    def _measured(self, op: Operation, work: Work, sms: int, tables: Sequence["_Table"], kernel: str) -> float:
         at = _coordinates(op, work)
 
         def ceiling(work: Work, sms: int) -> float:
-            return self.base.seconds(op, work, sms)
+            return self.base.seconds(op, work, sms, kernel)
 
         def on(table: "_Table") -> float:
             def shape(at: tuple[float, ...]) -> float:
@@ -157,17 +170,41 @@ def profile_rates(profile: Profile, itemsize: int, energy: Energy | None = None)
     if energy is None and profile.idle_watts is not None:
         energy = Energy(0.0, 0.0, profile.idle_watts)
     device_sms = profile.fingerprint.sms or 1
-    base = CeilingRates(profile.ceilings, device_sms, itemsize, energy=energy)
-    solos: dict[str, list[_Table]] = {}
+    ceilings = replace(
+        profile.ceilings, link_bytes_per_second=_fastest_link(profile) or profile.ceilings.link_bytes_per_second
+    )
+    base = CeilingRates(ceilings, device_sms, itemsize, energy=energy)
+    solos: dict[_Form, list[_Table]] = {}
     for solo in profile.solos:
-        solos.setdefault(solo.op, []).append(_table(solo, device_sms, None if known else base.idle_watts))
-    pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
+        own = _table(solo, device_sms, None if known else base.idle_watts)
+        solos.setdefault((solo.op, solo.kernel), []).append(own)
+    pairs: dict[tuple[_Form, _Form], tuple[_Turned, ...]] = {}
     for pair in profile.pairs:
-        turned = Pair(pair.other, pair.other_at, pair.other_sms, pair.other_kept, pair.op, pair.at, pair.sms, pair.kept)
-        for each in (pair, turned):
-            pairs[each.op, each.other] = (*pairs.get((each.op, each.other), ()), each)
-    tables = {op: tuple(sorted(each, key=lambda table: table.sms)) for op, each in solos.items()}
+        one, other = (pair.op, ""), (pair.other, pair.other_kernel)
+        straight = _Turned(pair.at, pair.sms, pair.kept, pair.other_at, pair.other_sms, pair.other_kept)
+        turned = _Turned(pair.other_at, pair.other_sms, pair.other_kept, pair.at, pair.sms, pair.kept)
+        for key, each in (((one, other), straight), ((other, one), turned)):
+            pairs[key] = (*pairs.get(key, ()), each)
+    tables = {form: tuple(sorted(each, key=lambda table: table.sms)) for form, each in solos.items()}
     return ProfileRates(profile, base, tables, pairs)
+
+
+def _fastest_link(profile: Profile) -> float | None:
+    """Bytes/s that a rank sends in the fastest of the collectives that were measured; None if none were."""
+    sent = [solo for solo in profile.solos if solo.wire_bytes]
+    return max((solo.wire_bytes * p.at[0] / p.seconds for solo in sent for p in solo.points), default=None)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """What one of a pair keeps beside the other."""
+
+    at: At
+    sms: int | None
+    kept: float
+    other_at: At
+    other_sms: int | None
+    other_kept: float
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,26 @@ from typing import Protocol
 
 from nanoflow.search.profile import At, Pair, Point, Profile, Solo
 
-__all__ = ["Bench", "PairCase", "Profiled", "SoloCase", "Unmeasurable", "close", "fill_profile", "splits"]
+__all__ = [
+    "Bench",
+    "Case",
+    "PairCase",
+    "Profiled",
+    "SoloCase",
+    "Unmeasurable",
+    "close",
+    "fill_profile",
+    "network_splits",
+    "splits",
+]
 
 LEAST_SHARE, MOST_SHARE = 1 / 8, 3 / 8
 """Of a device's SMs, what the memory lanes that are measured have."""
 CLOSE_SHARE = 1 / 6, 0.3
 """Where the best plans were found: measured in steps of 4, else of 8."""
+
+NETWORK_SMS = (8, 16)
+"""Of the network lanes that are measured: whole groups, and a link is full with few."""
 
 
 class Unmeasurable(Exception):
@@ -40,9 +54,16 @@ class SoloCase:
     kind: str
     sms: int | None
     at: tuple[At, ...]
+    kernel: str = ""
+    """Of a collective, which form of it; empty: the preferred one."""
+    wire_bytes: float = 0.0
+    """Of a collective, the bytes that a rank sends for each row."""
+    also: tuple[str, ...] = ()
+    """Operations that are the same, and for which it counts too."""
 
     def __str__(self) -> str:
-        return f"{self.op} on {'all' if self.sms is None else self.sms} SMs, {len(self.at)} sizes"
+        form = f" with {self.kernel}" if self.kernel else ""
+        return f"{self.op}{form} on {'all' if self.sms is None else self.sms} SMs, {len(self.at)} sizes"
 
 
 @dataclass(frozen=True)
@@ -55,10 +76,15 @@ class PairCase:
     other: str
     other_at: At
     other_sms: int | None
+    other_kernel: str = ""
+    """Of a collective, which form of it."""
+    also: tuple[str, ...] = ()
+    """Operations that are the same as the second one, and for which it counts too."""
 
     def __str__(self) -> str:
         where = "" if self.sms is None else f" on {self.sms} and {self.other_sms} SMs"
-        return f"{self.op} beside {self.other}{where}"
+        form = f" with {self.other_kernel}" if self.other_kernel else ""
+        return f"{self.op} beside {self.other}{form}{where}"
 
 
 Case = SoloCase | PairCase
@@ -124,6 +150,12 @@ def fill_profile(
     return Profiled(profile, len(missing) - len(notes), 0, tuple(notes))
 
 
+def network_splits(device_sms: int) -> list[tuple[int, int]]:
+    """SMs of the compute lane and of the network lane, of the partitions that are measured: 124 + 8 and 116 + 16 of
+    132."""
+    return [(device_sms - sms, sms) for sms in NETWORK_SMS if 4 * sms <= device_sms]
+
+
 def splits(device_sms: int) -> list[tuple[int, int]]:
     """SMs of the compute lane and of the memory lane, of the partitions that are measured.
 
@@ -142,9 +174,9 @@ def close(memory: int, device_sms: int) -> bool:
 def _missing(profile: Profile, case: Case) -> Case | None:
     """The case, with the points that are still to be measured; None if there is none."""
     if isinstance(case, PairCase):
-        wanted = Pair(case.op, case.at, case.sms, 1.0, case.other, case.other_at, case.other_sms, 1.0).what
+        wanted = _pairs(case, 1.0, 1.0)[0].what
         return None if any(pair.what == wanted for pair in profile.pairs) else case
-    known = profile.solo(case.op, case.sms)
+    known = profile.solo(case.op, case.sms, case.kernel)
     have = {point.at for point in known.points} if known is not None else set()
     left = tuple(at for at in dict.fromkeys(case.at) if at not in have)
     return replace(case, at=left) if left else None
@@ -153,7 +185,18 @@ def _missing(profile: Profile, case: Case) -> Case | None:
 def _measured(profile: Profile, case: Case, bench: Bench) -> Profile:
     if isinstance(case, SoloCase):
         points = tuple(bench.solo(case))
-        return profile.with_solo(Solo(case.op, case.kind, case.sms, points)) if points else profile
-    kept, other_kept = bench.pair(case)
-    pair = Pair(case.op, case.at, case.sms, kept, case.other, case.other_at, case.other_sms, other_kept)
-    return profile.with_pair(pair)
+        for op in (case.op, *case.also) if points else ():
+            profile = profile.with_solo(Solo(op, case.kind, case.sms, points, case.kernel, case.wire_bytes))
+        return profile
+    for pair in _pairs(case, *bench.pair(case)):
+        profile = profile.with_pair(pair)
+    return profile
+
+
+def _pairs(case: PairCase, kept: float, other_kept: float) -> list[Pair]:
+    return [
+        Pair(
+            case.op, case.at, case.sms, kept, other, case.other_at, case.other_sms, other_kept, case.other_kernel
+        )
+        for other in (case.other, *case.also)
+    ]  # fmt: skip

@@ -13,13 +13,24 @@ from nanoflow.ops.collectives import CTAS, Collective
 from nanoflow.ops.gemm_waves import waves
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import Cost, Operation, Work
+from nanoflow.ops.peer_all_reduce import PEER_FORMS, UNCONFINED
 from nanoflow.search.cost_model import Ceilings
 
-__all__ = ["H100_ENERGY", "CeilingRates", "Energy", "Rates", "Running", "bandwidth_on", "collective_sms", "shared_sms"]
+__all__ = [
+    "H100_ENERGY",
+    "CeilingRates",
+    "Energy",
+    "Rates",
+    "Running",
+    "bandwidth_on",
+    "collective_sms",
+    "shared_sms",
+    "wire_share",
+]
 
-LINK_SMS = 16
-"""SMs with which collectives fill a link, and which they take where neither the lane nor the kernel has fewer: NCCL has
-about as many thread blocks on NVLink 4. On fewer they are taken to reach their share of it, which nobody measured."""
+LINK_SMS = 24
+"""SMs that a collective takes where neither the lane nor the kernel has fewer. NCCL chooses: more than 16 on NVLink 4,
+where it is an eighth faster than on 16 (`wire_share`)."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +40,40 @@ class Running:
     op: Operation
     work: Work
     sms: int | None
-    """SMs of its lane; None: the lane is not confined. Of a collective, those that it takes: `collective_sms`."""
+    """SMs of its lane; None: the lane is not confined."""
+    kernel: str = ""
+    """Of a collective, whose forms differ in what they take; empty: the preferred one."""
+
+    @property
+    def taken(self) -> int | None:
+        """SMs that it takes from the others; None: it shares what they leave."""
+        return collective_sms(self.kernel, self.sms) if isinstance(self.op, Collective) else self.sms
 
 
 def collective_sms(kernel: str, lane: int | None) -> int:
     """SMs that a collective takes with `kernel` (empty: the preferred one): as many as it has thread blocks, and none
     where copy engines do the work. `lane`: SMs of its lane; None: it is not confined."""
-    most = 0 if kernel == "copy_engine" else min(LINK_SMS, CTAS.get(kernel, LINK_SMS))
+    if kernel == "copy_engine":
+        return 0
+    most = UNCONFINED if kernel in PEER_FORMS and lane is None else CTAS.get(kernel, LINK_SMS)
     return most if lane is None else min(most, lane)
+
+
+def wire_share(sms: int) -> float:
+    """The share of a link that collectives fill with so many SMs; all of it with none, which is what copy engines do.
+
+    With x = sms / 11.6::
+
+        share = x / (1 + x ** 3) ** (1 / 3)
+
+    and all of it from `LINK_SMS` on. Fitted to all-reduces of 32 MiB in bfloat16 between two H200s (NV18, torch 2.11,
+    NCCL): 41, 80, 148 and 213 GB/s on at most 2, 4, 8 and 16 thread blocks, and 238 on as many as NCCL likes, which it
+    meets within 2%. A profile has them measured.
+    """
+    if not sms or sms >= LINK_SMS:
+        return 1.0
+    x = sms / 11.6
+    return float(x / (1 + x**3) ** (1 / 3))
 
 
 def shared_sms(device_sms: int, taken: Sequence[int | None]) -> float:
@@ -64,8 +101,9 @@ class Rates(Protocol):
     def limit_watts(self) -> float | None:
         """What the device may draw; None: no limit is known."""
 
-    def seconds(self, op: Operation, work: Work, sms: int | None) -> float:
-        """What `work` takes with nothing beside it, on `sms` SMs or, for None, on the whole device."""
+    def seconds(self, op: Operation, work: Work, sms: int | None, kernel: str = "") -> float:
+        """What `work` takes with nothing beside it, on `sms` SMs or, for None, on the whole device; of a collective,
+        with `kernel` (empty: the preferred one)."""
 
     def kept(self, running: Running, beside: Sequence[Running]) -> float:
         """The share of its solo speed, above 0 and up to 1, that `running` keeps while `beside` run in other lanes."""
@@ -123,11 +161,11 @@ class CeilingRates:
 
     An operation takes the longest of: its FLOPs at its SMs' share of the FLOP/s ceiling, its bytes at what so many SMs
     read (`bandwidth_on`). A collective takes the longer of: its bytes on the wire at the share of the link's ceiling
-    that its SMs fill, all of it for copy engines, and its bytes at what memory gives; where the link is not known, only
-    its bytes. Side by side, lanes that are not confined share the SMs that collectives leave, evenly; where all
-    together would move more bytes than memory or the link gives, each gets an even share, and what one leaves over goes
-    to the others. Launching costs nothing. Joules are ``joules_per_flop * FLOPs + joules_per_byte * bytes``, whatever
-    the SMs.
+    that its SMs fill (`wire_share`), all of it for copy engines, and its bytes at what memory gives; where the link is
+    not known, only its bytes. Side by side, lanes that are not confined share the SMs that collectives leave, evenly;
+    where all together would move more bytes than memory or the link gives, each gets an even share, and what one leaves
+    over goes to the others. Launching costs nothing. Joules are
+    ``joules_per_flop * FLOPs + joules_per_byte * bytes``, whatever the SMs.
     """
 
     ceilings: Ceilings
@@ -147,8 +185,9 @@ class CeilingRates:
     def limit_watts(self) -> float | None:
         return self.ceilings.power_limit_watts
 
-    def seconds(self, op: Operation, work: Work, sms: int | None) -> float:
-        return self._seconds(op, work, self.device_sms if sms is None else sms)
+    def seconds(self, op: Operation, work: Work, sms: int | None, kernel: str = "") -> float:
+        taken = Running(op, work, sms, kernel).taken
+        return self._seconds(op, work, self.device_sms if taken is None else taken)
 
     def joules(self, op: Operation, work: Work, sms: int | None) -> float:
         if self.energy is None:
@@ -158,23 +197,23 @@ class CeilingRates:
 
     def kept(self, running: Running, beside: Sequence[Running]) -> float:
         together = [running, *beside]
-        free = shared_sms(self.device_sms, [each.sms for each in together])
+        free = shared_sms(self.device_sms, [each.taken for each in together])
         speeds, moved, sent = [], [], []
         for each in together:
-            speeds.append(1 / self._seconds(each.op, each.work, free if each.sms is None else each.sms))
+            speeds.append(1 / self._seconds(each.op, each.work, free if each.taken is None else each.taken))
             cost = self._cost(each.op, each.work)
             moved.append(cost.bytes * speeds[-1])
             sent.append(cost.wire_bytes * speeds[-1])
         speed = speeds[0] * _granted(moved, self.ceilings.bytes_per_second)
         if sent[0] and self.ceilings.link_bytes_per_second:
             speed = min(speed, speeds[0] * _granted(sent, self.ceilings.link_bytes_per_second))
-        return min(1.0, speed * self.seconds(running.op, running.work, running.sms))
+        return min(1.0, speed * self.seconds(running.op, running.work, running.sms, running.kernel))
 
     def _seconds(self, op: Operation, work: Work, sms: float) -> float:
         cost, ceilings = self._cost(op, work), self.ceilings
         if isinstance(op, Collective):
             link = ceilings.link_bytes_per_second
-            wire = cost.wire_bytes / (link * (min(sms, LINK_SMS) or LINK_SMS) / LINK_SMS) if link else 0.0
+            wire = cost.wire_bytes / (link * wire_share(int(sms))) if link else 0.0
             return max(wire, cost.bytes / ceilings.bytes_per_second, 1e-12)
         used = 1.0
         if self.tiles and work.rows and isinstance(op, Linear | LinearSilu):

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 
 from nanoflow.ops.attention import FEWER_PROGRAMS, LANE_PROGRAMS
 from nanoflow.ops.collectives import Collective
-from nanoflow.ops.operation import Cost, Operation, Work
+from nanoflow.ops.operation import Cost, Work
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import Program, Step
-from nanoflow.search.rates import Rates, Running, collective_sms, shared_sms
+from nanoflow.search.rates import Rates, Running, shared_sms
 from nanoflow.search.timeline import Load, Segment, Timeline, spans_of, step_costs
 
 __all__ = ["Simulation", "seconds_under_limit", "simulate"]
@@ -108,18 +108,23 @@ def _running(program: Program, works: Sequence[Work]) -> list[Running]:
         Running(
             program.graph.operation(step.nano_op.op),
             total if step.nano_op.nano_batch is None else works[step.nano_op.nano_batch],
-            _working_sms(program.plan, step, program.graph.operation(step.nano_op.op)),
+            _working_sms(program.plan, step),
+            _form(program, step),
         )
         for step in program.steps
     ]
 
 
-def _working_sms(plan: Plan, step: Step, op: Operation) -> int | None:
+def _form(program: Program, step: Step) -> str:
+    """Of a collective, the kernel that the plan names."""
+    name = step.nano_op.op
+    return program.plan.kernels.get(name, "") if isinstance(program.graph.operation(name), Collective) else ""
+
+
+def _working_sms(plan: Plan, step: Step) -> int | None:
     """SMs of a step's lane; of decode attention with fewer programs on each, the SMs on which as many usual ones run:
-    what it reads follows from the loads that are in flight. Of a collective, those that it takes."""
+    what it reads follows from the loads that are in flight."""
     sms, kernel = plan.lane_sms(step.stage, step.lane), plan.kernels.get(step.nano_op.op, "")
-    if isinstance(op, Collective):
-        return collective_sms(kernel, sms)
     programs = FEWER_PROGRAMS.get(kernel)
     if sms is None or programs is None:
         return sms
@@ -144,11 +149,11 @@ def _timeline(program: Program, at_work: Sequence[Running], costs: Sequence[Cost
         if together not in known:
             known[together] = _speeds(together, rates)
         speeds = {step: known[together][at_work[step]] for step in running}
-        free = shared_sms(device_sms, [each.sms for each in together])
+        free = shared_sms(device_sms, [each.taken for each in together])
         length = min(left / speeds[step] for step, left in running.items())
         loads = []
         for step in running:
-            own, taken = program.plan.lane_sms(steps[step].stage, steps[step].lane), at_work[step].sms
+            own, taken = program.plan.lane_sms(steps[step].stage, steps[step].lane), at_work[step].taken
             if own is None or isinstance(at_work[step].op, Collective):
                 own = taken
             loads.append(Load.of(steps[step].lane, free if own is None else float(own), costs[step] * speeds[step]))
@@ -169,7 +174,7 @@ def _speeds(together: Sequence[Running], rates: Rates) -> dict[Running, float]:
     """How much of each is done in a second while all run."""
     return {
         each: rates.kept(each, [*together[:place], *together[place + 1 :]])
-        / rates.seconds(each.op, each.work, each.sms)
+        / rates.seconds(each.op, each.work, each.sms, each.kernel)
         for place, each in enumerate(together)
     }
 

@@ -4,7 +4,7 @@ Contract: a `PlanChoice` is frozen data that says little; `build_plan` makes a p
 every choice builds a plan that `nanoflow.pipeline.validate` accepts. `suggest` asks Optuna for one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -172,6 +172,7 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
     )
     parts = (sms - sum(apart), memory) if apart else (None, None)
     seconds = _Seconds(graph, mix_works(plan, mix), rates, parts, choice.with_attention, choice.network)
+    seconds.kernels = choice.kernels
     plan = replace(plan, period=schedule(graph, order, seconds))
     if not apart or all(stage.partition == WHOLE for stage in plan.period):
         return plan
@@ -192,6 +193,8 @@ class _Seconds:
         network: bool,
     ) -> None:
         self.graph, self.works, self.rates = graph, works, rates
+        self.kernels: Mapping[str, str] = {}
+        """Those that the plan names."""
         self.sms = dict(zip((False, True), parts, strict=True))
         self.attention = (ATTENTION, *with_attention)
         self.apart = {name for names in collectives_of(graph).values() for name in names} if network else set()
@@ -210,7 +213,9 @@ class _Seconds:
         names = self.attention if op == ATTENTION else [op] if op in self.apart else self.behind[op]
         operations = [self.graph.operation(name) for name in names]
         return sum(
-            self.rates.seconds(each, work, None if isinstance(each, Collective) else self.sms[memory])
+            self.rates.seconds(each, work, None, self.kernels.get(each.name, ""))
+            if isinstance(each, Collective)
+            else self.rates.seconds(each, work, self.sms[memory])
             for each in operations
             if each.cost(work, self.rates.itemsize) != Cost()
         )

@@ -63,10 +63,10 @@ class Device:
         return replace(own, link_bytes_per_second=own.link_bytes_per_second or self.ceilings.link_bytes_per_second)
 
 
-NVLINK4 = 231e9
-"""Bytes/s that a rank sends in an all-reduce over the 18 NVLink 4 links of an H100 or H200, by NCCL without multicast:
-two of 2,048 rows of 8,192 bfloat16, 33.6 MB each, took 0.29 ms on two H200s. The links' own rate is 450 GB/s in each
-direction (NVIDIA, "H100 Tensor Core GPU Architecture": 900 GB/s in both)."""
+NVLINK4 = 238e9
+"""Bytes/s that a rank sends in a large all-reduce over the 18 NVLink 4 links of an H100 or H200, by NCCL without
+multicast: two H200s (NV18, torch 2.11), bfloat16, 32 MiB; 215 of 16 MiB and 169 of 8. The links' own rate is 450 GB/s
+in each direction (NVIDIA, "H100 Tensor Core GPU Architecture": 900 GB/s in both)."""
 H100 = Device(
     "NVIDIA H100 80GB HBM3",
     132,

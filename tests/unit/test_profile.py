@@ -56,7 +56,7 @@ class Device:
     idle_watts: float | None = 100.0
     limit_watts: float | None = 700.0
 
-    def seconds(self, op: Operation, work: Work, sms: int | None) -> float:
+    def seconds(self, op: Operation, work: Work, sms: int | None, kernel: str = "") -> float:
         cost, part = op.cost(work, 2), (sms or self.device_sms) / self.device_sms
         return self.overhead + cost.flops / (450e12 * part) + cost.bytes / (2.5e12 * min(1.0, 2.6 * part))
 

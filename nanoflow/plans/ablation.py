@@ -83,14 +83,16 @@ def ablation_plans(plan: Plan, graph: Graph, rows: int) -> dict[str, Plan]:
     A plan of one nano-batch has no second. Those without overlap take the device's own choice of kernels: a plan's are
     chosen for its parts of the device.
     """
-    period = complete_period(plan, graph)
+    period, layer = complete_period(plan, graph), plan.graph(graph).layer
     whole = {e.op for stage in period for lane in stage.lanes.values() for e in lane if e.nano_batch is None}
     names = [nano_batch.name for nano_batch in plan.nano_batches]
-    lane = tuple(Entry(op.name, name) for op in graph.layer for name in ([None] if op.name in whole else names))
+    lane = tuple(Entry(op.name, name) for op in layer for name in ([None] if op.name in whole else names))
     found = {SEQUENTIAL: Plan.sequential(graph, rows)}
     if len(names) > 1:
         stage = Stage(WHOLE, FrozenMapping({MAIN_LANE: lane}))
-        found[CUT] = Plan(capacity=plan.capacity, nano_batches=plan.nano_batches, period=(stage,))
+        found[CUT] = Plan(
+            capacity=plan.capacity, nano_batches=plan.nano_batches, period=(stage,), sharding=plan.sharding
+        )
     found[OVERLAPPED] = plan
     return found
 

@@ -54,7 +54,7 @@ def check(case: PlanCase) -> list[Finding]:
     waits = sum(len(step.waits) for step in case.program.steps)
     derived = derived_waits(case.program)
     named = {entry.op for stage in plan.period for lane in stage.lanes.values() for entry in lane}
-    follow = len(case.graph.layer) - len(named)
+    follow = len(case.program.graph.layer) - len(named)
     lanes = len(case.program.lanes)
     mixes = random_mixes(plan)
     raced = check_races(case, mixes)
@@ -87,8 +87,9 @@ def check(case: PlanCase) -> list[Finding]:
 
 
 def _layers_text(case: PlanCase) -> str:
-    ranks = f", on each of {case.graph.ranks} ranks" if case.graph.ranks > 1 else ""
-    return f"{case.graph.layers} layers of {len(case.graph.layer)} operations{ranks}"
+    graph = case.program.graph
+    ranks = f", on each of {graph.ranks} ranks, sharding {graph.sharding}" if graph.ranks > 1 else ""
+    return f"{graph.layers} layers of {len(graph.layer)} operations{ranks}"
 
 
 def derived_waits(program: Program) -> int:

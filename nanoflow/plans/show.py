@@ -60,6 +60,8 @@ def plan_lines(case: PlanCase) -> list[str]:
     lines.append("")
     for index, stage in enumerate(plan.period):
         lines.append(f"{'stages' if not index else '':<10} {stage_text(plan, index, stage.partition)}")
+    if case.graph.ranks > 1:
+        lines.append(f"{'sharding':<10} {plan.sharding}")
     if plan.kernels:
         lines.append(f"{'kernels':<10} {', '.join(f'{op}: {kernel}' for op, kernel in plan.kernels.items())}")
     if plan.mix is not None:

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from nanoflow.ops.collectives import AllGather, AllReduce
+from nanoflow.ops.collectives import CTAS, AllGather, AllReduce
 from nanoflow.ops.communicator import Communicator, TorchCommunicator
 from nanoflow.ops.operation import NanoContext, Operation
 from nanoflow.ops.peer_all_reduce import PEER_FORMS
 from nanoflow.ops.peer_memory import PeerMemory
+from nanoflow.ops.peer_rows import ROW_FORMS
+from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
+from nanoflow.ops.row_shares import row_share
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +29,7 @@ pytestmark = [
 ]
 ROWS, COLUMNS = 160, 1024
 REPLAYS = 1000
-SECONDS = 300
+SECONDS = 900
 
 
 def run(
@@ -37,10 +40,12 @@ def run(
     communicator: Communicator,
     peers: PeerMemory | None = None,
     sms: int | None = None,
+    places: PeerMemory | None = None,
 ) -> None:
-    part: Any = SimpleNamespace(rows=slice(0, rows))
+    part: Any = SimpleNamespace(rows=slice(0, rows), nano_batch_rows=(slice(0, rows),))
     nothing: Any = None
-    context = NanoContext(nothing, part, 0, buffers, {}, nothing, sms, communicator=communicator, peers=peers)
+    ranks: Any = {"communicator": communicator, "peers": peers, "places": places}
+    context = NanoContext(nothing, part, 0, buffers, {}, nothing, sms, **ranks)
     op.kernels[kernel](context)
 
 
@@ -181,6 +186,76 @@ def check_all_gather(rank: int, communicator: Communicator, device: torch.device
         assert not buffers["logits"][rows:].any()
 
 
+def check_rows(rank: int, communicator: Communicator, device: torch.device, kernel: str, *, gather: bool) -> None:
+    """A thousand replays of reduce-scatters or all-gathers of rows, as `check_peer_form` has all-reduces; also where
+    rows do not divide, and where ranks have none.
+
+    In an all-gather each rank reads all rows before the next one, which others may have come to long before.
+    """
+    ranks = communicator.size
+    op = (RowsAllGather if gather else ReduceScatter)("rows", "x", COLUMNS, ranks)
+    sizes = (ROWS, ROWS * 33 + 1, 1)
+    name = f"{kernel} {'gather' if gather else 'scatter'}"
+    used = communicator.twin(name, CTAS[kernel]) if kernel in CTAS else communicator
+    room = op.peer_room(kernel, max(sizes), 4)
+    peers = None if room is None else communicator.peer_memory(name, room)
+    places = None
+    if op.peer_buffer(kernel):
+        places = communicator.peer_memory(f"places {name}", max(sizes) * COLUMNS * 4)
+    stream = torch.cuda.Stream(device)
+    together, apart = random.Random(6), random.Random(rank)
+    with torch.cuda.stream(stream):
+        cases = []
+        for rows in sizes:
+            own = row_share(slice(0, rows), rank, ranks)
+            for dtype, sms in ((torch.bfloat16, None), (torch.float32, 8)):
+                source = torch.zeros(rows, COLUMNS, dtype=dtype, device=device)
+                x = torch.zeros_like(source)
+                if places is not None:
+                    x = places.data(rank, 0, rows * COLUMNS, dtype).view(rows, COLUMNS)
+                outputs = [torch.zeros_like(source) for _ in range(3)]
+
+                def step(
+                    source: torch.Tensor = source,
+                    x: torch.Tensor = x,
+                    outputs: list[torch.Tensor] = outputs,
+                    mine: slice = own if gather else slice(0, rows),
+                    sms: int | None = sms,
+                ) -> None:
+                    for number, out in enumerate(outputs):
+                        torch.mul(source[mine], number + 1, out=x[mine])
+                        run(op, kernel, {"x": x}, len(x), used, peers, sms, places)
+                        out.copy_(x)
+
+                step()  # kernels are compiled and loaded before the capture
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(capture_error_mode="thread_local")
+                step()
+                graph.capture_end()
+                cases.append((source, own, outputs, step, graph))
+        for number in range(REPLAYS):
+            source, own, outputs, step, graph = cases[together.randrange(len(cases))]
+            each = inputs(number, ranks, device, source.dtype, len(source))
+            source.copy_(each[rank])
+            torch.cuda._sleep(apart.randrange(200_000))
+            graph.replay() if together.random() < 0.9 else step()
+            for times, out in enumerate(outputs, 1):
+                parts = [part * times for part in each]
+                if gather:
+                    shares = [row_share(slice(0, len(source)), other, ranks) for other in range(ranks)]
+                    expected = torch.cat([part[share] for part, share in zip(parts, shares, strict=True)])
+                    assert torch.equal(out, expected), (name, number, times)
+                    continue
+                if peers is not None:
+                    assert torch.equal(out[own], in_rank_order(parts)[own]), (name, number, times)
+                exact, largest = (torch.stack(p).double().sum(0)[own] for p in (parts, [p.abs() for p in parts]))
+                rounding = 2**-8 * ranks if out.dtype is torch.bfloat16 else 1e-5
+                assert ((out[own].double() - exact).abs() <= rounding * largest + 1e-5).all(), (name, number, times)
+        stream.synchronize()
+        del cases, graph
+
+
 def check_two_at_once(rank: int, communicator: Communicator, device: torch.device) -> None:
     """Communicators of two lanes, on two streams, launched in one order, delayed on either."""
     twins = [communicator.twin("one"), communicator.twin("two", 4)]
@@ -232,6 +307,9 @@ def rank_main(rank: int, port: int, ranks: int) -> None:
     for form in PEER_FORMS:
         check_peer_form(rank, communicator, device, form)
     check_peer_forms_at_once(rank, communicator, device)
+    for kernel in ("reference", "nccl", "nccl_8", *ROW_FORMS):
+        for gather in (False, True):
+            check_rows(rank, communicator, device, kernel, gather=gather)
     check_all_gather(rank, communicator, device)
     check_two_at_once(rank, communicator, device)
     token = torch.tensor([rank + 5], device=device)

@@ -38,6 +38,33 @@ KERNELS = (
     "{o_all_reduce: one_shot, down_all_reduce: copy_engine}",
 )
 
+ROWS = """
+sharding: reduce_scatter
+capacity: 64
+nano_batches: {a: {decode: 1/2, prefill: 1/2, rows: 32}, b: {decode: 1/2, prefill: 1/2, rows: 32}}
+kernels: KERNELS
+period:
+- whole:
+    compute: [qkv.a, decode_attention.a, prefill_attention.a, o.a, qkv.b, decode_attention.b, prefill_attention.b, o.b,
+      gate_up.a, down.a, gate_up.b, down.b]
+    network: [o_reduce_scatter.a, add_norm.a, add_norm_all_gather.a, o_reduce_scatter.b, add_norm.b,
+      add_norm_all_gather.b, down_reduce_scatter.a, add.a, input_layernorm.a@1, input_layernorm_all_gather.a@1,
+      down_reduce_scatter.b, add.b, input_layernorm.b@1, input_layernorm_all_gather.b@1]
+"""
+"""The same of a residual whose rows are divided: what works on a rank's rows is in the network's lane too."""
+ROW_KERNELS = (
+    "{o_reduce_scatter: nccl_4}",
+    "{o_reduce_scatter: push, add_norm_all_gather: copy_engine, down_reduce_scatter: copy_engine,"
+    " input_layernorm_all_gather: push}",
+    "{o_reduce_scatter: copy_engine, add_norm_all_gather: push}",
+)
+IN_SEQUENCE = """
+sharding: reduce_scatter
+capacity: 64
+nano_batches: {a: {decode: 1, prefill: 1, rows: 64}}
+period: [whole: {main: [qkv, decode_attention, prefill_attention, o, gate_up, down]}]
+"""
+
 
 def answers(folder: Path, model: Path, name: str, **changes: Any) -> dict[str, Any]:
     """The choices of every request, by its id."""
@@ -75,8 +102,11 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path: Path, kv_heads: int) -> None:
     assert len(one) == 24
     two = {"parallel": {"tensor": 2}}
     assert answers(tmp_path, model, "two", **two) == one
-    for number, kernels in enumerate(KERNELS):
-        (tmp_path / "network.plan.yaml").write_text(NETWORK.replace("KERNELS", kernels))
+    plans = [NETWORK.replace("KERNELS", kernels) for kernels in KERNELS]
+    plans += [IN_SEQUENCE, *(ROWS.replace("KERNELS", kernels) for kernels in ROW_KERNELS)]
+    plans.append(plans[-1].replace("capacity", "least_rows: 40\ncapacity"))  # beside the sequential plan's all-reduces
+    for number, text in enumerate(plans):
+        (tmp_path / "network.plan.yaml").write_text(text)
         plan = {"pipeline": {"plan": str(tmp_path / "network.plan.yaml")}}
         assert answers(tmp_path, model, f"lanes {number}", **two, **plan) == one
     engine = {"device": "cuda", "kv_memory": "64MiB", "max_batch_tokens": 48, "max_running": 8, "cuda_graphs": False}

@@ -1,4 +1,4 @@
-"""The kernels of all-reduces between peers compile for sm_80, sm_90 and sm_100, without a GPU and without spills.
+"""The kernels of collectives between peers compile for sm_80, sm_90 and sm_100, without a GPU and without spills.
 
 What orders the ranks must be in what comes out: releases and acquires at the scope of the system, between barriers.
 """
@@ -12,17 +12,23 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nanoflow.ops import all_reduce_triton as kernels  # noqa: E402
+from nanoflow.ops import all_reduce_triton as kernels, rows_triton as rows  # noqa: E402
 from nanoflow.ops.peer_memory import data_begin  # noqa: E402
 
 BLOCK = {"blocks": "*i64", "counters": "*i32"}
 SIZES = {"x": "*T", **BLOCK, "n": "i32"}
+SCATTER = {**SIZES, "share": "i32", "stride": "i32", "half": "i32"}
+GATHER = {"x": "*T", "blocks": "*i64", "places": "*i64", "counters": "*i32", "n": "i32", "share": "i32", "first": "i32"}
 LIMIT = 180 * 10**9
 KERNELS = {
     "one_shot": (kernels.one_shot_kernel, {**SIZES, "stride": "i32", "half": "i32"}, {"BLOCK": 16384}, 16),
     "one_shot_small": (kernels.one_shot_kernel, {**SIZES, "stride": "i32", "half": "i32"}, {"BLOCK": 2048}, 8),
     "two_shot": (kernels.two_shot_kernel, {**SIZES, "share": "i32", "half": "i32"}, {"BLOCK": 16384}, 16),
     "two_shot_small": (kernels.two_shot_kernel, {**SIZES, "share": "i32", "half": "i32"}, {"BLOCK": 2048}, 8),
+    "scatter": (rows.reduce_scatter_kernel, SCATTER, {"BLOCK": 16384}, 16),
+    "scatter_small": (rows.reduce_scatter_kernel, SCATTER, {"BLOCK": 2048}, 8),
+    "gather": (rows.all_gather_kernel, GATHER, {"BLOCK": 16384}, 16),
+    "gather_small": (rows.all_gather_kernel, GATHER, {"BLOCK": 2048}, 8),
     "meet": (kernels.meet_kernel, BLOCK, {}, 1),
     "readers": (kernels.readers_kernel, BLOCK, {}, 1),
     "add_arrived": (kernels.add_arrived_kernel, {**SIZES, "stride": "i32"}, {"TELL": True, "BLOCK": 2048}, 8),
@@ -47,18 +53,19 @@ def test_compiles(name: str, ranks: int) -> None:
     text = ptx(name, ranks)
     assert ".local" not in text, "an array went to local memory"
     others = ranks - 1
-    phases = 2 if name.startswith("two_shot") else 1
+    phases = 2 if name.startswith(("two_shot", "gather")) else 1
     raised = 0 if name == "readers" else phases * others
     awaited = 0 if name == "add_arrived" else phases * others
     assert text.count("atom.global.sys.release.exch.b32") == raised
     # Once when it comes, and in the loop; each wait can end in a trap. An addition of zero is a load.
     assert text.count("ld.global.sys.acquire.b32") == 2 * awaited and text.count("trap;") == awaited
     if raised:
-        before = text[: text.index("atom.global.sys.release.exch")]
-        after = before[before.rindex("bar.sync") :]
-        assert "st.global" not in after, "a flag is raised before all threads have written"
+        for flag in (text.index("atom.global.sys.release.exch"), text.rindex("atom.global.sys.release.exch")):
+            after = text[text.rindex("bar.sync", 0, flag) : flag]
+            assert "st.global" not in after, "a flag is raised before all threads have written"
     if name not in ("meet", "readers"):
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", text) and re.search(r"st\.global[\w.:]*\.v4\.b32", text)
+    if name not in ("meet", "readers", "gather", "gather_small"):
         assert re.search(r"ld\.global\.cg[\w.:]*\.v4\.b32", text), "what has arrived is read past the first-level cache"
 
 
@@ -69,6 +76,6 @@ def test_other_devices_compile(name: str, capability: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-@pytest.mark.parametrize("name", ["one_shot", "two_shot", "add_arrived"])
+@pytest.mark.parametrize("name", ["one_shot", "two_shot", "scatter", "gather", "add_arrived"])
 def test_other_types_compile(name: str, dtype: str) -> None:
     assert ptx(name, 4, dtype=dtype)

@@ -20,6 +20,7 @@ from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.row_sharding import ALL_REDUCE
 from nanoflow.ops.sharding import ShardError, shard_graph
 from nanoflow.parallel.executor import RunExecutor, TensorParallelExecutor
 from nanoflow.parallel.messages import KVNeeds, Load
@@ -29,7 +30,7 @@ from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.plan_choice import choose_plans
+from nanoflow.plan_choice import asked_layout, choose_plans
 from nanoflow.scheduler import Scheduler
 from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.tokenizer import Tokenizer
@@ -95,13 +96,14 @@ def open_model(model: ModelSection, engine: EngineSection, *, use: bool = True) 
     return Model(checkpoint, config, build_graph(config), checkpoint.tokenizer(), dtype, device, max_model_len)
 
 
-def shard_model(model: Model, rank: int, size: int) -> Model:
+def shard_model(model: Model, rank: int, size: int, layout: str = ALL_REDUCE) -> Model:
     """`model` as rank `rank` of `size` has it: its share of the graph, and so of weights and KV cache.
 
-    Raises ConfigError if the model cannot be split over so many ranks.
+    `layout` is that of the weights: see `shard_graph`. Raises ConfigError if the model cannot be split over so many
+    ranks.
     """
     try:
-        return replace(model, graph=shard_graph(model.graph, rank, size))
+        return replace(model, graph=shard_graph(model.graph, rank, size, layout))
     except ShardError as error:
         raise ConfigError(str(error)) from None
 
@@ -134,9 +136,10 @@ def build_engine(
         ShardError: the model cannot be split over so many ranks.
         ParallelError: a rank was lost.
     """
-    share = model if ranks is None else shard_model(model, 0, ranks.size)
-    here = run_fingerprint(share, engine)
     asked = pipeline or PipelineSection()
+    split = asked_layout(asked.plan)
+    share = model if ranks is None else shard_model(model, 0, ranks.size, split)
+    here = run_fingerprint(share, engine)
     chosen = choose_plans(asked.plan, share.graph, here, engine.max_batch_tokens)
     if not quiet and not (chosen.nothing_stored and "plan" not in asked.model_fields_set):
         for note in chosen.notes:
@@ -148,7 +151,7 @@ def build_engine(
         if left >= 0:  # loading refuses the rest, with a better message
             kv_pages(share, engine, needs, free=left)
     if ranks is not None:
-        ranks.load(Load(weights, needs))
+        ranks.load(Load(weights, needs, layout=split))
     loaded = load_weights(share.graph, share.checkpoint, share.dtype, share.device, weights)
     pages = kv_pages(share, engine, needs)
     layout = kv_layout(share, engine, pages if ranks is None else ranks.least(pages))

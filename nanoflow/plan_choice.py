@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from nanoflow.errors import ConfigError
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.row_sharding import ALL_REDUCE, layout_of
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.validate import validate
@@ -12,7 +13,7 @@ from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.rechecks import recheck_of
 from nanoflow.search.store import StoredPlan, Verdict, judge, stored_plans
 
-__all__ = ["ChosenPlans", "choose_plans", "measured_again", "plan_label", "plan_text"]
+__all__ = ["ChosenPlans", "asked_layout", "choose_plans", "measured_again", "plan_label", "plan_text"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ def choose_plans(asked: str, graph: Graph, here: Fingerprint, max_batch_tokens: 
         )
     takes_all = plan.mix is None and plan.least_rows <= 1 and plan.capacity >= max_batch_tokens
     return ChosenPlans((plan,) if takes_all else (plan, sequential), tuple(_doubts(asked, here.doubts(plan))))
+
+
+def asked_layout(asked: str) -> str:
+    """The layout of the weights (see `nanoflow.ops.sharding`) for what `pipeline.plan` asks for: other than the usual
+    one for a plan file that says so. Raises PlanError."""
+    return ALL_REDUCE if asked in ("sequential", "auto") else layout_of(Plan.load(asked).sharding)
 
 
 def plan_text(stored: StoredPlan) -> str:

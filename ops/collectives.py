@@ -27,7 +27,7 @@ from nanoflow.ops.operation import SCRATCH, Access, Cost, Kernel, NanoContext, O
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_all_reduce, peer_room
 from nanoflow.ops.peer_memory import PeerMemory
 
-__all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "add_in_order", "sum_in_rank_order"]
+__all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "LayerAllGather", "add_in_order", "sum_in_rank_order"]
 
 CTAS = {f"nccl_{count}": count for count in (2, 4, 8, 16)}
 """Collectives with NCCL on at most so many thread blocks, by the kernel's name: products beside them lose no more SMs
@@ -144,7 +144,8 @@ class AllReduce(Collective):
 class AllGather(Collective):
     """``target[:, r * C : (r + 1) * C] = rank r's source``, cut after the target's columns.
 
-    `gathered` is where the shares arrive, one rank's after the other: a value of N * C columns that nothing else uses.
+    `gathered` is where the shares arrive, one rank's after the other: a value of N * C columns that nothing else uses,
+    of which a nano-batch has its own rows.
     """
 
     def __init__(
@@ -171,8 +172,7 @@ class AllGather(Collective):
     def reference(self, context: NanoContext) -> None:
         source_SC, target_SV = context.rows(self.source), context.rows(self.target)
         rows = source_SC.shape[0]
-        flat = context.buffers[self.gathered].view(-1)[: self.ranks * rows * self.share]
-        gathered_NSC = flat.view(self.ranks, rows, self.share)
+        gathered_NSC = context.rows(self.gathered).view(self.ranks, rows, self.share)
         self.communicator(context).all_gather(source_SC, gathered_NSC)
         for rank in range(self.ranks):
             begin, end = rank * self.share, min((rank + 1) * self.share, self.columns)
@@ -181,6 +181,14 @@ class AllGather(Collective):
 
     def nccl(self, context: NanoContext) -> None:
         self.reference(context)
+
+
+class LayerAllGather(AllGather):
+    """One in a layer, where each number of thread blocks has a communicator of its own."""
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl)}
 
 
 def sum_in_rank_order(communicator: Communicator, tensor: torch.Tensor) -> None:

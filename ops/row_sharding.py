@@ -7,7 +7,12 @@ the normed rows together for the next product. Both compute the same, with the s
     all_reduce       o | all-reduce of all rows | add_norm of all rows              | gate_up
     reduce_scatter   o | reduce-scatter         | add_norm of the rank's rows | all-gather | gate_up
 
-Contract: `with_sharding` derives a rank's graph for a sharding from the one with all-reduces that `shard_graph` gives.
+``all_gather`` is the NanoFlow paper's (arXiv 2408.12757): ``o`` is split by output columns, so the columns of all
+ranks' heads are gathered before it, and its output's behind it. It has other weights, and so a layout of its own, which
+all programs of an executor have: `shard_graph` makes its graphs.
+
+Contract: `with_sharding` derives a rank's graph for ``reduce_scatter`` from the one with all-reduces that `shard_graph`
+gives.
 
     embedding                      whole: all rows on each rank
     all-reduce of a linear         `<linear>_reduce_scatter`
@@ -26,16 +31,21 @@ from nanoflow.ops.operation import Operation
 from nanoflow.ops.own_rows import OwnRows
 from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather, SampledSum
 
-__all__ = ["ALL_REDUCE", "REDUCE_SCATTER", "SHARDINGS", "with_sharding"]
+__all__ = ["ALL_GATHER", "ALL_REDUCE", "REDUCE_SCATTER", "SHARDINGS", "layout_of", "with_sharding"]
 
-ALL_REDUCE, REDUCE_SCATTER = "all_reduce", "reduce_scatter"
-SHARDINGS = (ALL_REDUCE, REDUCE_SCATTER)
+ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all_reduce", "reduce_scatter", "all_gather"
+SHARDINGS = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER)
+
+
+def layout_of(sharding: str) -> str:
+    """The sharding whose graph `shard_graph` makes for it: shardings of one layout have the same weights."""
+    return ALL_GATHER if sharding == ALL_GATHER else ALL_REDUCE
 
 
 def with_sharding(graph: Graph, sharding: str) -> Graph:
     """The graph of `graph`'s rank for `sharding`: the same object for the same graph, `graph` itself if it has it.
 
-    Raises ValueError if there is one rank, or for a graph that has another sharding than ``all_reduce``.
+    Raises ValueError if there is one rank, or if `graph` has other weights or not the layout's own sharding.
     """
     if graph.sharding == sharding:
         return graph

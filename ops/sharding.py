@@ -12,6 +12,11 @@ side, with collectives where partial results meet, the ranks compute what the wh
     head                       vocabulary / size columns, rounded up, zeros behind the last; then an all-gather of the
                                logits
 
+With the layout ``all_gather`` (see `nanoflow.ops.row_sharding`) the linear behind attention is split otherwise:
+
+    attention's output         all-gather of the columns of all ranks' heads
+    the linear behind it       outputs / size, the bias too; then an all-gather of its output
+
 Where there are more ranks than key/value heads, each of those is held by size / kv_heads ranks, and so is its cache.
 Shares of all ranks have the same shape, so one plan serves them all.
 """
@@ -22,13 +27,14 @@ from dataclasses import replace
 from typing import TypeVar
 
 from nanoflow.ops.attention import DecodeAttention, PrefillAttention
-from nanoflow.ops.collectives import AllGather, AllReduce
+from nanoflow.ops.collectives import AllGather, AllReduce, LayerAllGather
 from nanoflow.ops.elementwise import Add, SiluMul
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.norm import AddNorm, Norm, QKNorm
 from nanoflow.ops.operation import Operation, TensorSlice, Weight
 from nanoflow.ops.rope import Append, Rope, RopeAppend
+from nanoflow.ops.row_sharding import ALL_GATHER, ALL_REDUCE, layout_of
 
 __all__ = ["ShardError", "shard_graph"]
 
@@ -45,9 +51,10 @@ class ShardError(ValueError):
     """A model that cannot be split over so many ranks. The message names `parallel.tensor`, the sizes and the mend."""
 
 
-def shard_graph(graph: Graph, rank: int, size: int) -> Graph:
+def shard_graph(graph: Graph, rank: int, size: int, layout: str = ALL_REDUCE) -> Graph:
     """The share of rank `rank` of `size` of the whole model's `graph`; the graph itself for one rank.
 
+    `layout` is a sharding that has weights of its own, ``all_reduce`` or ``all_gather``; the graph is for that one.
     Raises ShardError if heads, key/value heads or columns do not divide.
     """
     if not 0 <= rank < size:
@@ -55,7 +62,7 @@ def shard_graph(graph: Graph, rank: int, size: int) -> Graph:
     if size == 1:
         return graph
     check_heads(graph, size)
-    return _Sharding(graph, rank, size).graph()
+    return _Sharding(graph, rank, size, layout).graph()
 
 
 def check_heads(graph: Graph, size: int) -> None:
@@ -78,8 +85,11 @@ def check_heads(graph: Graph, size: int) -> None:
 class _Sharding:
     """What is being made of one graph for one rank."""
 
-    def __init__(self, graph: Graph, rank: int, size: int) -> None:
+    def __init__(self, graph: Graph, rank: int, size: int, layout: str) -> None:
+        if layout != layout_of(layout):
+            raise ValueError(f"{layout} has the weights of {layout_of(layout)}")
         self.whole = graph
+        self.layout = layout
         self.rank = rank
         self.size = size
         self.heads = graph.heads // size
@@ -88,6 +98,7 @@ class _Sharding:
         self.columns: dict[str, int] = {}
         """Columns of the values of which a rank has a share."""
         self.qkv = {op.qkv for op in graph.layer if isinstance(op, _BY_HEADS)}
+        self.attention = {op.target for op in graph.layer if isinstance(op, (DecodeAttention, PrefillAttention))}
         self.gated = {op.source for op in graph.layer if isinstance(op, SiluMul)}
 
     def graph(self) -> Graph:
@@ -105,6 +116,7 @@ class _Sharding:
             kv_heads=self.kv_heads,
             ranks=self.size,
             rank=self.rank,
+            sharding=self.layout,
         )
 
     def operation(self, op: Operation) -> tuple[Operation, ...]:
@@ -119,7 +131,8 @@ class _Sharding:
         if isinstance(op, Linear) and op.shard == "columns":
             return (self.columns_of(op, _halves(op) if op.target in self.gated else op.outputs),)
         if isinstance(op, Linear) and op.shard == "rows":
-            return self.rows_of(op)
+            gathered = self.layout == ALL_GATHER and op.source in self.attention
+            return self.behind_gathered(op) if gathered else self.rows_of(op)
         if not isinstance(op, (Linear, Norm, AddNorm, Add)):
             raise TypeError(f"tensor parallelism does not know what {op} becomes on a rank")
         self.needs_whole(op, [access.buffer for access in op.accesses])
@@ -178,6 +191,27 @@ class _Sharding:
             weights += [weight for weight in op.weights if len(weight.shape) == 1]
         linear = _changed(op, inputs=share, _weights=tuple(weights))
         return linear, AllReduce(f"{op.name}_all_reduce", op.target, sum(op.outputs), self.size)
+
+    def behind_gathered(self, op: Linear) -> tuple[Operation, ...]:
+        """All columns of a linear's input, the linear of the rank's outputs, and all columns of its output."""
+        source, target, outputs = op.source, op.target, sum(op.outputs)
+        if self.columns.get(source) != self.divided(op, op.inputs, "input columns"):
+            raise ValueError(f"{op.name} is behind attention, and {source} does not have the columns of its heads")
+        before = self.gather(f"{source}_all_gather", source, f"{source}_all", op.inputs)
+        share = self.divided(op, outputs, "output columns")
+        self.columns[f"{target}_share"] = share
+        rows = (self.rank * share, (self.rank + 1) * share)
+        weights = tuple(_sliced(weight, 0, (rows,), share) for weight in op.weights)
+        linear = _changed(op, source=before.target, target=f"{target}_share", outputs=(share,), _weights=weights)
+        return before, linear, self.gather(f"{op.name}_all_gather", linear.target, target, outputs)
+
+    def gather(self, name: str, source: str, target: str, columns: int) -> LayerAllGather:
+        """All ranks' columns of `source`, side by side in `target`."""
+        gathered, share = f"{source}_gathered", self.columns[source]
+        self.columns[gathered] = self.size * share
+        if target not in self.whole.values:
+            self.columns[target] = columns
+        return LayerAllGather(name, source, gathered, target, share, columns, self.size)
 
     def head(self, op: Linear) -> list[Operation]:
         """The head over the rank's vocabulary, and the logits of all ranks side by side."""

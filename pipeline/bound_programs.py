@@ -24,7 +24,7 @@ from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.operation import Kernel, NanoContext, Operation
 from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
 from nanoflow.ops.row_collectives import RowsAllGather
-from nanoflow.ops.row_sharding import ALL_REDUCE
+from nanoflow.ops.row_sharding import REDUCE_SCATTER
 from nanoflow.ops.row_shares import own_rows
 from nanoflow.pipeline.buffers import BufferSpec, assign_buffers
 from nanoflow.pipeline.executor import KVLayout, OpWeights, Weights
@@ -153,7 +153,7 @@ class BoundPrograms:
     def own(self, host: DenseBatch) -> NDArray[np.bool_]:
         """[T] whether a row of the residual is this rank's behind the last layer: all are, unless ranks divide them."""
         graph = self.programs[host.program].graph
-        if graph.sharding == ALL_REDUCE:
+        if graph.sharding != REDUCE_SCATTER:
             return np.ones(host.rows, np.bool_)
         return own_rows(host.nano_batches, graph.rank, graph.ranks)
 
@@ -162,7 +162,7 @@ class BoundPrograms:
 
         Where ranks have divided the residual's rows, a row of zeros stands for what is another rank's.
         """
-        if self.programs[batch.host.program].graph.sharding == ALL_REDUCE:
+        if self.programs[batch.host.program].graph.sharding != REDUCE_SCATTER:
             return batch.sampled_rows_S
         nothing = len(self.buffers[RESIDUAL]) - 1
 
@@ -303,7 +303,7 @@ def _specs(programs: Sequence[Program], sampled_rows: int) -> dict[str, BufferSp
         for name, spec in assign_buffers(program.graph, program.plan, sampled_rows).items():
             rows = max(spec.rows, found[name].rows) if name in found else spec.rows
             found[name] = BufferSpec(spec.columns, rows)
-    if any(program.graph.sharding != ALL_REDUCE for program in programs):
+    if any(program.graph.sharding == REDUCE_SCATTER for program in programs):
         found[RESIDUAL] = replace(found[RESIDUAL], rows=found[RESIDUAL].rows + 1)
     return found
 

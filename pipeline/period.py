@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Operation
-from nanoflow.ops.row_sharding import ALL_REDUCE, REDUCE_SCATTER, with_sharding
+from nanoflow.ops.row_sharding import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 from nanoflow.pipeline.dependencies import producer
 from nanoflow.pipeline.grid import Block, Cell, Name, plain, render_order
 from nanoflow.pipeline.plan import Entry, FrozenMapping, Plan, PlanError, Stage
@@ -113,10 +113,23 @@ def ranks_hint(name: str, graph: Graph) -> str:
     if not name.endswith(("_all_reduce", "_all_gather", "_reduce_scatter")):
         return ""
     if graph.ranks > 1:
-        other = REDUCE_SCATTER if graph.sharding == ALL_REDUCE else ALL_REDUCE
-        there = other == ALL_REDUCE or name in {op.name for op in with_sharding(graph, other).layer}
-        return f"; it is there with `sharding: {other}`, and the plan has {graph.sharding}" if there else ""
+        other = _sharding_with(name, graph)
+        return f"; it is there with `sharding: {other}`, and the plan has {graph.sharding}" if other else ""
     return "; it is there where ranks share the model: set parallel.tensor (plan check: --tensor)"
+
+
+def _sharding_with(name: str, graph: Graph) -> str | None:
+    """Another sharding than that of `graph` whose layer has the collective `name`."""
+    behind, _, kind = name.rpartition("_all_")
+    if not behind:
+        behind, kind = name.removesuffix("_reduce_scatter"), REDUCE_SCATTER
+    op = next((op for op in graph.layer if op.name == behind), None)
+    if op is None and behind not in graph.values:
+        return None
+    if kind == "gather":
+        kind = REDUCE_SCATTER if op is not None and op.resource == "memory" else ALL_GATHER
+    sharding = ALL_REDUCE if kind == "reduce" else kind
+    return sharding if sharding != graph.sharding else None
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from nanoflow.ops.graph import Graph
-from nanoflow.ops.row_sharding import ALL_REDUCE, with_sharding
+from nanoflow.ops.row_sharding import ALL_REDUCE, layout_of, with_sharding
 from nanoflow.pipeline.plan_mix import PlanMix
 
 __all__ = [
@@ -52,7 +52,7 @@ MAIN_LANE = "main"
 """The only lane of the sequential plan."""
 
 SEQUENTIAL_SHARDING = ALL_REDUCE
-"""Sharding of the sequential plan of several ranks."""
+"""Sharding of the sequential plan of several ranks, where the weights' layout is for it."""
 
 V = TypeVar("V")
 
@@ -206,7 +206,8 @@ class Plan:
     @classmethod
     def sequential(cls, graph: Graph, capacity: int, *, model: str = "", gpu: str = "") -> "Plan":
         """The plan that runs `graph` in program order: one nano-batch of `capacity` rows, one lane."""
-        sharding = ALL_REDUCE if graph.ranks == 1 else SEQUENTIAL_SHARDING
+        beside = graph.ranks > 1 and graph.sharding == layout_of(SEQUENTIAL_SHARDING)
+        sharding = SEQUENTIAL_SHARDING if beside else graph.sharding
         lane = tuple(Entry(op.name) for op in with_sharding(graph, sharding).layer)
         return cls(
             capacity=capacity,
@@ -231,7 +232,10 @@ class Plan:
                 f"sharding: {self.sharding} is for ranks that share the model, and there is one: leave it out, or set "
                 "parallel.tensor (plan check: --tensor)"
             )
-        raise PlanError(f"sharding: {self.sharding} cannot run beside {graph.sharding}, which the run has")
+        raise PlanError(
+            f"sharding: {self.sharding} needs weights that are laid out otherwise than for {graph.sharding}, which the "
+            "other plans of the run have: give it alone, as a plan file"
+        )
 
     @property
     def lanes(self) -> tuple[str, ...]:

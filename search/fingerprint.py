@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.row_sharding import ALL_GATHER, ALL_REDUCE
 from nanoflow.pipeline.plan import PLAN_FORMAT, FrozenMapping, Plan, PlanError
 
 __all__ = ["Fingerprint", "graph_shape", "ranks_of"]
@@ -19,6 +20,8 @@ OWN_KEYS = ("model", "gpu", "sms")
 """Keys that every plan may have; the others stand under `fingerprint`."""
 REFUSED = (*OWN_KEYS, "shape", "dtype")
 """Keys of which another value refuses the plan."""
+BY_ALL_GATHER = f" {ALL_GATHER},"
+"""Stands in the shape of a rank's graph whose weights are laid out for that sharding."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,15 @@ class Fingerprint:
 
 
 def _ranks_line(key: str, tuned: str, here: str) -> str:
-    """Where only the number of ranks may be what tells two shapes apart, that it does."""
-    if key != "shape" or ranks_of(tuned) == ranks_of(here):
+    """Where only the number of ranks, or the layout of their weights, may be what tells two shapes apart, that it
+    does."""
+    if key != "shape":
         return ""
+    if ranks_of(tuned) == ranks_of(here):
+        layouts = [ALL_GATHER if BY_ALL_GATHER in shape else ALL_REDUCE for shape in (tuned, here)]
+        if layouts[0] == layouts[1]:
+            return ""
+        return f" (sharding: the plan is for the weights of {layouts[0]}, the run has those of {layouts[1]})"
     return f" (parallel.tensor: the plan is for {ranks_of(tuned)}, the run has {ranks_of(here)})"
 
 
@@ -114,4 +123,5 @@ def graph_shape(graph: Graph) -> str:
     sizes = (graph.layers, graph.heads, graph.kv_heads, graph.head_dim, graph.vocab_size)
     digest = hashlib.sha256(repr((sizes, sorted(graph.values.items()), operations)).encode()).hexdigest()[:12]
     ranks = f" on {graph.ranks} ranks" if graph.ranks > 1 else ""
-    return f"{graph.layers} layers of {len(graph.layer)} operations{ranks}, {digest}"
+    layout = BY_ALL_GATHER if graph.sharding == ALL_GATHER else ""
+    return f"{graph.layers} layers of {len(graph.layer)} operations{ranks},{layout} {digest}"

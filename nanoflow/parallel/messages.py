@@ -1,8 +1,8 @@
 """What rank 0 and the other ranks of a tensor-parallel run say to each other while the engine is built.
 
-rank r          settings (as it is started)    open the model; its share
+rank r          settings (as it is started)    open the model
 rank r -> 0     HERE                           rank 0 knows that all have started before it waits for them
-rank 0 -> r     Load                           meet; measure the link between them; load the share of the weights
+rank 0 -> r     Load                           meet; measure the link between them; load its share of the weights
 rank r -> 0     int                            pages that fit there
 rank 0 -> r     int, a descriptor              the least of all ranks' pages; the memory of the batches
 rank 0 -> r     Build                          executor of these plans
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from nanoflow.config_schema import EngineSection, ModelSection
+from nanoflow.ops.row_sharding import ALL_REDUCE
 
 __all__ = ["HERE", "LINK_DTYPE", "READY", "Build", "CannotBuild", "KVNeeds", "Load", "RankSettings"]
 
@@ -68,6 +69,8 @@ class Load:
     """Or, for measuring, so many pages, whatever is configured."""
     longest: int = 0
     """Tokens of the longest request, for measuring, where it may be longer than the model allows."""
+    layout: str = ALL_REDUCE
+    """Of the weights: see `nanoflow.ops.sharding.shard_graph`."""
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,12 @@ def work(line: Line, settings: RankSettings) -> None:
     size, rank = settings.size, settings.rank
     if settings.engine.device.startswith("cuda"):
         torch.cuda.set_device(settings.engine.device)  # first: nothing is to take memory of another rank's
-    model = shard_model(open_model(settings.model, settings.engine), rank, size)
+    model = open_model(settings.model, settings.engine)
     if settings.layers is not None:
         model = replace(model, graph=replace(model.graph, layers=settings.layers))
     line.send(HERE)
     order: Load = line.recv()
+    model = shard_model(model, rank, size, order.layout)
     model = replace(model, max_model_len=max(model.max_model_len, order.longest))
     store = _store(settings)
 

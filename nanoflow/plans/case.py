@@ -11,6 +11,7 @@ from nanoflow.models.config import ModelConfig
 from nanoflow.models.registry import build_graph
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Work
+from nanoflow.ops.row_sharding import layout_of
 from nanoflow.ops.sharding import ShardError, shard_graph
 from nanoflow.pipeline.plan import Plan, PlanError
 from nanoflow.pipeline.plan_mix import PlanMix
@@ -179,7 +180,7 @@ def open_case(
             raise InputError(f"--layers {layers}: {name} has {graph.layers}; give a number from 1 to {graph.layers}")
         graph = replace(graph, layers=layers)  # its windows, if any, are those of the first layers
     try:
-        graph = shard_graph(graph, 0, tensor)
+        graph = shard_graph(graph, 0, tensor, layout_of(plan.sharding))
         validate(plan, graph)
     except ShardError as error:
         raise InputError(f"--tensor {tensor}: {error}") from None

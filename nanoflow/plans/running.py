@@ -196,7 +196,7 @@ def executor_here(
     section = ModelSection(path=case.model_path, weights="random")
     with TensorGroup(section, engine, ranks, torchrun=by_torchrun, layers=case.graph.layers) as group:
         pages = mix_pages(mix, page_size)
-        group.load(Load("random", pages, longest_request(mix)))
+        group.load(Load("random", pages, longest_request(mix), case.graph.sharding))
         weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
         group.least(pages)
         executor = group.executor(

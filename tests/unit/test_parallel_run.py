@@ -149,6 +149,19 @@ def test_ranks_give_the_tokens_of_one(job: Job, one_rank: dict[str | None, Any])
     assert report["ceilings"]["link_bytes_per_second"] > 1e6 and report["bound_seconds"]["network"] > 0
 
 
+@pytest.mark.parametrize("sharding", ["reduce_scatter", "all_gather"])
+def test_plan_files_of_other_shardings(job: Job, one_rank: dict[str | None, Any], sharding: str) -> None:
+    """For batches of 3 rows and more; the others run in sequence, where the weights allow it with all-reduces."""
+    plan = f"{{sharding: {sharding}, capacity: 64, least_rows: 3, "
+    plan += "nano_batches: {a: {decode: 1, prefill: 1, rows: 64}}, "
+    plan += "period: [whole: {main: [qkv, decode_attention, prefill_attention, o, gate_up, down]}]}"
+    (job.folder / "plan.yaml").write_text(plan)
+    arguments = ("--set", f"pipeline.plan={job.folder / 'plan.yaml'}", "--set", "engine.max_batch_tokens=64")
+    run = job.start(*arguments)
+    assert run.wait() == 1, run.stderr
+    assert job.records() == one_rank
+
+
 @pytest.mark.parametrize("lines", [0, 3])
 def test_a_rank_that_is_killed_ends_the_run(job: Job, one_rank: dict[str | None, Any], lines: int) -> None:
     run = job.start(before=SLOW.format(0.02), fast=lines > 0)

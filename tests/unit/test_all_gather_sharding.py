@@ -1,0 +1,165 @@
+"""`sharding: all_gather` on a CPU: other weights, the tokens of one rank, whatever the plan and the order drawn."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from nanoflow import RequestOutput, loading
+from nanoflow.checkpoints import open_checkpoint
+from nanoflow.ops.operation import Work
+from nanoflow.ops.row_sharding import ALL_GATHER, layout_of
+from nanoflow.ops.sharding import ShardError, shard_graph
+from nanoflow.pipeline.checker import check_program
+from nanoflow.pipeline.cuda_executor import CudaExecutor
+from nanoflow.pipeline.executor import KVLayout
+from nanoflow.pipeline.plan import FrozenMapping, Plan, PlanError
+from nanoflow.pipeline.program import compile_program
+from nanoflow.pipeline.reference_executor import ReferenceExecutor
+from nanoflow.pipeline.validate import validate
+from nanoflow.search.fingerprint import Fingerprint, graph_shape, ranks_of
+from nanoflow.weights import load_weights
+from tests.unit.plan_strategies import full_batch, plans
+from tests.unit.rank_models import graph_of, save
+from tests.unit.rank_threads import ThreadRanks
+from tests.unit.test_engine import assert_same
+from tests.unit.test_sharding import weights_of
+from tests.unit.test_tensor_parallel import BASE, FEW, MIX, MODELS, generate, rows_of
+
+COLLECTIVES = ("attention_all_gather", "o_all_gather", "down_all_reduce")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @functools.cache
+    def made(name: str) -> Path:
+        return save(tmp_path_factory.mktemp(name), **BASE, **MODELS[name])
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Callable[[str], Path]) -> Callable[[str], list[RequestOutput]]:
+    """What one rank generates, by the model's name."""
+    return functools.cache(lambda name: generate(folder(name), MIX))
+
+
+def use_ranks(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, size: int, plan: Plan | None, make, **options
+) -> None:
+    """Engines have `size` ranks from now on, which run `plan`, or in sequence."""
+    graphs = [shard_graph(graph_of(**BASE, **MODELS[name]), rank, size, ALL_GATHER) for rank in range(size)]
+    source = open_checkpoint(str(folder))
+    each = [load_weights(graph, source, torch.float32, "cpu") for graph in graphs]
+
+    def executor(_, weights, kv: KVLayout, **sizes) -> ThreadRanks:
+        ranks = [[compile_program(plan or Plan.sequential(graph, 48), graph)] for graph in graphs]
+        return ThreadRanks(make, ranks, each, kv, **sizes, **options)
+
+    monkeypatch.setattr(loading, "ReferenceExecutor", executor)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("llama", 2), ("llama", 4), ("biases", 4), ("shared-heads", 4), ("shared-heads", 8), ("qwen2", 2), ("qwen3", 4)],
+)
+def test_tokens_are_those_of_one_rank(
+    folder: Callable[[str], Path],
+    alone: Callable[[str], list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    size: int,
+) -> None:
+    expected = alone(name)
+    use_ranks(monkeypatch, folder(name), name, size, None, ReferenceExecutor, seed=1)
+    assert_same(generate(folder(name), MIX), expected)
+
+
+def test_launches_of_a_gpu_are_in_one_order(
+    folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone("llama")
+    use_ranks(monkeypatch, folder("llama"), "llama", 2, None, CudaExecutor, graphs=False)
+    assert_same(generate(folder("llama"), MIX), expected)
+
+
+def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives in several lanes, of nano-batches side by side, and an order of its own on every rank."""
+    expected = generate(folder("llama"), FEW)
+    rank = shard_graph(graph_of(**BASE), 0, 2, ALL_GATHER)
+    several_lanes = []
+
+    @settings(max_examples=10, derandomize=True)
+    @given(plan=plans(rank), kernel=st.sampled_from(["reference", "nccl", "nccl_4"]))
+    def check(plan: Plan, kernel: str) -> None:
+        kernels = FrozenMapping(dict.fromkeys(COLLECTIVES, kernel))
+        plan = replace(rows_of(plan, 11), sharding=ALL_GATHER, kernels=kernels)
+        program = compile_program(plan, rank)
+        assert not check_program(program, full_batch(len(plan.nano_batches)), page_size=2)
+        several_lanes.append(len({program.steps[i].lane for i in program.collectives}) > 1)
+        use_ranks(monkeypatch, folder("llama"), "llama", 2, plan, ReferenceExecutor, seed=len(several_lanes))
+        assert_same(generate(folder("llama"), FEW), expected)
+
+    check()
+    assert sum(several_lanes) >= 3
+
+
+def test_the_graph_and_its_cost() -> None:
+    whole = graph_of(attention_bias=True, num_key_value_heads=2)
+    for size in (2, 4, 8):
+        graph = shard_graph(whole, size - 1, size, ALL_GATHER)
+        assert graph.sharding == ALL_GATHER and Plan.sequential(graph, 8).sharding == ALL_GATHER
+        names = [op.name for op in graph.layer]
+        at = names.index("o")
+        assert names[at - 1 : at + 2] == ["attention_all_gather", "o", "o_all_gather"]
+        assert names[names.index("down") + 1] == "down_all_reduce"
+        weight, bias = graph.operation("o").weights
+        assert weight.shape == (64 // size, 64) and bias.shape == (64 // size,)
+        assert weight.slice is not None and weight.slice.ranges == ((64 - 64 // size, 64),)
+        work = Work(decode_rows=100)
+        wire = sum(graph.operation(name).cost(work, 2).wire_bytes for name in COLLECTIVES)
+        assert wire == pytest.approx(4 * (size - 1) / size * 100 * 64 * 2), "as much as two all-reduces"
+        product = graph.operation("o").cost(work, 2).flops
+        assert product * size == pytest.approx(whole.operation("o").cost(work, 2).flops)
+    assert layout_of("reduce_scatter") == "all_reduce" and layout_of(ALL_GATHER) == ALL_GATHER
+    with pytest.raises(ShardError, match="the 60 output columns of o do not divide by 8"):
+        shard_graph(graph_of(hidden_size=60), 0, 8, ALL_GATHER)
+    with pytest.raises(ValueError, match="reduce_scatter has the weights of all_reduce"):
+        shard_graph(whole, 0, 2, "reduce_scatter")
+
+
+def test_shares_of_o_are_rows_of_its_weight(tmp_path: Path) -> None:
+    source = open_checkpoint(str(save(tmp_path, attention_bias=True)))
+    whole = graph_of(attention_bias=True)
+    full = load_weights(whole, source, torch.float32, "cpu").layers[1]["o"]
+    for rank in range(4):
+        graph = shard_graph(whole, rank, 4, ALL_GATHER)
+        held = load_weights(graph, source, torch.float32, "cpu").layers[1]["o"]
+        assert {op for _, op, _ in weights_of(graph)} == {op for _, op, _ in weights_of(whole)}
+        for name in ("weight", "bias"):
+            one, all_of = (t.to_dense() if t.is_mkldnn else t for t in (held[name], full[name]))
+            assert torch.equal(one, all_of[16 * rank : 16 * (rank + 1)])
+
+
+def test_it_stands_beside_no_other_sharding() -> None:
+    whole = graph_of()
+    usual, graph = shard_graph(whole, 0, 2), shard_graph(whole, 0, 2, ALL_GATHER)
+    plan = Plan.sequential(graph, 32)
+    assert Plan.loads(plan.dumps(), graph) == plan and "sharding: all_gather\n" in plan.dumps()
+    with pytest.raises(PlanError, match="sharding: all_gather needs weights that are laid out otherwise than for"):
+        validate(plan, usual)
+    for sharding in ("all_reduce", "reduce_scatter"):
+        with pytest.raises(PlanError, match=f"sharding: {sharding} needs weights .* than for all_gather"):
+            validate(replace(plan, sharding=sharding), graph)
+    named = replace(Plan.sequential(usual, 32), kernels=FrozenMapping({"o_all_gather": "nccl"}))
+    with pytest.raises(PlanError, match="it is there with `sharding: all_gather`, and the plan has all_reduce"):
+        validate(named, usual)
+    shapes = [graph_shape(each) for each in (usual, graph)]
+    assert [ranks_of(shape) for shape in shapes] == [2, 2]
+    stamped = Fingerprint(model="m", gpu="g", shape=shapes[1]).stamp(plan)
+    (line,) = Fingerprint(model="m", gpu="g", shape=shapes[0]).refusals(stamped)
+    assert line.endswith("(sharding: the plan is for the weights of all_gather, the run has those of all_reduce)")

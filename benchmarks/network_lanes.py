@@ -8,60 +8,178 @@ All candidates run on one executor with random weights and KV cache, first a sho
 fastest of those in sequence, with what form of the all-reduce ever, the same cut into nano-batches without overlap, and
 the `--keep` fastest with lanes run in longer blocks. Ratios are to the fastest in sequence.
 
-Candidates are two nano-batches of half of all rows each (`even`), or, with a memory lane, cut as on one GPU; names say
-the form of the all-reduces and the SMs of the lanes (compute/memory/network; `shared`: plain streams). `skew` is how
-many products a nano-batch is behind the other.
+Candidates are two nano-batches of half of all rows each; `cut` runs them one after the other. Families:
+
+- turns: products of a and b in turn, so that the collectives of one run beside products of the other.
+- apart: b is half a layer behind a; decode attention has a lane too, beside products of the other. With decode rows.
+
+`ar` and `rs` are the sharding: all-reduces, or reduce-scatter and all-gather with norms on each rank's rows, which then
+run in the network lane. Then come the collectives' form and the SMs of the lanes (compute/memory/network; `shared`:
+plain streams). `light` has what reads the sums in the network lane. Products run with cuBLAS.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.kernels.__main__ import machine
 from benchmarks.lanes import blocks, table, told
-from nanoflow.devices import device_sms
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.row_sharding import ALL_REDUCE, REDUCE_SCATTER, with_sharding
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans.ablation import ablation_plans
-from nanoflow.plans.case import H200, PlanCase, known_device, open_graph
+from nanoflow.plans.case import PlanCase, known_device, open_graph
 from nanoflow.plans.running import executor_here, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.files import replace_file
-from nanoflow.search.list_schedule import COMPANIONS, collectives_of
 from nanoflow.search.measure import compare, largest_error, output_error
 from nanoflow.search.mix import Mix
-from nanoflow.search.space import PlanChoice, build_plan
 
 RESULTS = Path(__file__).parent / "results" / "network_lanes.json"
 MIXES = {"mixed": Mix(500, 768, (512, 512, 524)), "prefill": Mix(0, 1, (512,) * 8)}
 """Llama-3-70B on two H200s: a batch in the middle of a job of 512/512, and one of prompts alone."""
-SEQUENTIAL = ("nccl", "nccl_16", "two_shot", "one_shot", "copy_engine")
-FORMS = ("copy_engine", "two_shot", "one_shot", "nccl_4", "nccl_8", "nccl")
-NETWORK_SMS = (8, 16)
-MEMORY_SMS = 32
+SplitSms = tuple[int, ...] | None
+SMS = 132
+"""Of the devices that partitions are for."""
+SEQUENTIAL = {
+    ALL_REDUCE: ("nccl", "two_shot", "one_shot", "copy_engine"),
+    REDUCE_SCATTER: ("nccl", "push", "copy_engine"),
+}
+SHORT = {ALL_REDUCE: "ar", REDUCE_SCATTER: "rs"}
 ON_CPU = ("nccl", "reference")
+TURNS: dict[str, dict[str, list[tuple[str, SplitSms]]]] = {
+    ALL_REDUCE: {
+        "copy_engine": [("", None), ("light", None), ("", (124, 8)), ("light", (124, 8)), ("light", (116, 16))],
+        "two_shot": [("", None), ("", (124, 8)), ("light", (116, 16))],
+        "nccl_8": [("", None), ("", (124, 8))],
+        "nccl": [("", None)],
+    },
+    REDUCE_SCATTER: {
+        "copy_engine": [("light", None), ("light", (124, 8)), ("light", (116, 16))],
+        "push": [("light", None), ("light", (124, 8)), ("light", (116, 16))],
+        "nccl_8": [("light", None)],
+    },
+}
+APART: dict[str, dict[str, list[tuple[str, SplitSms]]]] = {
+    ALL_REDUCE: {"copy_engine": [("light", None), ("light", (92, 32, 8)), ("light", (100, 24, 8))]},
+    REDUCE_SCATTER: {"copy_engine": [("light", None), ("light", (92, 32, 8)), ("light", (92, 24, 16))]},
+}
+FAMILIES = {
+    "turns": (
+        "o.a decode_attention.b o.b gate_up.a gate_up.b down.a down.b qkv.a@1 decode_attention.a@1 qkv.b@1",
+        "",
+        "o.a o.b down.a down.b",
+    ),
+    "apart": (
+        "o.b down.a gate_up.b qkv.a@1 down.b o.a@1 qkv.b@1 gate_up.a@1",
+        "decode_attention.a@1 decode_attention.b@1",
+        "o.b down.a down.b o.a@1",
+    ),
+}
+"""Products of the compute lane, what is in the memory lane, and the products whose collectives follow one another."""
+SUMS = {
+    ALL_REDUCE: {
+        "o": ("o_all_reduce", "add_norm"),
+        "down": ("down_all_reduce", "add", "input_layernorm@1"),
+    },
+    REDUCE_SCATTER: {
+        "o": ("o_reduce_scatter", "add_norm", "add_norm_all_gather"),
+        "down": ("down_reduce_scatter", "add", "input_layernorm@1", "input_layernorm_all_gather@1"),
+    },
+}
+"""What stands between a product that leaves partial sums and the next product."""
+PRODUCTS = ("qkv", "o", "gate_up", "down")
 
 
-def candidates(graph: Graph, mix: Mix, rows: int, sms: int, forms: Sequence[str]) -> dict[str, Plan]:
-    """Plans with lanes by name; `sms` are those of the device, 0 if they cannot be set apart."""
-    rates = replace(H200.rates, device_sms=sms or H200.sms)
-    collectives = [name for names in collectives_of(graph).values() for name in names]
+def entry(name: str, nano_batch: str, ahead: int = 0) -> str:
+    """`name`, which may say how many layers ahead it is, of a nano-batch as many more layers ahead."""
+    op, _, own = name.partition("@")
+    layers = int(own or 0) + ahead
+    return f"{op}.{nano_batch}{f'@{layers}' if layers else ''}"
+
+
+def lanes_of(family: str, sharding: str, light: bool) -> dict[str, list[str]]:
+    """Entries of each lane; `light`: what reads the sums is in the network lane, else before the product that needs
+    it."""
+    compute, memory, order = FAMILIES[family]
+    network, waiting = [], {}
+    for product in order.split():
+        name, _, rest = product.partition(".")
+        nano_batch, _, ahead = rest.partition("@")
+        layer = int(ahead or 0)
+        chain = [entry(each, nano_batch, layer) for each in SUMS[sharding][name]]
+        count = len(chain) if light else 1
+        network += chain[:count]
+        reader = entry("gate_up", nano_batch, layer) if name == "o" else entry("qkv", nano_batch, layer + 1)
+        waiting[reader] = chain[count:]
+    products = [each for product in compute.split() for each in (*waiting.get(product, ()), product)]
+    lanes = {"compute": products, "memory": memory.split(), "network": network}
+    return {name: entries for name, entries in lanes.items() if entries}
+
+
+def lanes_plan(family: str, sharding: str, form: str, light: bool, rows: int, sms: SplitSms) -> Plan:
+    """One of the families' plans, for batches of `rows` rows; `sms` of the lanes, None: on plain streams."""
+    half = {"decode": 0.5, "prefill": 0.5}
+    lanes = lanes_of(family, sharding, light)
+    forms = {each.partition("@")[0]: form for each in chains(sharding) if is_collective(each)}
+    made: dict[str, Any] = {
+        "capacity": rows,
+        "nano_batches": {"a": {**half, "rows": rows - rows // 2}, "b": {**half, "rows": rows // 2}},
+        "period": [{"whole" if sms is None else "split": lanes}],
+        "kernels": {**dict.fromkeys(PRODUCTS, "cublas"), **forms},
+    }
+    if sms is not None:
+        made |= {"sms": SMS, "partitions": {"split": list(sms)}}
+    if sharding != ALL_REDUCE:
+        made["sharding"] = sharding
+    return Plan.loads(yaml.safe_dump(made, sort_keys=False))
+
+
+def chains(sharding: str) -> list[str]:
+    return [each for chain in SUMS[sharding].values() for each in chain]
+
+
+def is_collective(name: str) -> bool:
+    return name.partition("@")[0].endswith(("_reduce", "_scatter", "_gather"))
+
+
+def candidates(rows: int, decode: bool, on_gpu: bool) -> dict[str, Plan]:
+    """Plans with lanes by name."""
     found = {}
-    for form in forms:
-        even = PlanChoice((8, 8), (8, 8), skew=1, network=True, kernels=FrozenMapping(dict.fromkeys(collectives, form)))
-        choices = {f"{form} shared": even, f"{form} shared skew 2": replace(even, skew=2)}
-        for network in NETWORK_SMS if sms else ():
-            choices[f"{form} {sms - network}/{network}"] = replace(even, network_sms=network)
-            if mix.decode:
-                memory = replace(even, beside=(True, True), skew=4, memory_sms=MEMORY_SMS, network_sms=network)
-                name = f"{form} {sms - MEMORY_SMS - network}/{MEMORY_SMS}/{network}"
-                choices[name] = memory
-                choices[f"{name} all attention"] = replace(memory, with_attention=frozenset(COMPANIONS))
-        found |= {name: build_plan(choice, graph, mix, rows, rates) for name, choice in choices.items()}
+    for family, tried in (("turns", TURNS), ("apart", APART)):
+        for sharding, by_form in tried.items() if decode or family == "turns" else ():
+            if not on_gpu:
+                by_form = {form: [("light", None), ("", None)][: 1 + (sharding == ALL_REDUCE)] for form in ON_CPU}
+            for form, ways in by_form.items():
+                for light, sms in ways:
+                    where = "shared" if sms is None else "/".join(map(str, sms))
+                    label = " ".join(filter(None, (family, SHORT[sharding], form, where, light)))
+                    plan = lanes_plan(family, sharding, form, bool(light), rows, sms)
+                    found[label] = plan if on_gpu else replace(plan, kernels=only_forms(plan))
+    return found
+
+
+def only_forms(plan: Plan) -> FrozenMapping[str]:
+    """Of the plan's kernels those of collectives: a CPU has no cuBLAS."""
+    return FrozenMapping({op: kernel for op, kernel in plan.kernels.items() if op not in PRODUCTS})
+
+
+def in_sequence(graph: Graph, rows: int, on_gpu: bool) -> dict[str, Plan]:
+    """Sequential plans by name: each sharding with each form."""
+    found = {}
+    for sharding, forms in SEQUENTIAL.items():
+        own = with_sharding(graph, sharding)
+        plan = replace(Plan.sequential(own, rows), sharding=sharding)
+        collectives = [op.name for op in own.layer if isinstance(op, Collective)]
+        for form in forms if on_gpu else ON_CPU:
+            kernels = FrozenMapping(dict.fromkeys(collectives, form))
+            found[f"sequential {SHORT[sharding]} {form}"] = replace(plan, kernels=kernels)
     return found
 
 
@@ -75,15 +193,11 @@ def measure(mix: Mix, args: argparse.Namespace) -> dict[str, Any]:
     case = PlanCase("benchmarks/network_lanes.py", first, name, path, graph, mix, known_device(first))
     model, page_size, padded = open_here(case, args.device)
     on_gpu = model.device.type == "cuda"
-    collectives = [name for names in collectives_of(graph).values() for name in names]
-    in_sequence = {
-        f"sequential {form}": replace(first, kernels=FrozenMapping(dict.fromkeys(collectives, form)))
-        for form in (SEQUENTIAL if on_gpu else ON_CPU)
-    }
-    lanes = candidates(graph, mix, rows, device_sms(model.device) if on_gpu else 0, args.forms if on_gpu else ON_CPU)
+    sequential = in_sequence(graph, rows, on_gpu)
+    lanes = candidates(rows, mix.decode > 0, on_gpu)
     lanes = {label: plan for label, plan in lanes.items() if not args.only or any(word in label for word in args.only)}
     cut = ablation_plans(next(iter(lanes.values())), graph, rows)["nano-batches"]
-    plans = {**in_sequence, "cut": cut, **lanes}
+    plans = {**sequential, "cut": cut, **lanes}
     print(f"{mix}, {rows} rows, {len(plans)} plans", flush=True)
     with executor_here(case, model, page_size, padded, list(plans.values())) as executor:
         batches = {
@@ -97,7 +211,7 @@ def measure(mix: Mix, args: argparse.Namespace) -> dict[str, Any]:
         right = {label: batch for label, batch in batches.items() if label not in wrong}
         joules = EnergyMeter(model.device, graph.ranks).joules
         scan = compare(executor, right, seconds=args.seconds, pairs=args.pairs, joules=joules)
-        fastest = min((label for label in in_sequence if label in right), key=scan.seconds)
+        fastest = min((label for label in sequential if label in right), key=scan.seconds)
         table(scan, mix, fastest)
         keep = sorted((label for label in lanes if label in right), key=scan.seconds)[: args.keep]
         finalists = {label: batches[label] for label in (fastest, *(["cut"] if "cut" in right else []), *keep)}
@@ -125,7 +239,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=768)
     parser.add_argument("--prompts", type=int, nargs="*", default=[])
     parser.add_argument("--rows", type=int, help="rows of the batch, padding included")
-    parser.add_argument("--forms", nargs="*", default=list(FORMS), help="of the all-reduce, in lanes")
     parser.add_argument("--only", nargs="*", help="candidates with lanes whose name has one of these words")
     parser.add_argument("--seconds", type=float, default=0.6, help="of a block of the first round")
     parser.add_argument("--pairs", type=int, default=2, help="blocks of each candidate in the first round")

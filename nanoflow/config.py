@@ -32,7 +32,6 @@ __all__ = [
     "WorkloadSection",
     "dump_config",
     "load_config",
-    "refuse_ranks",
     "save_config",
     "shipped_configs",
 ]
@@ -59,15 +58,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(_message(file, error)) from None
     return _with_absolute_paths(config, file, overridden)
-
-
-def refuse_ranks(config: RunConfig, command: str) -> None:
-    """Raise ConfigError for a `command` that has no use for several ranks, if `config` asks for them."""
-    if config.parallel.tensor > 1:
-        raise ConfigError(
-            f"parallel.tensor: {config.parallel.tensor}, but {command} measures a model on one device as yet; "
-            "use --set parallel.tensor=1"
-        )
 
 
 def dump_config(config: RunConfig) -> str:

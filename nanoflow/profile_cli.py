@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nanoflow.config import load_config, refuse_ranks
+from nanoflow.config import load_config
 from nanoflow.errors import InputError
 from nanoflow.mistakes import DebugOption, mistakes_as_messages, short
 
@@ -62,7 +62,6 @@ def profile(
             if minutes is not None and not minutes > 0:
                 raise InputError(f"--minutes {minutes:g}: give more than 0")
             loaded = load_config(file, overrides or ())
-            refuse_ranks(loaded, "nanoflow profile")
             from nanoflow.pictures import pyplot_here
             from nanoflow.profiling.plot import plot_profile  # loads torch
             from nanoflow.profiling.run import profile_job

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanoflow.ops.operation import Cost, Operation, Work
+from nanoflow.ops.own_rows import OwnRows
 from nanoflow.search.profile import At, Profile, Solo, axes_of, work_at
 from nanoflow.search.rates import CeilingRates, Energy, Running
 from nanoflow.search.simulate import CLOCK_ENERGY
@@ -66,6 +67,8 @@ class ProfileRates:
         return self.base.limit_watts
 
     def seconds(self, op: Operation, work: Work, sms: int | None, kernel: str = "") -> float:
+        if isinstance(op, OwnRows):
+            return self.seconds(op.op, op.share(work), sms)
         form = self._form(op.name, kernel)
         tables = self._solos.get(form)
         if not tables or not _has_rows(op, work):
@@ -122,6 +125,8 @@ class ProfileRates:
 
     def joules(self, op: Operation, work: Work, sms: int | None) -> float:
         """As measured on the whole device, whatever the SMs, less what the device draws whatever runs."""
+        if isinstance(op, OwnRows):
+            return self.joules(op.op, op.share(work), sms)
         table = next((table for table in self._solos.get((op.name, ""), ()) if table.joules), None)
         if table is None or self.idle_watts is None or not _has_rows(op, work):
             return self.base.joules(op, work, sms)

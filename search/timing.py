@@ -111,10 +111,11 @@ def time_interleaved(
     return timings
 
 
-def time_together(first: "Replays", second: "Replays", seconds: float) -> tuple[float, float]:
+def time_together(first: "Replays", second: "Replays", seconds: float, times: int | None = None) -> tuple[float, float]:
     """Milliseconds of a call of each while both run, again and again, each on a stream of its own; on a GPU.
 
-    Both are kept busy until the time is up, and only what ran wholly while both did counts.
+    Both are kept busy until the time is up, and only what ran wholly while both did counts. With `times`, until the
+    second has run so often, whatever that takes: other processes take part in it, and must run it as often.
     """
     both = first, second
     waiting: tuple[deque[_Pair], deque[_Pair]] = deque(), deque()
@@ -126,12 +127,15 @@ def time_together(first: "Replays", second: "Replays", seconds: float) -> tuple[
         assert each.stream is not None
         each.stream.wait_event(base)
     ends = time.perf_counter() + seconds
-    while time.perf_counter() < ends:
-        for each, queue, over in zip(both, waiting, done, strict=True):
+    launched = [0, 0]
+    while time.perf_counter() < ends if times is None else launched[1] < times or waiting[1]:
+        for place, (each, queue, over) in enumerate(zip(both, waiting, done, strict=True)):
             while queue and queue[0][1].query():  # type: ignore[no-untyped-call]
                 over.append(queue.popleft())
-            while len(queue) < QUEUED:
+            while len(queue) < QUEUED and not (place and times is not None and launched[1] >= times):
+                each.freshen(launched[place])
                 queue.append(each.launch())
+                launched[place] += 1
     first.wait()
     spans = []
     for queue, over in zip(waiting, done, strict=True):
@@ -161,6 +165,10 @@ class Replays:
         stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.calls, self.stream = calls, stream
+        self.fresh: Callable[[], object] | None = None
+        """What makes the inputs anew, for calls that change them; its own time counts as nobody's."""
+        self.fresh_every = 1
+        """Replays, after which they are."""
         self._replay, self._device, self._on_gpu = replay, device, device.type == "cuda"
         self._samples: list[float] = []
         self._energy: list[float] = []
@@ -168,13 +176,26 @@ class Replays:
         self._counted = 0
 
     def run_for(self, seconds: float, record: bool = False, joules: EnergyCounter | None = None) -> None:
-        """Replay for about `seconds`; the queue is kept some replays deep, so that launching costs nothing."""
+        """Replay for about `seconds`."""
+        begun = time.perf_counter()
+        self._run(lambda done: time.perf_counter() - begun < seconds or not done, record, joules)
+
+    def run_times(self, times: int, record: bool = False, joules: EnergyCounter | None = None) -> float:
+        """Replay so often, for calls in which other processes take part: they must do it as often. Gives the
+        milliseconds of a call."""
+        return statistics.median(self._run(lambda done: done < times, record, joules))
+
+    def _run(self, goes_on: Callable[[int], bool], record: bool, joules: EnergyCounter | None) -> list[float]:
+        """Replay while `goes_on`, which is told how often it was done; the queue is kept some replays deep, so that
+        launching costs nothing."""
         samples: list[float] = []
         self.wait()
-        begun = time.perf_counter()
         meter = _Steps(joules) if joules is not None and record else None
         waiting: deque[_Pair] = deque()
-        while time.perf_counter() - begun < seconds or not (samples or waiting):
+        done = 0
+        while goes_on(done):
+            self.freshen(done)
+            done += 1
             if not self._on_gpu:
                 started = time.perf_counter()
                 self._replay()
@@ -194,6 +215,13 @@ class Replays:
             if used is not None:
                 self._energy.append(used[0])
                 self._energy_seconds += used[1]
+        return samples
+
+    def freshen(self, done: int) -> None:
+        """Make the inputs anew, if that is due after so many replays."""
+        if self.fresh is not None and done % self.fresh_every == 0:
+            with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+                self.fresh()
 
     def launch(self) -> "_Pair":
         """One run between two events, on its stream of a GPU."""
@@ -259,8 +287,14 @@ class _Steps:
         return last - first, ended - began
 
 
-def capture(candidate: Candidate, device: torch.device, stream: torch.cuda.Stream | None = None) -> Replays:
-    """The candidate's calls as a graph of about `SAMPLE_SECONDS` or more; on a CPU the calls themselves."""
+def capture(
+    candidate: Candidate, device: torch.device, stream: torch.cuda.Stream | None = None, *, turns: int | None = None
+) -> Replays:
+    """The candidate's calls as a graph of about `SAMPLE_SECONDS` or more; on a CPU the calls themselves.
+
+    With `turns`, so many of each call, whatever they take: for calls in which other processes take part, which must be
+    as many there.
+    """
     calls = [candidate] if callable(candidate) else list(candidate)
     if device.type != "cuda":
 
@@ -277,19 +311,10 @@ def capture(candidate: Candidate, device: torch.device, stream: torch.cuda.Strea
             for call in calls:
                 call()
         torch.cuda.synchronize(device)
-        started, ended = _event(), _event()
-        started.record()
-        for call in calls:
-            call()
-        ended.record()
-        ended.synchronize()
-    turn = max(started.elapsed_time(ended) * 1e-3, 1e-6)
-    turns = max(1, min(MAX_CALLS // len(calls), math.ceil(SAMPLE_SECONDS / turn)))
-    # Of launches that are slower than the kernel, the first measurement is too long: a graph of ten turns tells.
-    if turns < 10 and turn < 10 * SAMPLE_SECONDS and len(calls) * 10 <= MAX_CALLS:
-        turns = 10
+        turns = turns or _turns(calls)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # In this thread's mode alone: others look after the ranks' libraries meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(turns):
             for call in calls:
                 call()
@@ -297,6 +322,22 @@ def capture(candidate: Candidate, device: torch.device, stream: torch.cuda.Strea
         graph.replay()
     torch.cuda.synchronize(device)
     return Replays(graph.replay, turns * len(calls), device, stream)
+
+
+def _turns(calls: Sequence[Callable[[], object]]) -> int:
+    """How many rounds of the calls make a graph that is long enough; on the current stream."""
+    started, ended = _event(), _event()
+    started.record()
+    for call in calls:
+        call()
+    ended.record()
+    ended.synchronize()
+    turn = max(started.elapsed_time(ended) * 1e-3, 1e-6)
+    turns: int = max(1, min(MAX_CALLS // len(calls), math.ceil(SAMPLE_SECONDS / turn)))
+    # Of launches that are slower than the kernel, the first measurement is too long: a graph of ten turns tells.
+    if turns < 10 and turn < 10 * SAMPLE_SECONDS and len(calls) * 10 <= MAX_CALLS:
+        return 10
+    return turns
 
 
 def _event() -> torch.cuda.Event:

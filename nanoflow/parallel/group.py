@@ -26,7 +26,7 @@ from nanoflow.ops.batch import DenseBatch
 from nanoflow.ops.communicator import TIMEOUT, Communicator, CommunicatorError, TorchCommunicator
 from nanoflow.parallel.batches import BatchWriter
 from nanoflow.parallel.executor import BUILD_ERRORS, RankExecutor, TensorParallelExecutor
-from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, RankSettings
+from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, Profiling, RankSettings
 from nanoflow.parallel.processes import SILENT_SECONDS, Child, Loss, Watch, leave, start
 from nanoflow.parallel.torchrun import accept_ranks, check_place
 from nanoflow.search.ceilings import measure_link
@@ -115,6 +115,8 @@ class TensorGroup:
         self._watch: Watch | None = None
         self._writer: BatchWriter | None = None
         self._store: Any = None
+        self.communicator: Communicator
+        """To the ranks, once they have met; of the newest executor, if any was built."""
         self._builds = 0
         self._serving = False
         """Whether the ranks have an executor, and wait for batches."""
@@ -171,17 +173,17 @@ class TensorGroup:
 
     # Building the engine, in this order.
 
-    def load(self, order: Load) -> None:
-        """Wait until all ranks have started, have them load, and meet them."""
-        self._hear(HERE)
-        self._tell(order)
-        self._communicator = self._meet()
+    def load(self, order: Load | Profiling) -> None:
+        """Wait until all ranks have started, tell them what for, and meet them."""
+        self.hear(HERE)
+        self.tell(order)
+        self.communicator = self._meet()
         with self.blamed():
-            self.link_bytes_per_second = measure_link(self._communicator, self._device, LINK_DTYPE)
+            self.link_bytes_per_second = measure_link(self.communicator, self._device, LINK_DTYPE)
 
     def least(self, pages: int) -> int:
         """The least of all ranks' KV pages, `pages` of this rank among them, which all of them take."""
-        least = min(pages, *(int(found) for found in self._hear(None)))
+        least = min(pages, *(int(found) for found in self.hear(None)))
         with self.blamed():
             self._writer = BatchWriter([rank.link for rank in self._ranks], self._check)
             for rank in self._ranks:
@@ -208,23 +210,23 @@ class TensorGroup:
             with self.blamed():
                 self._writer.pause()
             self._serving = False
-        self._tell(Build(plans, self._builds, row_buckets, measuring))
+        self.tell(Build(plans, self._builds, row_buckets, measuring))
         if self._builds:
-            self._communicator = self._meet()
+            self.communicator = self._meet()
         self._builds += 1
         own, failure = None, None
         try:
             with self.blamed():
-                own = make(self._communicator)
+                own = make(self.communicator)
         except BUILD_ERRORS as error:
             if not measuring:
                 raise
             failure = error
         # One that could not build may have left the others in a collective, which on a GPU would not end.
-        answers = self._hear(None if measuring else READY, TIMEOUT if failure is not None else None)
+        answers = self.hear(None if measuring else READY, TIMEOUT if failure is not None else None)
         refused = [answer.why for answer in answers if isinstance(answer, CannotBuild)]
         if failure is not None and len(refused) == len(answers):
-            self._communicator.close()
+            self.communicator.close()
             try:
                 raise failure
             finally:
@@ -234,7 +236,7 @@ class TensorGroup:
             raise ParallelError(f"a plan can run on some ranks and not on all: {why}{self._then}")
         assert own is not None
         self._serving = True
-        return TensorParallelExecutor(own, self, self._communicator.close)
+        return TensorParallelExecutor(own, self, self.communicator.close)
 
     # What the executor needs.
 
@@ -265,19 +267,13 @@ class TensorGroup:
         """Ask all ranks to end, and wait until they have, or end them."""
         self._finish(patience=None)
 
-    # All else.
-
-    def _meet(self) -> Communicator:
-        with self.blamed():
-            name = f"build {self._builds}"
-            return TorchCommunicator(self._store, 0, self.size, self._device, timeout=TIMEOUT, name=name)
-
-    def _tell(self, message: object) -> None:
+    def tell(self, message: object) -> None:
+        """Send a message to every rank."""
         with self.blamed():
             for rank in self._ranks:
                 rank.link.send(message)
 
-    def _hear(self, expected: object, seconds: float | None = None) -> list[Any]:
+    def hear(self, expected: object, seconds: float | None = None) -> list[Any]:
         """A message of every rank, in their order, in `seconds` if given; all are `expected` unless that is None."""
         found: dict[Connection, Any] = {}
         begun = time.monotonic()
@@ -292,6 +288,13 @@ class TensorGroup:
                     found[line] = line.recv()
         assert expected is None or all(message == expected for message in found.values()), found
         return [found[rank.link] for rank in self._ranks]
+
+    # All else.
+
+    def _meet(self) -> Communicator:
+        with self.blamed():
+            name = f"build {self._builds}"
+            return TorchCommunicator(self._store, 0, self.size, self._device, timeout=TIMEOUT, name=name)
 
     def _check(self) -> None:
         if self._losses:

@@ -3,6 +3,7 @@
 rank r          settings (as it is started)    open the model
 rank r -> 0     HERE                           rank 0 knows that all have started before it waits for them
 rank 0 -> r     Load                           meet; measure the link between them; load its share of the weights
+                (or Profiling, and all else is said by `nanoflow.profiling.ranks`)
 rank r -> 0     int                            pages that fit there
 rank 0 -> r     int, a descriptor              the least of all ranks' pages; the memory of the batches
 rank 0 -> r     Build                          executor of these plans
@@ -18,7 +19,7 @@ import torch
 from nanoflow.config_schema import EngineSection, ModelSection
 from nanoflow.ops.row_sharding import ALL_REDUCE
 
-__all__ = ["HERE", "LINK_DTYPE", "READY", "Build", "CannotBuild", "KVNeeds", "Load", "RankSettings"]
+__all__ = ["HERE", "LINK_DTYPE", "READY", "Build", "CannotBuild", "KVNeeds", "Load", "Profiling", "RankSettings"]
 
 HERE, READY = "here", "ready"
 LINK_DTYPE = torch.float32
@@ -71,6 +72,16 @@ class Load:
     """Tokens of the longest request, for measuring, where it may be longer than the model allows."""
     layout: str = ALL_REDUCE
     """Of the weights: see `nanoflow.ops.sharding.shard_graph`."""
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """In place of `Load`: meet the other ranks, and measure operations as `nanoflow.profiling.ranks` says then."""
+
+    longest: int = 0
+    """As `Load` has it."""
+    layout: str = ALL_REDUCE
+    """Likewise."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nanoflow.memory import release
 from nanoflow.ops.communicator import CommunicatorError, TorchCommunicator
 from nanoflow.parallel.batches import BatchReader
 from nanoflow.parallel.executor import BUILD_ERRORS, RankExecutor
-from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, RankSettings
+from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, Profiling, RankSettings
 from nanoflow.parallel.processes import Line
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import compile_program
@@ -46,7 +46,7 @@ def work(line: Line, settings: RankSettings) -> None:
     if settings.layers is not None:
         model = replace(model, graph=replace(model.graph, layers=settings.layers))
     line.send(HERE)
-    order: Load = line.recv()
+    order: Load | Profiling = line.recv()
     model = shard_model(model, rank, size, order.layout)
     model = replace(model, max_model_len=max(model.max_model_len, order.longest))
     store = _store(settings)
@@ -56,6 +56,11 @@ def work(line: Line, settings: RankSettings) -> None:
 
     communicator = meet(0)
     measure_link(communicator, model.device, LINK_DTYPE)
+    if isinstance(order, Profiling):
+        from nanoflow.profiling.ranks import serve_cases
+
+        serve_cases(line, model, communicator)
+        return
     weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, order.weights)
     needs = order.needs
     line.send(needs if isinstance(needs, int) else kv_pages(model, settings.engine, needs))

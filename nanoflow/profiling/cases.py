@@ -3,7 +3,8 @@
 Contract: the cases follow from the job's mixes, the model and the device alone. Those that plans need most come first:
 all of the whole device, then each split of it, nearest to a fourth for the memory lane first, and what runs beside
 what there; then the splits that are further off, then what takes little time anyway. On a device without partitions
-there is the whole device alone.
+there is the whole device alone. Where ranks share the model, collectives come behind the rest of the whole device, in
+each form, and before the splits for memory those for a network lane, and products beside collectives there.
 
     rows                the buckets that the job's batches are padded to, their quarters, halves and three quarters in
                         whole units, and on the whole device powers of two below, for the tail of a run
@@ -14,14 +15,16 @@ there is the whole device alone.
 
 from collections.abc import Iterable, Sequence
 
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import Operation
 from nanoflow.pipeline.split import UNITS
 from nanoflow.plans.job_mixes import WeightedMix
+from nanoflow.profiling.network_cases import NetworkCases
 from nanoflow.search.list_schedule import ATTENTION, COMPANIONS
 from nanoflow.search.profile import At, axes_of
-from nanoflow.search.profiler import PairCase, SoloCase, close, splits
+from nanoflow.search.profiler import PairCase, SoloCase, close, network_splits, splits
 
 __all__ = ["job_cases", "nano_rows", "part_rows"]
 
@@ -45,6 +48,7 @@ def job_cases(
     kv_tokens: int,
     sms: int | None,
     streams: bool,
+    itemsize: int = 2,
 ) -> list[SoloCase | PairCase]:
     """All cases of a job, in order.
 
@@ -52,7 +56,8 @@ def job_cases(
         max_model_len: of a request, in tokens.
         kv_tokens: that the KV cache holds: no larger contexts are measured.
         sms: of the device, if it can be split into parts; None: it cannot.
-        streams: whether operations can run side by side there.
+        streams: whether operations can run side by side there, which is so on a GPU.
+        itemsize: bytes of an element.
     """
     mixes = _heavy(mixes)
     parts = part_rows(mixes)
@@ -67,24 +72,37 @@ def job_cases(
         at = sizes[kind] if kind in sizes else tuple((count,) for count in rows)
         return SoloCase(op.name, kind, budget, at)
 
-    heavy = [op for op in graph.layer if _is_product(op) or axes_of(op) != "rows"]
-    light = [op for op in graph.layer if op not in heavy]
+    layer = [op for op in graph.layer if not isinstance(op, Collective)]
+    heavy = [op for op in layer if _is_product(op) or axes_of(op) != "rows"]
+    light = [op for op in layer if op not in heavy]
     found: list[SoloCase | PairCase] = [solo(op, None, whole) for op in (*heavy, *light, *graph.prologue)]
-    found += [solo(op, None, head) for op in graph.epilogue]
+    found += [solo(op, None, head) for op in graph.epilogue if not isinstance(op, Collective)]
+    network = NetworkCases(graph, itemsize, gpu=streams)
+    lanes = network_splits(sms) if sms is not None and network else []
+    products, attention = ([op for op in heavy if name(op)] for name in (_is_product, _is_decode_attention))
+    half = (min(parts, key=lambda count: abs(count - parts[-1] / 2)),)
+    found += network.solos(None, whole, head)
+    for compute, lane in lanes:
+        found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
+        found += network.solos(lane, parts)
+        found += network.pairs(products, half, half, (compute, lane))
+    if streams:
+        found += network.pairs(products, half, half, (None, None))
+        found += network.pairs(attention, max(decode), half, (None, None)) if decode else []
     ordered = [] if sms is None else sorted(splits(sms), key=lambda split: (abs(split[1] - SHARE * sms), split))
     near = [split for split in ordered if sms is not None and close(split[1], sms)]
     for splits_now in (near, [split for split in ordered if split not in near]):
         for compute, memory in splits_now:
             found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
-            found += [solo(op, memory, parts) for op in graph.layer if op.name in (ATTENTION, *COMPANIONS)]
+            found += [solo(op, memory, parts) for op in layer if op.name in (ATTENTION, *COMPANIONS)]
         if streams:
             side_by_side: list[tuple[int | None, int | None]] = [split for split in splits_now if split[1] % 8 == 0]
             if splits_now is near:
                 side_by_side.append((None, None))  # two plain streams
             found += _pairs(graph, mixes[0], decode, prefill, side_by_side)
-    for compute, _ in ordered:
+    for compute, _ in (*lanes, *ordered):
         found += [solo(op, compute, parts) for op in light]
-    return [case for case in found if isinstance(case, PairCase) or case.at]
+    return [case for case in dict.fromkeys(found) if isinstance(case, PairCase) or case.at]
 
 
 def _heavy(mixes: Sequence[WeightedMix]) -> Sequence[WeightedMix]:
@@ -168,6 +186,10 @@ def _pairs(
 
 def _is_product(op: Operation) -> bool:
     return isinstance(op, Linear | LinearSilu)
+
+
+def _is_decode_attention(op: Operation) -> bool:
+    return op.name == ATTENTION
 
 
 def _apart(values: Iterable[int]) -> list[int]:

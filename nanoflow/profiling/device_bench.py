@@ -19,8 +19,9 @@ from nanoflow.errors import OutOfMemoryError
 from nanoflow.loading import Model
 from nanoflow.memory import format_bytes, free_bytes
 from nanoflow.ops.batch import DenseBatch
+from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_arrays import DeviceArrays
-from nanoflow.ops.device_batch import BatchPart, DeviceBatch
+from nanoflow.ops.device_batch import BatchPart, DeviceBatch, RowsOnly
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import NanoContext, Operation
 from nanoflow.pipeline.bound_programs import BoundPrograms
@@ -30,6 +31,7 @@ from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.split import BatchCutter
 from nanoflow.plans.running import mix_batch, mix_pages
+from nanoflow.profiling.rank_bench import RankBench, collectives_in
 from nanoflow.search.gemm_measure import ROTATED_BYTES
 from nanoflow.search.mix import Mix
 from nanoflow.search.profile import At, Point, axes_of
@@ -82,8 +84,10 @@ class DeviceBench:
         model: of `few_layers`.
         cases: all that will be measured: what memory is laid out for.
         joules: reads the device's energy counter.
+        communicator: to the other ranks that share the model, each of which makes one too and measures the same cases
+            in the same order; None: there are none.
 
-    Raises OutOfMemoryError if weights and buffers do not fit.
+    Raises OutOfMemoryError if weights and buffers do not fit, CommunicatorError.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class DeviceBench:
         page_size: int,
         joules: EnergyCounter,
         seconds: Seconds | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         graph, device = model.graph, model.device
         self._model, self._joules, self._page_size = model, joules, page_size
@@ -101,7 +106,9 @@ class DeviceBench:
         self._outer = {op.name for op in (*graph.prologue, *graph.epilogue)}
         self._sampled = {op.name for op in graph.epilogue}
         self._piece = min(PIECE, model.max_model_len)
-        mixes = [self._mix(kind, at) for kind, at in _sizes(cases, self._ops)]
+        self._collectives = collectives_in(graph)
+        self._ranks: RankBench | None = None
+        mixes = [self._mix(kind, at) for kind, at in _sizes(cases, {**self._collectives, **self._ops})]
         capacity = max([mix.rows for mix in mixes], default=1)
         sampled = [at[0] for case in cases if isinstance(case, SoloCase) and case.op in self._sampled for at in case.at]
         plan = Plan.sequential(graph, capacity)
@@ -125,11 +132,15 @@ class DeviceBench:
                     dtype=model.dtype,
                     device=device,
                     sampled_rows=max(sampled, default=1),
+                    communicator=communicator,
                 )
                 # Zeros would draw less power, and run faster.
                 for tensor in (*self._bound.buffers.values(), *self._bound.kv):
                     tensor.normal_()
                 self._second = {name: buffer.clone() for name, buffer in self._bound.buffers.items()}
+                if communicator is not None:
+                    own = communicator, self._collectives, cases, self._second, device, model.dtype, joules
+                    self._ranks = RankBench(*own)
         except torch.OutOfMemoryError:
             raise OutOfMemoryError(
                 f"engine.max_batch_tokens: the weights of {graph.layers} layers and buffers for {capacity:,} rows do "
@@ -139,13 +150,32 @@ class DeviceBench:
         gc.collect()
         gc.freeze()
 
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """Forms of collectives that cannot run here, and why."""
+        return {} if self._ranks is None else self._ranks.missing
+
+    def can(self, case: SoloCase | PairCase) -> bool:
+        """Whether what a case is of runs here: forms of collectives may not."""
+        return self._ranks is None or self._ranks.can(case)
+
     def close(self) -> None:
-        """Give what was laid out back to the collector."""
+        """Give what was laid out back to the collector, and what ranks have in common of their memory."""
         gc.unfreeze()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def solo(self, case: SoloCase) -> list[Point]:
         """See `Bench.solo`; the sizes of a case take turns."""
         device, seconds = self._model.device, self._seconds
+        if self._ranks is not None and case.op in self._collectives:
+            most = max(at[0] for at in case.at)
+
+            def how_long(at: At) -> float:
+                return seconds.whole if case.sms is None and 2 * at[0] >= most else seconds.part
+
+            with self._here():
+                return self._ranks.solo(case, how_long)
         fitting = [at for at in case.at if self._problem(case.kind, at) is None]
         if not fitting:
             raise Unmeasurable(str(self._problem(case.kind, case.at[0])))
@@ -180,6 +210,9 @@ class DeviceBench:
         device = self._model.device
         if device.type != "cuda":
             raise Unmeasurable("operations run side by side on a GPU alone")
+        if self._ranks is not None and case.other in self._collectives:
+            with self._here():
+                return self._ranks.pair(case, lambda: self._fitting(case), self._seconds.pair)
         for name, at in ((case.op, case.at), (case.other, case.other_at)):
             if (problem := self._problem(axes_of(self._ops[name]), at)) is not None:
                 raise Unmeasurable(problem)
@@ -197,6 +230,12 @@ class DeviceBench:
                     partition.close()
         first, second = (min(1.0, own / beside) for own, beside in zip(alone, together, strict=True))
         return first, second
+
+    def _fitting(self, case: PairCase) -> list[Callable[[], None]]:
+        """Calls of the first of a pair. Raises Unmeasurable if its size does not fit."""
+        if (problem := self._problem(axes_of(self._ops[case.op]), case.at)) is not None:
+            raise Unmeasurable(problem)
+        return self._calls(case.op, case.at, case.sms)
 
     def _side_by_side(
         self, case: PairCase, streams: Sequence[torch.cuda.Stream]
@@ -258,7 +297,7 @@ class DeviceBench:
         batch = self._batch(self._mix(axes_of(op), at))
         part = batch.whole
         if name in self._sampled:
-            part = cast(BatchPart, _RowsOnly(slice(0, at[0])))
+            part = cast(BatchPart, RowsOnly(slice(0, at[0])))
         chosen = op.preferred_kernel(model.device, model.dtype, sms)
         kernel = op.kernels[chosen]
         buffers: Mapping[str, torch.Tensor] = bound.buffers if lane == 0 else self._second
@@ -285,13 +324,6 @@ class DeviceBench:
             return Mix(0, 1, (at[0],), (at[1],))
         whole, rest = divmod(at[0], self._piece)
         return Mix(0, 1, (self._piece,) * whole + ((rest,) if rest else ()))
-
-
-@dataclass(frozen=True)
-class _RowsOnly:
-    """The part of an operation that only looks at rows: the sampled ones."""
-
-    rows: slice
 
 
 def _sizes(cases: Sequence[SoloCase | PairCase], ops: Mapping[str, Operation]) -> Iterator[tuple[str, At]]:

@@ -77,8 +77,8 @@ def draw_sms(profile: Profile, pyplot: Any) -> "Figure":
 def draw_beside(profile: Profile, pyplot: Any) -> "Figure":
     """Two heat maps: what each operation keeps of its speed beside the other, and what the other keeps, by split."""
     splits, pairs = splits_of(profile), profile.pairs
-    rows = list(dict.fromkeys((pair.op, pair.other) for pair in pairs))
-    by_place = {(pair.op, pair.other, pair.sms, pair.other_sms): pair for pair in pairs}
+    rows = list(dict.fromkeys((pair.op, pair.other_name) for pair in pairs))
+    by_place = {(pair.op, pair.other_name, pair.sms, pair.other_sms): pair for pair in pairs}
     figure: Figure = pyplot.figure(figsize=(1.6 + 1.9 * max(3, len(splits)), 1.8 + 0.45 * len(rows)))
     figure.set_layout_engine("constrained")
     for place, (side, title) in enumerate((("kept", "The first keeps,"), ("other_kept", "The second keeps,"))):

@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanoflow.config_schema import RunConfig
-from nanoflow.loading import Model, here_kv_tokens, open_model, run_fingerprint
+from nanoflow.loading import Model, here_kv_tokens, open_model, run_fingerprint, shard_model
+from nanoflow.parallel.group import TensorGroup, check_ranks
+from nanoflow.parallel.messages import Profiling
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.plans.job_mixes import JobMixes, job_mixes
 from nanoflow.plans.running import job_on, lane_sms
@@ -14,16 +17,18 @@ from nanoflow.power import EnergyMeter
 from nanoflow.profiling.cases import job_cases, nano_rows
 from nanoflow.profiling.device_bench import DeviceBench, few_layers
 from nanoflow.profiling.gemm_choices import ChoiceRun, measure_choices
+from nanoflow.profiling.ranks import GroupBench
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.profile import Profile, ProfileError, layer_shape, profile_file
-from nanoflow.search.profiler import Profiled, close, fill_profile, splits
+from nanoflow.search.profiler import Profiled, close, fill_profile, network_splits, splits
 
 __all__ = ["ProfileRun", "profile_job"]
 
 CHOICE_SHARE = 0.5
 """Of the time, what measuring kernels of products may take."""
+GOES_ON = "what was measured is in the profile, and the same command goes on"
 IDLE_SECONDS = 1.5
 """Of nothing, to see what the card draws: some ten steps of its energy counter."""
 
@@ -67,7 +72,10 @@ def profile_job(
     """
     until = time.monotonic() + 60 * minutes
     config = job_on(config, device)
-    model = open_model(config.model, config.engine)
+    ranks = config.parallel.tensor
+    by_torchrun = check_ranks(config.engine, ranks)
+    # Of several ranks that share the model, this is one: their shares are alike.
+    model = shard_model(open_model(config.model, config.engine), 0, ranks)
     stamp = replace(run_fingerprint(model, config.engine), shape=layer_shape(model.graph))
     path = out or profile_file(stamp)
     profile = _begun(path, stamp)
@@ -83,10 +91,12 @@ def profile_job(
         kv_tokens=here_kv_tokens(model, config.engine),
         sms=sms,
         streams=model.device.type == "cuda",
+        itemsize=model.dtype.itemsize,
     )
     choices = ChoiceRun(0, frozenset(), ())
     if sms is not None and model.dtype.itemsize == 2:
         lanes = {compute for compute, memory in splits(sms) if close(memory, sms)}
+        lanes |= {compute for compute, _ in network_splits(sms) if ranks > 1}
         ordered = dict.fromkeys(case.sms for case in cases if case.sms in lanes)
         try:
             choices = measure_choices(
@@ -103,15 +113,37 @@ def profile_job(
     # Where kernels are still to be chosen, products would be profiled with others than those that runs will take.
     later = [case for case in cases if case.sms in choices.unfinished]
     cases = [case for case in cases if case.sms not in choices.unfinished]
-    bench = DeviceBench(few_layers(model), cases, _page_size(stamp), EnergyMeter(model.device).joules)
-    try:
+    missing: dict[str, str] = {}
+    with ExitStack() as stack:
+        bench: DeviceBench | GroupBench
+        if ranks == 1:
+            own = bench = DeviceBench(few_layers(model), cases, _page_size(stamp), EnergyMeter(model.device).joules)
+        else:
+            group = TensorGroup(config.model, config.engine, ranks, torchrun=by_torchrun, then=GOES_ON)
+            stack.enter_context(group).load(Profiling())
+            profile = _with_link(profile, group.link_bytes_per_second)
+            bench = GroupBench(group, model, cases, _page_size(stamp))
+            own = bench.own
+        stack.callback(bench.close)
+        missing.update(own.missing)
         done: Profiled = fill_profile(
-            profile, cases, bench, path, until=until, progress=lambda case, more: progress(str(case), more)
+            profile,
+            [case for case in cases if own.can(case)],
+            bench,
+            path,
+            until=until,
+            progress=lambda case, more: progress(str(case), more),
         )
-    finally:
-        bench.close()
     left = choices.left + len(later) + done.left
-    return ProfileRun(path, done.profile, mixes, done.measured, left, (*choices.notes, *done.notes), done.stopped)
+    forms = (f"collectives by {form}: {why}" for form, why in missing.items())
+    notes = (*choices.notes, *forms, *done.notes)
+    return ProfileRun(path, done.profile, mixes, done.measured, left, notes, done.stopped)
+
+
+def _with_link(profile: Profile, link: float | None) -> Profile:
+    """With the link as it was just measured, unless it is in it already."""
+    known = profile.ceilings.link_bytes_per_second or link
+    return replace(profile, ceilings=replace(profile.ceilings, link_bytes_per_second=known))
 
 
 def _begun(path: Path, stamp: Fingerprint) -> Profile | None:

@@ -30,10 +30,9 @@ class LaneSize:
 def lane_sizes(profile: Profile) -> dict[str, LaneSize]:
     """Of each operation, longest first: those that were measured on the whole device."""
     found = {}
-    for op in dict.fromkeys(solo.op for solo in profile.solos):
-        tables = {
-            solo.sms: {point.at: point.seconds for point in solo.points} for solo in profile.solos if solo.op == op
-        }
+    solos = [solo for solo in profile.solos if not solo.kernel]  # forms of collectives have a table of their own
+    for op in dict.fromkeys(solo.op for solo in solos):
+        tables = {solo.sms: {point.at: point.seconds for point in solo.points} for solo in solos if solo.op == op}
         if None not in tables:
             continue
         at = max(tables[None], key=lambda at: (sum(at in table for table in tables.values()), at))
@@ -69,19 +68,43 @@ def print_profile(profile: Profile, console: Console) -> None:
         cells = [f"{own.seconds[sms] * 1e6:,.1f}" if sms in own.seconds else "-" for sms in budgets]
         table.add_row(op, size_text(own), f"{own.whole * 1e6:,.1f}", *cells)
     console.print(table)
+    print_collectives(profile, console)
     if not profile.pairs:
         return
     splits = splits_of(profile)
     title = "side by side: % of its speed alone that it keeps / that the other keeps"
     table = _table(title, ["operation", "beside"], [split_name(split) for split in splits])
-    by_place = {(pair.op, pair.other, pair.sms, pair.other_sms): pair for pair in profile.pairs}
-    for op, other in dict.fromkeys((pair.op, pair.other) for pair in profile.pairs):
+    by_place = {(pair.op, pair.other_name, pair.sms, pair.other_sms): pair for pair in profile.pairs}
+    for op, other in dict.fromkeys((pair.op, pair.other_name) for pair in profile.pairs):
         cells = []
         for split in splits:
             pair = by_place.get((op, other, *split))
             cells.append("-" if pair is None else f"{pair.kept:.0%} / {pair.other_kept:.0%}")
         table.add_row(op, other, *cells)
     console.print(table)
+
+
+def print_collectives(profile: Profile, console: Console) -> None:
+    """Of each collective, and of those that do the same: milliseconds by rows in each form, and what a rank sends."""
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for op in dict.fromkeys(solo.op for solo in profile.solos if solo.wire_bytes):
+        same = tuple((solo.kernel, solo.sms, solo.points) for solo in profile.solos if solo.op == op)
+        alike.setdefault(same, []).append(op)
+    for ops in alike.values():
+        solos = [solo for solo in profile.solos if solo.op == ops[0]]
+        rows = sorted({point.at[0] for solo in solos for point in solo.points})
+        title = f"{', '.join(ops)}: milliseconds / GB/s that a rank sends, by rows"
+        table = _table(title, ["form", "SMs"], [f"{count:,}" for count in rows])
+        for solo in solos:
+            cells = {point.at[0]: _wire_text(point.seconds, solo.wire_bytes * point.at[0]) for point in solo.points}
+            where = "all" if solo.sms is None else str(solo.sms)
+            table.add_row(solo.kernel or "preferred", where, *(cells.get(count, "-") for count in rows))
+        console.print(table)
+
+
+def _wire_text(seconds: float, sent: float) -> str:
+    rate = sent / seconds / 1e9
+    return f"{seconds * 1e3:,.3f} / {f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'}"
 
 
 def _table(title: str, left: list[str], right: list[str]) -> Table:

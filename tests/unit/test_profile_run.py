@@ -392,6 +392,8 @@ class Made:
 
     def wait(self) -> None: ...
 
+    def freshen(self, done: int) -> None: ...
+
     def launch(self) -> tuple[Event, Event]:
         start = self.begin
         inside = self.busy[0] <= start < self.busy[1]
@@ -410,3 +412,8 @@ def test_what_runs_while_the_other_does_is_what_counts(monkeypatch: pytest.Monke
     found = timing.time_together(first, second, 50.5)  # type: ignore[arg-type]
     assert (first.begin, second.begin) == (1000.0, 700.0)
     assert found == (pytest.approx(2.0), pytest.approx(0.2))
+    # So often, whatever the time: what other processes take part in.
+    first, second = Made(0.0, 2.0, 4.0, 2, (0.0, 90.0), Stream()), Made(0.0, 9.0, 9.0, 1, (0.0, 1e9), Stream())
+    found = timing.time_together(first, second, 0.0, 10)  # type: ignore[arg-type]
+    assert second.begin == 90.0 and first.begin >= 90.0
+    assert found == (pytest.approx(2.0), pytest.approx(9.0))

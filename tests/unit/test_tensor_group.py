@@ -26,7 +26,7 @@ from tests.unit.tiny_model import save_tiny_llama
 
 @pytest.mark.parametrize(("device", "first", "mend"), [("cuda", "", 2), ("cuda:1", " from cuda:1 on", 1)])
 def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch, device: str, first: str, mend: int) -> None:
-    monkeypatch.setattr(group, "choose_device", torch.device)
+    monkeypatch.setattr(group, "choose_device", lambda name, use: torch.device(name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_ranks(EngineSection(device="cuda"), 2)
     with pytest.raises(ConfigError) as caught:

@@ -58,7 +58,7 @@ class MadeUpGpu:
         return made
 
     @contextmanager
-    def capturing(self, graph: Any, stream: Any = None) -> Any:
+    def capturing(self, graph: Any, stream: Any = None, capture_error_mode: str = "global") -> Any:
         self.captured = graph.calls
         yield
         self.captured = None

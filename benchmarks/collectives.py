@@ -224,8 +224,10 @@ def beside(forms: Forms, buffers: Sequence[torch.Tensor], products: Products) ->
     return {name: {"milliseconds": took, "ratio": base / took} for name, took in found.items()}
 
 
-def measure(rank: int, ranks: int, store: Any, device: torch.device, mib: Sequence[int]) -> dict[str, Any]:
-    """What one rank measures; every rank calls it."""
+def measure(
+    rank: int, ranks: int, store: Any, device: torch.device, mib: Sequence[int], with_products: Sequence[int]
+) -> dict[str, Any]:
+    """What one rank measures; every rank calls it. `with_products` are the sizes that `beside` is for."""
     scale = 1 if device.type == "cuda" else 256
     columns = HIDDEN // scale
     rows = [size * 2**20 // (2 * HIDDEN) // (1 if device.type == "cuda" else 16) for size in mib]
@@ -240,6 +242,8 @@ def measure(rank: int, ranks: int, store: Any, device: torch.device, mib: Sequen
             record["alone"][f"{size} MiB"] = {
                 name: {"milliseconds": each, "GB/s": sent / each / 1e6} for name, each in took.items()
             }
+            if size not in with_products:
+                continue
             products = Products(ranks, count, device, scale)
             record["beside"][f"{count} rows"] = beside(forms, [buffer[:count] for buffer in buffers], products)
     record["missing"] = forms.missing
@@ -257,12 +261,12 @@ def slowest(records: Sequence[Any]) -> Any:
     return {key: slowest([record[key] for record in records]) for key in first}
 
 
-def gpu_rank(rank: int, ranks: int, port: int, folder: str, mib: Sequence[int]) -> None:
+def gpu_rank(rank: int, ranks: int, port: int, folder: str, mib: Sequence[int], with_products: Sequence[int]) -> None:
     from torch.distributed import TCPStore
 
     torch.cuda.set_device(rank)
     store = TCPStore("127.0.0.1", port, ranks, rank == 0, timedelta(seconds=120))
-    record = measure(rank, ranks, store, torch.device("cuda", rank), mib)
+    record = measure(rank, ranks, store, torch.device("cuda", rank), mib, with_products)
     Path(folder, f"{rank}.json").write_text(json.dumps(record))
     store.add("done", 1)
     while rank == 0 and store.add("done", 0) < ranks:
@@ -270,12 +274,12 @@ def gpu_rank(rank: int, ranks: int, port: int, folder: str, mib: Sequence[int]) 
     os._exit(0)  # nothing waits for the others any more
 
 
-def on_gpus(ranks: int, mib: Sequence[int], folder: str) -> list[dict[str, Any]]:
+def on_gpus(ranks: int, mib: Sequence[int], with_products: Sequence[int], folder: str) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        gpu_rank, args=(ranks, port, folder, mib), nprocs=ranks, join=False
+        gpu_rank, args=(ranks, port, folder, mib, with_products), nprocs=ranks, join=False
     )
     end = time.monotonic() + SECONDS
     try:
@@ -289,13 +293,14 @@ def on_gpus(ranks: int, mib: Sequence[int], folder: str) -> list[dict[str, Any]]
     return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def on_cpu(ranks: int, mib: Sequence[int]) -> list[dict[str, Any]]:
+def on_cpu(ranks: int, mib: Sequence[int], with_products: Sequence[int]) -> list[dict[str, Any]]:
     """Ranks in threads, joined by gloo."""
     from torch.distributed import HashStore
 
     store, device = HashStore(), torch.device("cpu")
     with ThreadPoolExecutor(ranks) as pool:
-        return [f.result() for f in [pool.submit(measure, rank, ranks, store, device, mib) for rank in range(ranks)]]
+        each = [pool.submit(measure, rank, ranks, store, device, mib, with_products) for rank in range(ranks)]
+        return [one.result() for one in each]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -304,18 +309,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="All-reduces between GPUs.")
     parser.add_argument("--ranks", type=int, help="GPUs; all of the machine by default, two ranks on a CPU")
     parser.add_argument("--mib", type=int, nargs="+", default=MIB, help="sizes of the buffer")
+    parser.add_argument("--beside", type=int, nargs="*", help="of them, those also beside products; default: all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=None, help="by default the record, of a trial on a CPU nothing")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="where results are merged by size; of a trial on a CPU, nowhere"
+    )
     args = parser.parse_args(arguments)
     found = torch.cuda.device_count() if args.device == "cuda" else 2
     ranks = args.ranks or found
     if ranks < 2 or (args.device == "cuda" and ranks > found):
         raise SystemExit(f"--ranks {ranks}: it takes two or more, and this machine has {found} GPUs")
+    with_products = args.mib if args.beside is None else args.beside
     if args.device == "cuda":
         with tempfile.TemporaryDirectory() as folder:
-            records = on_gpus(ranks, args.mib, folder)
+            records = on_gpus(ranks, args.mib, with_products, folder)
     else:
-        records = on_cpu(ranks, args.mib)
+        records = on_cpu(ranks, args.mib, with_products)
     record = {**machine(args.device), "ranks": ranks, **slowest(records)}
     for part in ("alone", "beside"):
         for size, ways in record[part].items():
@@ -327,6 +336,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"left out: {name}: {reason}")
     out = args.out or (RESULTS if args.device == "cuda" else None)
     if out is not None:
+        known = json.loads(out.read_text()) if out.exists() else {}
+        for part in ("alone", "beside"):
+            both = {**known.get(part, {}), **record[part]}
+            record[part] = dict(sorted(both.items(), key=lambda item: int(item[0].split()[0])))
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 

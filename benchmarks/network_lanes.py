@@ -1,6 +1,6 @@
 """Plans whose collectives run beside products, against the fastest sequential plan, on GPUs that share a model.
 
-    python -m benchmarks.network_lanes                       # two GPUs of 141 GB, Llama-3-70B's shape, both mixes
+    python -m benchmarks.network_lanes                       # two GPUs of 141 GB, Llama-3-70B's shape, all mixes
     python -m benchmarks.network_lanes prefill --keep 2
     python -m benchmarks.network_lanes --model tiny-llama --layers 2 --device cpu --decode 8 --context 16 --prompts 24
 
@@ -42,8 +42,13 @@ from nanoflow.search.measure import compare, largest_error, output_error
 from nanoflow.search.mix import Mix
 
 RESULTS = Path(__file__).parent / "results" / "network_lanes.json"
-MIXES = {"mixed": Mix(500, 768, (512, 512, 524)), "prefill": Mix(0, 1, (512,) * 8)}
-"""Llama-3-70B on two H200s: a batch in the middle of a job of 512/512, and one of prompts alone."""
+MIXES = {
+    "mixed": Mix(500, 768, (512, 512, 524)),
+    "prefill": Mix(0, 1, (512,) * 8),
+    "512-512": Mix(505, 768, (512, 7)),
+}
+"""Llama-3-70B on two H200s: a batch with many prompt rows, one of prompts alone, and one in the middle of a job of
+512/512, whose KV cache is full."""
 SplitSms = tuple[int, ...] | None
 SMS = 132
 """Of the devices that partitions are for."""

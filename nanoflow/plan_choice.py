@@ -32,7 +32,7 @@ class ChosenPlans:
 
 def plan_label(asked: str, programs: Sequence[Program]) -> str:
     """What reports call the plans of a run that asked for `asked`: of `auto`, whether it found any."""
-    lanes = any(len(program.plan.nano_batches) > 1 for program in programs)
+    lanes = any(not program.plan.is_sequential(program.graph) for program in programs)
     return "sequential" if asked == "auto" and not lanes else asked
 
 
@@ -70,11 +70,11 @@ def asked_layout(asked: str) -> str:
     return ALL_REDUCE if asked in ("sequential", "auto") else layout_of(Plan.load(asked).sharding)
 
 
-def plan_text(stored: StoredPlan) -> str:
-    """What a stored plan is for and what it gained, in a line."""
+def plan_text(stored: StoredPlan, graph: Graph) -> str:
+    """What a stored plan of a run's `graph` is for and what it gained, in a line."""
     assert stored.plan is not None
     gain = "not measured" if stored.ratio is None else f"{stored.ratio:.3f} times as fast as in sequence"
-    if _sequential(stored.plan):
+    if stored.plan.is_sequential(graph):
         gain = "in sequence"
     return f"{stored.plan.mix or 'any mix'} ({gain}, {stored.file.name})"
 
@@ -87,23 +87,19 @@ def _stored(graph: Graph, here: Fingerprint, sequential: Plan) -> ChosenPlans:
         notes += _doubts(str(verdict.stored.file), verdict.doubts)
     run = f"{here.model} on {here.gpu}"
     plans = [stored.plan for stored in used if stored.plan is not None]
-    if used and all(map(_sequential, plans)):
-        notes.append(f"plan: sequential, which was measured to be the fastest for {'; '.join(map(plan_text, used))}")
+    texts = "; ".join(plan_text(stored, graph) for stored in used)
+    if used and all(plan.is_sequential(graph) for plan in plans):
+        notes.append(f"plan: sequential, which was measured to be the fastest for {texts}")
         return ChosenPlans((sequential,), tuple(notes))
     if used:
-        notes.append(f"plan: {len(used)} stored for {run}: {'; '.join(map(plan_text, used))}; the rest in sequence")
+        notes.append(f"plan: {len(used)} stored for {run}: {texts}; the rest in sequence")
     else:
         why = _why_none(verdicts, here, run)
         notes.append(f"plan: sequential, since {why or f'none is stored for {run}'}")
         return ChosenPlans((sequential,), tuple(notes), nothing_stored=not why and len(notes) == 1)
     doubted = [bool(verdict.doubts) for verdict in verdicts if not verdict.against]
-    doubtful = tuple(n for n, plan in enumerate(plans) if doubted[n] and not _sequential(plan))
+    doubtful = tuple(n for n, plan in enumerate(plans) if doubted[n] and not plan.is_sequential(graph))
     return ChosenPlans((*plans, sequential), tuple(notes), doubtful)
-
-
-def _sequential(plan: Plan) -> bool:
-    """Whether it is what tuning stores where nothing won."""
-    return len(plan.nano_batches) == 1 and len(plan.lanes) == 1
 
 
 def measured_again(verdict: Verdict, here: Fingerprint) -> Verdict:

@@ -31,7 +31,7 @@ from nanoflow.ops.operation import Operation
 from nanoflow.ops.own_rows import OwnRows
 from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather, SampledSum
 
-__all__ = ["ALL_GATHER", "ALL_REDUCE", "REDUCE_SCATTER", "SHARDINGS", "layout_of", "with_sharding"]
+__all__ = ["ALL_GATHER", "ALL_REDUCE", "REDUCE_SCATTER", "SHARDINGS", "layout_of", "shardings_of", "with_sharding"]
 
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all_reduce", "reduce_scatter", "all_gather"
 SHARDINGS = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER)
@@ -40,6 +40,12 @@ SHARDINGS = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER)
 def layout_of(sharding: str) -> str:
     """The sharding whose graph `shard_graph` makes for it: shardings of one layout have the same weights."""
     return ALL_GATHER if sharding == ALL_GATHER else ALL_REDUCE
+
+
+def shardings_of(graph: Graph) -> tuple[str, ...]:
+    """Those that can be made of `graph`, as `shard_graph` gives it."""
+    own = layout_of(graph.sharding)
+    return tuple(each for each in SHARDINGS if layout_of(each) == own) if graph.ranks > 1 else (graph.sharding,)
 
 
 def with_sharding(graph: Graph, sharding: str) -> Graph:

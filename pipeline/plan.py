@@ -204,10 +204,14 @@ class Plan:
         object.__setattr__(self, "fingerprint", FrozenMapping(self.fingerprint))
 
     @classmethod
-    def sequential(cls, graph: Graph, capacity: int, *, model: str = "", gpu: str = "") -> "Plan":
-        """The plan that runs `graph` in program order: one nano-batch of `capacity` rows, one lane."""
-        beside = graph.ranks > 1 and graph.sharding == layout_of(SEQUENTIAL_SHARDING)
-        sharding = SEQUENTIAL_SHARDING if beside else graph.sharding
+    def sequential(
+        cls, graph: Graph, capacity: int, *, model: str = "", gpu: str = "", sharding: str | None = None
+    ) -> "Plan":
+        """The plan that runs `graph` in program order: one nano-batch of `capacity` rows, one lane.
+
+        `sharding` None: what other plans are compared with.
+        """
+        sharding = sharding or _sequential_sharding(graph)
         lane = tuple(Entry(op.name) for op in with_sharding(graph, sharding).layer)
         return cls(
             capacity=capacity,
@@ -236,6 +240,11 @@ class Plan:
             f"sharding: {self.sharding} needs weights that are laid out otherwise than for {graph.sharding}, which the "
             "other plans of the run have: give it alone, as a plan file"
         )
+
+    def is_sequential(self, graph: Graph) -> bool:
+        """Whether it runs `graph` as the sequential plan does, rows and kernels aside."""
+        alike = len(self.nano_batches) == 1 and len(self.lanes) == 1
+        return alike and self.sharding == _sequential_sharding(graph)
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -295,3 +304,8 @@ class Plan:
         from nanoflow.pipeline.plan_text import format_plan
 
         return format_plan(self)
+
+
+def _sequential_sharding(graph: Graph) -> str:
+    usual = graph.ranks > 1 and layout_of(graph.sharding) == layout_of(SEQUENTIAL_SHARDING)
+    return SEQUENTIAL_SHARDING if usual else graph.sharding

@@ -5,14 +5,18 @@ the products of the other on a fourth of the SMs or a little less: that many rea
 lose least.
 
 Where ranks share the model, what won on two H200s are halves whose sums run beside the products of the other half,
-through copy engines: they leave products nearly all SMs. Then come the families above, with a network lane.
+through copy engines: they leave products nearly all SMs. Then come the families above, with a network lane. Each
+sharding that leaves the weights as they are is tried.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
-from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, collectives_of, products_of
+from nanoflow.ops.row_sharding import shardings_of, with_sharding
+from nanoflow.pipeline.plan import Plan
+from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, products_of
 from nanoflow.search.space import GRANULE, LEAST_ROWS, LEAST_SMS, NETWORK_UNIT, SHARES
 
 __all__ = ["favourites"]
@@ -39,7 +43,10 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
         "row_unit": 128, "skew": skew, "several_stages": False, "with_attention": companions,
         "network_lane": True, "network_sms": NETWORK_UNIT,
     }  # fmt: skip
-    base |= {f"kernel_{op.name}": "" for op in graph.layer}  # of which only some are asked for
+    shardings = shardings_of(graph)
+    base["sharding"] = shardings[0]
+    for sharding in shardings:  # of all that is in here only some is asked for
+        base |= {f"kernel_{op.name}": "" for op in with_sharding(graph, sharding).layer}
     fourth = round(sms / 4 / EVEN) * EVEN
     # Fewer decode rows and more of the prompts in the larger nano-batch: its attention runs beside the smaller one.
     tilt = {"decode_cut_1": 7, "alike": False, "prefill_cut_1": 11}
@@ -65,15 +72,21 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
 
 
 def _ranks_first(graph: Graph, base: dict[str, Any], sms: int, kernels: Sequence[str]) -> list[dict[str, Any]]:
-    """Where ranks share the model: halves that take turns, and collectives in a lane of their own; confined and not."""
-    collectives = [name for names in collectives_of(graph).values() for name in names]
-    known = {kernel for name in collectives for kernel in graph.operation(name).kernels}
-    forms = [form for form in FEW_SMS if form in kernels and form in known][:2]
+    """Where ranks share the model: halves that take turns, and collectives in a lane of their own; confined and not.
+    The sequential plan of the other sharding first."""
+    shardings = shardings_of(graph) if graph.ranks > 1 else ()
+    collectives = {
+        sharding: [op for op in with_sharding(graph, sharding).layer if isinstance(op, Collective)]
+        for sharding in shardings
+    }
     turns = {**base, "all_beside": False, "beside_0": False, "beside_1": False, "skew": 1}
-    found = []
-    for form in forms if collectives else ():
-        chosen = {**turns, **{f"kernel_{name}": form for name in collectives}}
-        found += [{**chosen, "confined": False}, *([{**chosen, "confined": True}] if sms else [])]
+    usual = Plan.sequential(graph, 1).sharding
+    found = [{**turns, "nano_batches": 1, "sharding": sharding} for sharding in shardings if sharding != usual]
+    for form in [form for form in FEW_SMS if form in kernels][:2]:
+        for sharding, ops in collectives.items():
+            if all(form in op.kernels for op in ops):
+                chosen = {**turns, "sharding": sharding, **{f"kernel_{op.name}": form for op in ops}}
+                found += [{**chosen, "confined": False}, *([{**chosen, "confined": True}] if sms else [])]
     return found
 
 

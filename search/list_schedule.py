@@ -12,7 +12,8 @@ Pseudo-code. A nano-batch's window is the products behind decode attention, then
             # keys are appended in the nano-batches' order; the first of a nano-batch waits for `skew` of the one before
     decode attention that runs beside others goes to the memory lane behind its queries; the rest before what reads it
     collectives that run beside products go to the network lane, in the order of the products that they follow; what
-        reads their sums comes before the next product of the same rows, which is not ready before they are done
+        reads their sums comes before the next product of the same rows, which is not ready before they are done.
+        Where ranks divide the rows, what works on a rank's own and the all-gather behind it go there too
     one stage: all lanes side by side throughout; what shall run with attention comes beside it, in the layer's order
     several:   an attention of the memory lane has the longest stretch that it may run beside for itself, split between
                the two; all others run on the whole device
@@ -24,6 +25,7 @@ from itertools import pairwise
 
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.row_collectives import ReduceScatter
 from nanoflow.pipeline.dependencies import producer
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, Stage
 
@@ -36,6 +38,7 @@ __all__ = [
     "PRODUCTS",
     "SPLIT",
     "Order",
+    "chains_of",
     "collectives_of",
     "products_of",
     "schedule",
@@ -111,20 +114,36 @@ def collectives_of(graph: Graph) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _readers(graph: Graph, collectives: Sequence[str]) -> list[tuple[str, int]]:
-    """What reads the results of `collectives` and is no product, with how many layers behind them it is: left unnamed,
-    it would follow them into their lane."""
+def chains_of(graph: Graph) -> dict[str, tuple[tuple[str, int], ...]]:
+    """What a network lane runs behind each product that has collectives behind it, with how many layers ahead of the
+    product's own it is: the collectives, and behind a reduce-scatter all that comes before the next product."""
+    found = {}
+    names = [op.name for op in graph.layer]
+    for product, collectives in collectives_of(graph).items():
+        chain = [(name, 0) for name in collectives]
+        at = names.index(collectives[-1])
+        if isinstance(graph.layer[at], ReduceScatter):
+            while names[(at + 1) % len(names)] not in PRODUCTS:
+                at += 1
+                chain.append((names[at % len(names)], at // len(names)))
+        found[product] = tuple(chain)
+    return found
+
+
+def _readers(graph: Graph, chain: Sequence[str]) -> list[tuple[str, int]]:
+    """What reads the results of a chain of the network lane and is no product, with how many layers behind it is: left
+    unnamed, it would follow into that lane."""
     found = []
     for op in graph.layer:
-        before = None if op.name in PRODUCTS else producer(graph, op)
-        if before is not None and before[0].name in collectives:
+        before = None if op.name in (*PRODUCTS, *chain) else producer(graph, op)
+        if before is not None and before[0].name in chain:
             found.append((op.name, before[1]))
     return found
 
 
 def schedule(graph: Graph, order: Order, seconds: Seconds) -> tuple[Stage, ...]:
     """The period; `seconds` of a product include what follows it. Raises ValueError as `products_of` does."""
-    behind_products = collectives_of(graph) if order.network else {}
+    behind_products = chains_of(graph) if order.network else {}
     items = _products(graph, order, seconds, behind_products)
     lone = _Lone(order, seconds)
     if not order.several:
@@ -134,7 +153,11 @@ def schedule(graph: Graph, order: Order, seconds: Seconds) -> tuple[Stage, ...]:
         if own:
             there = [op.name for op in graph.layer if op.name == ATTENTION or op.name in order.with_attention]
             lanes[MEMORY] = [Entry(name, order.names[n], 1) for n in own for name in there]
-        sums = [replace(item.entry, op=name) for item in items for name in behind_products.get(item.entry.op, ())]
+        sums = [
+            replace(item.entry, op=name, ahead=item.entry.ahead + layers)
+            for item in items
+            for name, layers in behind_products.get(item.entry.op, ())
+        ]
         if sums:
             lanes[NETWORK] = sums
         return (_stage(order.partition if own or sums else WHOLE, lanes),)
@@ -149,8 +172,10 @@ def schedule(graph: Graph, order: Order, seconds: Seconds) -> tuple[Stage, ...]:
         beside[left_over[0]] = False  # nothing is left that it could run beside
 
 
-def _products(graph: Graph, order: Order, seconds: Seconds, collectives: Mapping[str, Sequence[str]]) -> list[_Item]:
-    """The compute lane without attention, by the pseudo-code above. `collectives` of the network lane, by product."""
+def _products(
+    graph: Graph, order: Order, seconds: Seconds, chains: Mapping[str, Sequence[tuple[str, int]]]
+) -> list[_Item]:
+    """The compute lane without attention, by the pseudo-code above. `chains` of the network lane, by product."""
     before, behind = products_of(graph)
     window = [(name, 0) for name in behind] + [(name, 1) for name in before]
     count, length = len(order.names), len(window)
@@ -168,7 +193,7 @@ def _products(graph: Graph, order: Order, seconds: Seconds, collectives: Mapping
         for name, _ in reversed(window):
             whole_or_own = None if name in order.whole else n
             takes = seconds(name, whole_or_own, False)
-            takes += sum(seconds(each, whole_or_own, False) for each in collectives.get(name, ()))
+            takes += sum(seconds(each, whole_or_own, False) for each, _ in chains.get(name, ()))
             path[n].insert(0, path[n][0] + takes)
     places, taken_split = [0] * count, [0] * count
     clock = network = 0.0
@@ -203,12 +228,12 @@ def _products(graph: Graph, order: Order, seconds: Seconds, collectives: Mapping
             places[m] += 1
             waiting[m] = 0.0
         taken_split[n] += not whole
-        if name in collectives:
-            network = max(network, clock) + sum(seconds(each, own, False) for each in collectives[name])
+        if name in chains:
+            network = max(network, clock) + sum(seconds(each, own, False) for each, _ in chains[name])
             for m in who:
                 ready[m] = network
             entry = items[-1].entry
-            for reader, layers in _readers(graph, collectives[name]):
+            for reader, layers in _readers(graph, [each for each, _ in chains[name]]):
                 readers.append(_Item(replace(entry, op=reader, ahead=ahead + layers), own, 0.0))
     return items + readers
 

@@ -14,6 +14,7 @@ from nanoflow.ops.gemm_waves import waves
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import Cost, Operation, Work
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, UNCONFINED
+from nanoflow.ops.peer_rows import ROW_FORMS
 from nanoflow.search.cost_model import Ceilings
 
 __all__ = [
@@ -55,7 +56,7 @@ def collective_sms(kernel: str, lane: int | None) -> int:
     where copy engines do the work. `lane`: SMs of its lane; None: it is not confined."""
     if kernel == "copy_engine":
         return 0
-    most = UNCONFINED if kernel in PEER_FORMS and lane is None else CTAS.get(kernel, LINK_SMS)
+    most = UNCONFINED if kernel in (*PEER_FORMS, *ROW_FORMS) and lane is None else CTAS.get(kernel, LINK_SMS)
     return most if lane is None else min(most, lane)
 
 

@@ -4,7 +4,7 @@ Contract: a `PlanChoice` is frozen data that says little; `build_plan` makes a p
 every choice builds a plan that `nanoflow.pipeline.validate` accepts. `suggest` asks Optuna for one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -14,6 +14,7 @@ from nanoflow.ops.attention import FEWER_PROGRAMS
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost, Work
+from nanoflow.ops.row_sharding import shardings_of, with_sharding
 from nanoflow.pipeline.plan import WHOLE, FrozenMapping, NanoBatch, Plan
 from nanoflow.pipeline.split import UNITS
 from nanoflow.search.list_schedule import (
@@ -22,6 +23,7 @@ from nanoflow.search.list_schedule import (
     PRODUCTS,
     SPLIT,
     Order,
+    chains_of,
     collectives_of,
     products_of,
     schedule,
@@ -79,6 +81,8 @@ class PlanChoice:
     """SMs of the network lane; None: the lanes share the device."""
     kernels: FrozenMapping[str] = field(default_factory=FrozenMapping)
     """Kernel of a product, of decode attention or of a collective, where it is not the device's default."""
+    sharding: str | None = None
+    """Of ranks that share the model, where their weights leave a choice; None: that of the sequential plan."""
 
     def __post_init__(self) -> None:
         count = len(self.decode)
@@ -141,8 +145,10 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         raise ValueError(f"rows: the mix has {mix.rows:,}, more than {rows:,}; give more")
     if rows < count:
         raise ValueError(f"rows: {rows} cannot be cut into {count} nano-batches; choose fewer")
+    sequential = Plan.sequential(graph, rows, sharding=choice.sharding)
     if count == 1:
-        return replace(Plan.sequential(graph, rows), kernels=choice.kernels)
+        return replace(sequential, kernels=choice.kernels)
+    graph = sequential.graph(graph)
     sms = rates.device_sms
     memory = choice.memory_sms if any(choice.beside) else None
     apart = tuple(lane for lane in (memory, choice.network_sms) if lane is not None)
@@ -159,7 +165,7 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         NanoBatch(NAMES[n], Fraction(decode[n], SHARES), Fraction(prefill[n], SHARES), own)
         for n, own in enumerate(_rows(decode, prefill, mix, rows, choice.row_unit))
     )
-    plan = Plan(rows, nano_batches, (), kernels=choice.kernels)
+    plan = Plan(rows, nano_batches, (), kernels=choice.kernels, sharding=sequential.sharding)
     order = Order(
         names=tuple(NAMES[:count]),
         whole=choice.whole,
@@ -171,8 +177,7 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         network=choice.network,
     )
     parts = (sms - sum(apart), memory) if apart else (None, None)
-    seconds = _Seconds(graph, mix_works(plan, mix), rates, parts, choice.with_attention, choice.network)
-    seconds.kernels = choice.kernels
+    seconds = _Seconds(graph, mix_works(plan, mix), rates, parts, choice)
     plan = replace(plan, period=schedule(graph, order, seconds))
     if not apart or all(stage.partition == WHOLE for stage in plan.period):
         return plan
@@ -181,7 +186,7 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
 
 class _Seconds:
     """What the list scheduler asks: seconds of attention, and of products with all that stands behind them, but for
-    collectives of a network lane, which are asked for themselves."""
+    what is in a network lane, which is asked for itself."""
 
     def __init__(
         self,
@@ -189,15 +194,14 @@ class _Seconds:
         works: Sequence[Work],
         rates: Rates,
         parts: tuple[int | None, int | None],
-        with_attention: frozenset[str],
-        network: bool,
+        choice: PlanChoice,
     ) -> None:
         self.graph, self.works, self.rates = graph, works, rates
-        self.kernels: Mapping[str, str] = {}
-        """Those that the plan names."""
+        self.kernels = choice.kernels
         self.sms = dict(zip((False, True), parts, strict=True))
-        self.attention = (ATTENTION, *with_attention)
-        self.apart = {name for names in collectives_of(graph).values() for name in names} if network else set()
+        self.attention = (ATTENTION, *choice.with_attention)
+        chains = chains_of(graph).values() if choice.network else ()
+        self.apart = {name: choice.network_sms for chain in chains for name, _ in chain}
         self.behind: dict[str, list[str]] = {}
         products = [op.name for op in graph.layer if op.name in PRODUCTS]
         leader = products[-1]  # of what stands before the first: it follows the layer before
@@ -215,7 +219,7 @@ class _Seconds:
         return sum(
             self.rates.seconds(each, work, None, self.kernels.get(each.name, ""))
             if isinstance(each, Collective)
-            else self.rates.seconds(each, work, self.sms[memory])
+            else self.rates.seconds(each, work, self.apart.get(each.name, self.sms[memory]))
             for each in operations
             if each.cost(work, self.rates.itemsize) != Cost()
         )
@@ -254,8 +258,10 @@ def _rows(decode: Sequence[int], prefill: Sequence[int], mix: Mix, rows: int, un
 
 
 def collective_forms(graph: Graph) -> tuple[str, ...]:
-    """Kernels of the graph's collectives, but for the reference and the one that is taken anyway; none on one rank."""
-    names = [kernel for op in graph.layer if isinstance(op, Collective) for kernel in op.kernels]
+    """Kernels of the graph's collectives in all shardings that it can have, but for the reference and the one that is
+    taken anyway; none on one rank."""
+    layers = [with_sharding(graph, sharding).layer for sharding in shardings_of(graph)]
+    names = [kernel for layer in layers for op in layer if isinstance(op, Collective) for kernel in op.kernels]
     return tuple(name for name in dict.fromkeys(names) if name not in ("reference", "nccl"))
 
 
@@ -268,6 +274,10 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     often: all products cut, all attention beside them, prefill rows shared out as decode rows are.
     """
     chosen: dict[str, str] = {}
+    sharding = None
+    if graph.ranks > 1 and len(shardings_of(graph)) > 1:
+        sharding = trial.suggest_categorical("sharding", shardings_of(graph))
+        graph = with_sharding(graph, sharding)
     for op in graph.layer:
         # "triton" is what decode attention has anyway; a product has it only if it is the fastest, or chosen.
         free = op.name in PRODUCTS or isinstance(op, Collective)
@@ -278,7 +288,7 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     most = max(1, min(MOST_NANO_BATCHES, rows // LEAST_ROWS))
     count = trial.suggest_int("nano_batches", 1, most)
     if count == 1:
-        return PlanChoice(kernels=FrozenMapping(chosen))
+        return PlanChoice(kernels=FrozenMapping(chosen), sharding=sharding)
     decode = _shares(trial, "decode", count)
     prefill = decode if trial.suggest_categorical("alike", (True, False)) else _shares(trial, "prefill", count)
     filled = [n for n in range(count) if decode[n] or prefill[n]]
@@ -317,7 +327,7 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
             count_of = trial.suggest_int("with_attention", 0, len(known))
             beside_it = frozenset(known[len(known) - count_of :])
     if len(filled) == 1:
-        return PlanChoice(kernels=FrozenMapping(chosen))
+        return PlanChoice(kernels=FrozenMapping(chosen), sharding=sharding)
     return PlanChoice(
         decode=tuple(decode[n] for n in filled),
         prefill=tuple(prefill[n] for n in filled),
@@ -331,6 +341,7 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
         network=network,
         network_sms=network_sms,
         kernels=FrozenMapping(chosen),
+        sharding=sharding,
     )
 
 

@@ -64,12 +64,14 @@ class Target:
     """SMs that can be set apart for lanes; 0 if none can."""
     kernels: tuple[str, ...] = ()
     """What else products and decode attention may run on than the device's own choice."""
+    _graphs: dict[int, Graph] = field(default_factory=dict, init=False, repr=False)
+    """Of so many layers: the same objects for each plan, since rates keep what they know of operations."""
 
     def plan(self, trial: Trial) -> Plan:
         """Ask `trial` for a plan."""
         choice = suggest(trial, self.graph, self.rows, self.sms, self.kernels)
-        if len(choice.decode) == 1:  # in sequence, with what the device prefers: what all others are compared with
-            return Plan.sequential(self.graph, self.rows)
+        if len(choice.decode) == 1:  # in sequence, with what the device prefers, as what all others are compared with
+            return Plan.sequential(self.graph, self.rows, sharding=choice.sharding)
         return build_plan(choice, self.graph, self.mix, self.rows, self.rates)
 
     def predict(self, plan: Plan) -> float:
@@ -82,7 +84,7 @@ class Target:
 
     def simulate(self, plan: Plan, layers: int | None = None) -> Simulation:
         """All layers of an iteration, or so many."""
-        graph = self.graph if layers is None else replace(self.graph, layers=layers)
+        graph = self.graph if layers is None else self._graphs.setdefault(layers, replace(self.graph, layers=layers))
         return simulate(compile_program(plan, graph), mix_works(plan, self.mix), self.rates)
 
 
@@ -165,7 +167,8 @@ class PlanSearch:
             self._remember(notes["plan"], finished.value, notes["predicted"])
         self.sequential = Plan.sequential(target.graph, target.rows)
         self._sequential_seconds = target.predict(self.sequential)
-        self._first = [{"nano_batches": 1}, *favourites(target.graph, target.rows, target.sms, target.kernels)]
+        compared = {"nano_batches": 1, "sharding": self.sequential.sharding}
+        self._first = [compared, *favourites(target.graph, target.rows, target.sms, target.kernels)]
         for parameters in self._first:
             self._study.enqueue_trial(parameters)
         if self.sequential.dumps() not in self._known:
@@ -253,7 +256,7 @@ class PlanSearch:
             return
         plan = Plan.loads(text)
         self._known[text] = value
-        if value is not None and len(plan.nano_batches) > 1:
+        if value is not None and not plan.is_sequential(self.target.graph):
             self._tried.append(Tried(plan, value, predicted))
 
 

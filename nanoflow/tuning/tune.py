@@ -246,7 +246,7 @@ def _stored_here(job: TuningJob, mix: WeightedMix) -> list[Plan]:
     verdicts = judge(stored_plans(), job.here, job.model.graph, job.config.engine.max_batch_tokens)
     for verdict in verdicts:
         plan = verdict.stored.plan
-        if plan is None or verdict.against or plan.mix is None or len(plan.nano_batches) == 1:
+        if plan is None or verdict.against or plan.mix is None or plan.is_sequential(job.model.graph):
             continue
         if same_mix(plan.mix, asked) and plan.least_rows <= mix.mix.rows <= plan.capacity:
             return [plan]
@@ -256,7 +256,7 @@ def _stored_here(job: TuningJob, mix: WeightedMix) -> list[Plan]:
 def _bare(plan: Plan) -> Plan:
     """A stored plan as the search has it."""
     bare = Plan(plan.capacity, plan.nano_batches, plan.period, kernels=plan.kernels, partitions=plan.partitions)
-    return replace(bare, sms=plan.sms if plan.partitions else None)
+    return replace(bare, sms=plan.sms if plan.partitions else None, sharding=plan.sharding)
 
 
 def _store(job: TuningJob, mix: WeightedMix, measured: int, finals: Sequence[Final]) -> MixResult:

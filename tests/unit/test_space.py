@@ -16,7 +16,7 @@ from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, NanoBatch, Plan,
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.validate import validate
 from nanoflow.plans.case import H100, open_graph
-from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, PRODUCTS
+from nanoflow.search.list_schedule import ATTENTION, COMPANIONS, PRODUCTS, chains_of
 from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.simulate import Simulation, simulate
 from nanoflow.search.space import PlanChoice, build_plan, collective_forms, suggest
@@ -162,7 +162,10 @@ def check(choice: PlanChoice, graph: Graph, mix: Mix, rows: int) -> Plan:
         in_memory = sum(len(each.lanes.get("memory", ())) for each in plan.period) // (1 + len(choice.with_attention))
         assert in_memory == sum(choice.beside) or (choice.stages == "several" and in_memory < sum(choice.beside))
         sums = [entry for each in plan.period for entry in each.lanes.get("network", ())]
-        assert {entry.op for entry in sums} == ({"o_all_reduce", "down_all_reduce"} if choice.network else set())
+        there = {"o_all_reduce", "down_all_reduce"}
+        if choice.sharding == "reduce_scatter":
+            there = {name for chain in chains_of(plan.graph(graph)).values() for name, _ in chain}
+        assert {entry.op for entry in sums} == (there if choice.network else set())
         assert {plan.lane_sms(0, "network") for _ in sums} <= {choice.network_sms}
         split = [each for each in plan.period if "memory" in each.lanes]
         assert {plan.lane_sms(plan.period.index(each), "memory") for each in split} <= {choice.memory_sms}
@@ -172,12 +175,14 @@ def check(choice: PlanChoice, graph: Graph, mix: Mix, rows: int) -> Plan:
 
 
 @settings(max_examples=300, deadline=None)
-@given(choices(), st.integers(0, 700), st.integers(0, 700), st.integers(0, 300), st.integers(0, 2))
+@given(choices(), st.integers(0, 700), st.integers(0, 700), st.integers(0, 300), st.integers(0, 2), st.booleans())
 def test_every_choice_makes_a_plan_that_can_run(
-    choice: PlanChoice, decode: int, prompt: int, room: int, graph: int
+    choice: PlanChoice, decode: int, prompt: int, room: int, graph: int, rows: bool
 ) -> None:
     mix = Mix(decode, 500, (prompt,) if prompt else ())
     chosen = (RANK, BARE_RANK, RANK) if choice.network else (BARE, LLAMA, QWEN)
+    if rows:
+        choice, chosen = replace(choice, sharding="reduce_scatter"), (RANK, BARE_RANK, RANK)
     check(choice, chosen[graph], mix, mix.rows + room + len(choice.decode))
 
 
@@ -192,9 +197,9 @@ def test_every_suggestion_is_a_choice(seed: int, rows: int, sms: int, graph: Gra
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
     rates = replace(H100.rates, device_sms=sms)
     for _ in range(3):
-        choice = suggest(study.ask(), graph, rows, sms, ("triton", "deep_gemm", "nothing", "nccl_8"))
-        known = {"triton", "deep_gemm", "nccl_8"} if graph is RANK else {"triton", "deep_gemm"}
-        assert set(choice.kernels.values()) <= known
+        choice = suggest(study.ask(), graph, rows, sms, ("triton", "deep_gemm", "nothing", "nccl_8", "push"))
+        known = {"triton", "deep_gemm", "nccl_8", "push"} if graph is RANK else {"triton", "deep_gemm"}
+        assert set(choice.kernels.values()) <= known and (graph is RANK) == (choice.sharding is not None)
         assert graph is RANK or not choice.network
         plan = build_plan(choice, graph, Mix(rows // 2, 100, (rows // 3,) if rows // 3 else ()), rows, rates)
         validate(plan, graph, sms=sms)
@@ -220,7 +225,23 @@ def test_sums_of_one_nano_batch_run_beside_products_of_the_other() -> None:
     assert check(three, RANK, MIX, 1152).partitions == {"split": (92, 32, 8)}
 
 
+def test_what_works_on_a_ranks_rows_runs_with_the_collectives() -> None:
+    choice = PlanChoice((8, 8), (8, 8), skew=1, network=True, network_sms=8, sharding="reduce_scatter")
+    (built,) = check(choice, RANK, MIX, 1152).period
+    network = [str(entry) for entry in built.lanes["network"]]
+    for chain in (
+        ["o_reduce_scatter.a", "add_norm.a", "add_norm_all_gather.a"],
+        ["down_reduce_scatter.b", "add.b", "input_layernorm.b@1", "input_layernorm_all_gather.b@1"],
+    ):
+        assert network[network.index(chain[0]) :][: len(chain)] == chain
+    assert not {"add_norm.a", "add.a", "input_layernorm.a@1"} & {str(entry) for entry in built.lanes["compute"]}
+    sequential = build_plan(replace(PlanChoice(), sharding="reduce_scatter"), RANK, MIX, 1152, H100.rates)
+    assert sequential == Plan.sequential(RANK, 1152, sharding="reduce_scatter") and len(sequential.lanes) == 1
+    assert not sequential.is_sequential(RANK) and Plan.sequential(RANK, 64).is_sequential(RANK)
+
+
 def test_forms_of_collectives_are_for_ranks() -> None:
+    assert {"nccl_8", "two_shot", "push"} <= set(collective_forms(RANK))
     assert "nccl_8" in collective_forms(RANK) and not {"nccl", "reference"} & set(collective_forms(RANK))
     assert collective_forms(LLAMA) == ()
 

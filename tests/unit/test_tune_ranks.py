@@ -90,7 +90,7 @@ from nanoflow.weights import load_weights
 job = open_job(load_config(sys.argv[1]), None, Path(sys.argv[2]))
 mix, model = job.mixes.mixes[0], job.model
 good = [candidate.plan for candidate in PlanSearch(job.target(mix)).propose(2)]
-bad = replace(good[0], kernels=FrozenMapping({"o_all_reduce": "copy_engine"}))
+bad = replace(good[0], kernels=FrozenMapping({"o_reduce_scatter": "copy_engine"}))
 slots = mix.mix.decode + len(mix.mix.prompts)
 with _ranks(job, slots) as group:
     pages = mix_pages(mix.mix, job.here.page_size)
@@ -113,7 +113,7 @@ def test_a_plan_that_cannot_run_on_the_ranks_fails_alone(file: Path, tmp_path: P
     assert process.returncode == 0, errors
     first, why = output.splitlines()[-2:]
     assert first == "[True, False, True] [True]"
-    assert why.startswith("kernels.o_all_reduce: 'copy_engine' cannot run here")
+    assert why.startswith("kernels.o_reduce_scatter: 'copy_engine' cannot run here")
 
 
 @pytest.mark.slow

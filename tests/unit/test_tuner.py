@@ -115,13 +115,20 @@ def test_the_favourites_come_first_and_the_simulator_rejects_none_of_them() -> N
 def test_ranks_begin_with_sums_beside_products_of_the_other_half() -> None:
     rank = shard_graph(open_graph("llama-3-70b", Plan(1, (), ()), "a test")[2], 0, 2)
     target = Target(rank, Mix(500, 768, (512, 12)), 1024, H200.rates, 132, collective_forms(rank))
-    first = [candidate.plan for candidate in PlanSearch(target).propose()]
+    search = PlanSearch(target)
+    first = [candidate.plan for candidate in search.propose()]
     for plan in first:
         validate(plan, rank)
-    assert first[0].lanes == first[1].lanes == ("compute", "network")
-    assert set(first[0].kernels) == {"o_all_reduce", "down_all_reduce"}
-    assert [plan.partitions.get("split") for plan in first[:2]] == [None, (124, 8)]
-    assert any(plan.lanes == ("compute", "memory", "network") for plan in first), "the families of one device"
+    assert first[0] == Plan.sequential(rank, 1024, sharding="reduce_scatter")
+    assert {tuple(plan.lanes) for plan in first[1:]} == {("compute", "network")}
+    assert [plan.sharding for plan in first[1:5]] == ["all_reduce"] * 2 + ["reduce_scatter"] * 2
+    assert [plan.partitions.get("split") for plan in first[1:5]] == [None, (124, 8)] * 2
+    assert set(first[1].kernels) == {"o_all_reduce", "down_all_reduce"}
+    assert set(first[3].kernels.values()) == {"copy_engine"} and len(first[3].kernels) == 4
+    later = [candidate.plan for candidate in search.propose()]
+    assert any(plan.lanes == ("compute", "memory", "network") for plan in later), "the families of one device"
+    told = [step.plan for step in search.steps]
+    assert not told and search.sequential.sharding == "all_reduce"
 
 
 def test_what_is_predicted_worst_is_not_measured_but_for_one_a_round() -> None:

@@ -42,7 +42,7 @@ from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.plans.ablation import SEQUENTIAL
 from nanoflow.plans.case import H100, PlanCase, known_device, open_graph
-from nanoflow.plans.running import make_executor, mix_batch, open_here
+from nanoflow.plans.running import measuring_executor, mix_batch, open_here
 from nanoflow.power import EnergyMeter
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.measure import Block, Comparison, compare, largest_error, output_error
@@ -112,7 +112,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         if not args.only or any(word in label for word in args.only):
             plans[label] = plan
     print(f"{name}: {mix}, {rows} rows, {len(plans)} plans", flush=True)
-    executor = make_executor(model, list(plans.values()), mix, page_size, row_buckets=[rows])
+    executor = measuring_executor(model, list(plans.values()), mix, page_size, row_buckets=[rows])
     try:
         batches = {
             label: mix_batch(mix, executor.cut, page_size, graph.vocab_size, number)

@@ -30,6 +30,9 @@ State = Literal["ok", "missing", "optional", "broken"]
 """missing: a GPU run needs it; optional: not there and not needed, or needed by few; broken: there, and it fails."""
 
 GREEN_CONTEXT_DRIVER = (12, 4)
+NCCL_WORKS = "copy_engine, one_shot and two_shot need it; collectives by NCCL do not"
+PEER_TRIAL = 2**21
+"""Bytes."""
 STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow", "broken": "bold red"}
 
 
@@ -56,6 +59,7 @@ def examine() -> list[Check]:
         ("green contexts", _green_contexts),
         ("NCCL", _nccl),
         ("peer access", _peer_access),
+        ("symmetric memory", _symmetric_memory),
         ("CUDA compiler", _nvcc),
         ("DeepGEMM", _deep_gemm),
     )
@@ -219,9 +223,28 @@ def _peer_access() -> Check:
     if not without:
         return Check("peer access", "ok", f"among all {count} GPUs")
     listed = ", ".join(f"{a} -> {b}" for a, b in without[:6]) + (" ..." if len(without) > 6 else "")
-    return Check(
-        "peer access", "optional", f"not {listed}", "collectives through the copy engines need it; NCCL still works"
-    )
+    return Check("peer access", "optional", f"not {listed}", NCCL_WORKS)
+
+
+def _symmetric_memory() -> Check:
+    """Whether memory can be had that other GPUs' processes map, as `nanoflow.ops.peer_memory` does."""
+    name, count = "symmetric memory", torch.cuda.device_count() if torch.version.cuda is not None else 0
+    if count < 2:
+        return Check(name, "optional", f"{count} GPU{'s' if count != 1 else ''}: nobody to share it with")
+    failed: dict[str, list[int]] = {}
+    for index in range(count):
+        try:
+            from torch._C._distributed_c10d import _SymmetricMemory
+
+            _SymmetricMemory.empty_strided_p2p((PEER_TRIAL,), (1,), torch.uint8, torch.device("cuda", index)).zero_()
+            torch.cuda.synchronize(index)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed.setdefault(reason, []).append(index)
+    if not failed:
+        return Check(name, "ok", f"can be had on all {count} GPUs")
+    reasons = "; ".join(f"GPU {', '.join(map(str, indices))}: {reason}" for reason, indices in failed.items())
+    return Check(name, "optional", reasons, NCCL_WORKS)
 
 
 def _nvcc() -> Check:

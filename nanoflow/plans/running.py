@@ -32,7 +32,7 @@ from nanoflow.plans.case import PlanCase
 from nanoflow.search.mix import Mix
 from nanoflow.weights import load_weights
 
-__all__ = ["executor_here", "make_executor", "mix_batch", "mix_kv", "mix_pages", "open_here", "random_caches"]
+__all__ = ["executor_here", "measuring_executor", "mix_batch", "mix_kv", "mix_pages", "open_here", "random_caches"]
 
 
 def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
@@ -124,7 +124,7 @@ def mix_batch(mix: Mix, cut: BatchCutter, page_size: int, vocab_size: int, progr
     )
 
 
-def make_executor(
+def measuring_executor(
     model: Model,
     plans: Sequence[Plan],
     mix: Mix,
@@ -176,14 +176,14 @@ def make_executor(
 def executor_here(
     case: PlanCase, model: Model, page_size: int, rows: int, plans: Sequence[Plan], *, marks: bool = False
 ) -> Iterator[RunExecutor]:
-    """An executor of `plans` on what `open_here` gave, closed in the end: `make_executor` says of what.
+    """An executor of `plans` on what `open_here` gave, closed in the end: `measuring_executor` says of what.
 
     Where ranks share the model of `case`, it is one of all of them, which are started and ended here; `marks` are this
     rank's. Raises UserError, from `with`, also if a rank is lost.
     """
     mix, ranks = case.mix, case.graph.ranks
     if ranks == 1:
-        executor: RunExecutor = make_executor(model, plans, mix, page_size, row_buckets=[rows], marks=marks)
+        executor: RunExecutor = measuring_executor(model, plans, mix, page_size, row_buckets=[rows], marks=marks)
         try:
             yield executor
         finally:
@@ -201,7 +201,7 @@ def executor_here(
         group.least(pages)
         executor = group.executor(
             tuple(plan.dumps() for plan in plans),
-            lambda communicator: make_executor(
+            lambda communicator: measuring_executor(
                 model,
                 plans,
                 mix,

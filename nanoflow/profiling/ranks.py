@@ -69,6 +69,7 @@ class GroupBench:
         """Give back what was laid out; where a rank was lost, the process's end does."""
         if not self._group.lost:
             self.own.close()
+            self._group.communicator.close()
 
     def _on_all(self, case: Case, measure: Callable[[], Found]) -> Found:
         """`measure` here, while the other ranks do the same."""
@@ -98,6 +99,7 @@ def serve_cases(line: Line, model: Model, communicator: Communicator) -> None:
             case: Case = line.recv()
         except (EOFError, OSError):
             bench.close()
+            communicator.close()
             return
         with suppress(Unmeasurable):
             if isinstance(case, SoloCase):

@@ -28,7 +28,7 @@ from nanoflow.parallel.group import TensorGroup
 from nanoflow.pipeline.executor import Weights
 from nanoflow.pipeline.partitions import Partition, PartitionError, unavailable
 from nanoflow.pipeline.plan import Plan, PlanError
-from nanoflow.plans.running import longest_request, make_executor, mix_batch, random_caches
+from nanoflow.plans.running import longest_request, measuring_executor, mix_batch, random_caches
 from nanoflow.power import EnergyMeter
 from nanoflow.search.measure import Block, Comparison, compare, largest_error, output_error
 from nanoflow.search.mix import Mix
@@ -229,10 +229,10 @@ class MixRounds:
         return problem or (comparison, wrong)
 
     def _executor(self, plans: Sequence[Plan]) -> RunExecutor:
-        """Of `plans`, on all ranks; raises what `make_executor` does."""
+        """Of `plans`, on all ranks; raises what `measuring_executor` does."""
 
         def make(communicator: Communicator | None = None) -> RankExecutor:
-            return make_executor(
+            return measuring_executor(
                 self._model,
                 plans,
                 self.mix,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ NAMES = {"NanoFlow", "CPU", "torch", "NVIDIA driver", "Triton", "green contexts"
 
 def test_every_check_has_its_line() -> None:
     checks = doctor.examine()
-    assert {check.name for check in checks} >= NAMES | {"peer access"}
+    assert {check.name for check in checks} >= NAMES | {"peer access", "symmetric memory"}
     assert any(check.name.startswith("GPU") for check in checks)
     assert all(check.found for check in checks)
     assert all(check.mend for check in checks if check.state in ("missing", "broken"))
@@ -50,3 +51,29 @@ def test_an_old_driver_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatch) -
     doctor.print_checks([check], console)
     text = console.export_text()
     assert "Runs use the CPU: the NVIDIA driver is too old" in text and "update the driver" in text
+
+
+@pytest.mark.parametrize(
+    ("fails", "state", "found"),
+    [((), "ok", "can be had on all 2 GPUs"), ((1,), "optional", "GPU 1: no handles"), ((0, 1), "optional", "GPU 0, 1")],
+)
+def test_how_gpus_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, fails: tuple[int, ...], state: str, found: str
+) -> None:
+    """With two GPUs that are made up."""
+
+    class Memory:
+        @staticmethod
+        def empty_strided_p2p(shape: object, stride: object, dtype: object, device: torch.device) -> torch.Tensor:
+            if device.index in fails:
+                raise RuntimeError("no handles\nmore")
+            return torch.ones(1)
+
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda index: None)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda a, b: (a, b) != (1, 0))
+    monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", Memory)
+    check = doctor._symmetric_memory()
+    assert check.state == state and check.found.startswith(found) and bool(check.mend) == bool(fails)
+    assert doctor._peer_access().found == "not 1 -> 0"

@@ -136,7 +136,7 @@ def test_a_plan_with_wrong_outputs_fails_and_is_not_timed(job: TuningJob, monkey
 def test_a_plan_that_does_not_fit_fails_alone(job: TuningJob, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = candidates(job, 4)
     made: list[int] = []
-    make = rounds_module.make_executor
+    make = rounds_module.measuring_executor
 
     def full(model: Any, asked: Sequence[Plan], *arguments: Any, **options: Any) -> Any:
         made.append(len(asked) - 1)
@@ -145,7 +145,7 @@ def test_a_plan_that_does_not_fit_fails_alone(job: TuningJob, monkeypatch: pytes
         assert options["caches"] and options["weights"] is not None, "they are loaded once"
         return make(model, asked, *arguments, **options)
 
-    monkeypatch.setattr(rounds_module, "make_executor", full)
+    monkeypatch.setattr(rounds_module, "measuring_executor", full)
     with rounds_of(job) as rounds:
         outcomes = rounds.measure(plans, SHORT)
         finals = rounds.compare(plans[1:3], SHORT)

@@ -1,4 +1,5 @@
-"""All-reduces between the GPUs of one host: their forms by bytes, alone and beside products.
+"""Collectives between the GPUs of one host: forms of the all-reduce by bytes, alone and beside products; and forms of
+its two halves, the reduce-scatter and the all-gather of rows, alone.
 
     python -m benchmarks.collectives                   # benchmarks/results/collectives.json; on all GPUs of the machine
     python -m benchmarks.collectives --ranks 2 --mib 16
@@ -7,6 +8,8 @@
 `alone`: milliseconds of an all-reduce of a bfloat16 buffer, in a CUDA graph of several in a row, hot, all forms in
 turn. `GB/s` is what a rank sends in a form that sends 2 (N - 1) / N of the buffer, for all forms alike, so that they
 compare.
+
+`halves`: the same of reduce-scatters and all-gathers of rows; there `GB/s` is (N - 1) / N of the buffer.
 
 `beside`: the four products of a layer of Llama-3-70B, split over the ranks, of one nano-batch, beside the two
 all-reduces of another's layer, as plans with a network lane have them. Ways: in sequence; on two plain streams; and,
@@ -42,11 +45,14 @@ from nanoflow.ops.gemm import matmul
 from nanoflow.ops.operation import NanoContext
 from nanoflow.ops.peer_all_reduce import PEER_FORMS
 from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
+from nanoflow.ops.peer_rows import ROW_FORMS
+from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
 from nanoflow.pipeline.partitions import Partition, PartitionError
 
 RESULTS = Path(__file__).parent / "results" / "collectives.json"
 MIB = (1, 2, 4, 8, 16, 32, 64)
 NCCL = ("nccl", *CTAS)
+PARTS = ("alone", "halves", "beside")
 HIDDEN, FEED_FORWARD, QKV = 8192, 28672, 10240
 """Llama-3-70B's columns; QKV are those of queries, keys and values together."""
 NETWORK_SMS = (8, 16, 24)
@@ -57,7 +63,7 @@ DOUBLINGS = 224
 """That leave it finite in bfloat16."""
 LAYERS = 4
 """Of the part with products, in one graph."""
-SECONDS = 540
+SECONDS = 580
 
 
 class Forms:
@@ -87,6 +93,44 @@ class Forms:
         communicator, peers = self._communicators.get(name), self._peers.get(name)
         context = NanoContext(nothing, part, 0, {"x": buffer}, {}, nothing, sms, communicator=communicator, peers=peers)
         self.op.kernels[name](context)
+
+
+class Halves:
+    """All forms of reduce-scatter and all-gather that run here, on `rows` rows at the most, by names such as ``scatter
+    push``."""
+
+    def __init__(self, communicator: Communicator, device: torch.device, columns: int, rows: int) -> None:
+        self.device, self.columns, self.rank = device, columns, communicator.rank
+        ops = {"scatter": ReduceScatter, "gather": RowsAllGather}
+        self.ops = {kind: op(kind, "x", columns, communicator.size) for kind, op in ops.items()}
+        self.op = self.ops["scatter"]
+        self.missing: dict[str, str] = {}
+        self._communicators: dict[str, Communicator] = {}
+        self._peers: dict[str, PeerMemory] = {}
+        self._places: PeerMemory | None = None
+        for form in NCCL if device.type == "cuda" else ("nccl", "reference"):
+            twin = communicator.twin(f"halves {form}", CTAS.get(form))
+            self._communicators |= {f"{kind} {form}": twin for kind in ops}
+        itemsize = torch.bfloat16.itemsize
+        for name, (kind, form) in {f"{kind} {form}": (kind, form) for form in ROW_FORMS for kind in ops}.items():
+            try:
+                self._peers[name] = communicator.peer_memory(name, self.ops[kind].peer_room(form, rows, itemsize) or 0)
+                self._places = self._places or communicator.peer_memory("places", rows * columns * itemsize)
+            except PeerMemoryError as error:
+                self.missing[name] = str(error)
+        self.names = (*self._communicators, *self._peers)
+
+    def run(self, name: str, buffer: torch.Tensor) -> None:
+        """The collective on [rows, columns]: on `buffer`, or as many rows in memory that all ranks reach."""
+        kind, form = name.split()
+        rows, op = slice(0, len(buffer)), self.ops[kind]
+        places = self._places if op.peer_buffer(form) else None
+        if places is not None:
+            buffer = places.data(self.rank, 0, buffer.numel(), buffer.dtype).view(buffer.shape)
+        part: Any = SimpleNamespace(rows=rows, nano_batch_rows=(rows,))
+        nothing: Any = None
+        ranks: Any = {"communicator": self._communicators.get(name), "peers": self._peers.get(name), "places": places}
+        op.kernels[form](NanoContext(nothing, part, 0, {"x": buffer}, {}, nothing, **ranks))
 
 
 class Products:
@@ -148,8 +192,8 @@ def milliseconds(ways: dict[str, Callable[[], None]], times: int, buffers: Seque
     return {name: median(values[2:]) for name, values in found.items()}
 
 
-def alone(forms: Forms, buffer: torch.Tensor) -> dict[str, float]:
-    """Milliseconds of an all-reduce of `buffer` in each form."""
+def alone(forms: Forms | Halves, buffer: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of a collective on `buffer` in each form."""
     in_a_row = 8
 
     def several(name: str) -> Callable[[], None]:
@@ -232,9 +276,10 @@ def measure(
     columns = HIDDEN // scale
     rows = [size * 2**20 // (2 * HIDDEN) // (1 if device.type == "cuda" else 16) for size in mib]
     communicator = TorchCommunicator(store, rank, ranks, device)
-    record: dict[str, Any] = {"alone": {}, "beside": {}}
+    record: dict[str, Any] = {part: {} for part in PARTS}
     with torch.inference_mode():
         forms = Forms(communicator, device, columns, max(rows))
+        halves = Halves(communicator, device, columns, max(rows))
         buffers = [torch.zeros(max(rows), columns, dtype=forms.dtype, device=device) for _ in range(2)]
         for size, count in zip(mib, rows, strict=True):
             sent = 2 * (ranks - 1) / ranks * buffers[0][:count].nbytes
@@ -242,11 +287,15 @@ def measure(
             record["alone"][f"{size} MiB"] = {
                 name: {"milliseconds": each, "GB/s": sent / each / 1e6} for name, each in took.items()
             }
+            took = alone(halves, buffers[0][:count])
+            record["halves"][f"{size} MiB"] = {
+                name: {"milliseconds": each, "GB/s": sent / 2 / each / 1e6} for name, each in took.items()
+            }
             if size not in with_products:
                 continue
             products = Products(ranks, count, device, scale)
             record["beside"][f"{count} rows"] = beside(forms, [buffer[:count] for buffer in buffers], products)
-    record["missing"] = forms.missing
+    record["missing"] = {**forms.missing, **halves.missing}
     communicator.close()
     return record
 
@@ -306,7 +355,7 @@ def on_cpu(ranks: int, mib: Sequence[int], with_products: Sequence[int]) -> list
 def main(arguments: Sequence[str] | None = None) -> None:
     import tempfile
 
-    parser = argparse.ArgumentParser(description="All-reduces between GPUs.")
+    parser = argparse.ArgumentParser(description="Collectives between GPUs.")
     parser.add_argument("--ranks", type=int, help="GPUs; all of the machine by default, two ranks on a CPU")
     parser.add_argument("--mib", type=int, nargs="+", default=MIB, help="sizes of the buffer")
     parser.add_argument("--beside", type=int, nargs="*", help="of them, those also beside products; default: all")
@@ -326,18 +375,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         records = on_cpu(ranks, args.mib, with_products)
     record = {**machine(args.device), "ranks": ranks, **slowest(records)}
-    for part in ("alone", "beside"):
+    for part in PARTS:
         for size, ways in record[part].items():
             print(f"{part}, {size}")
             for name, row in sorted(ways.items(), key=lambda item: item[1]["milliseconds"]):
-                last = f"{row['GB/s']:.1f} GB/s" if part == "alone" else f"{row['ratio']:.3f}"
+                last = f"{row['ratio']:.3f}" if part == "beside" else f"{row['GB/s']:.1f} GB/s"
                 print(f"  {name:32} {row['milliseconds']:.4f} ms  {last}")
     for name, reason in record["missing"].items():
         print(f"left out: {name}: {reason}")
     out = args.out or (RESULTS if args.device == "cuda" else None)
     if out is not None:
         known = json.loads(out.read_text()) if out.exists() else {}
-        for part in ("alone", "beside"):
+        for part in PARTS:
             both = {**known.get(part, {}), **record[part]}
             record[part] = dict(sorted(both.items(), key=lambda item: int(item[0].split()[0])))
         out.write_text(json.dumps(record, indent=1) + "\n")

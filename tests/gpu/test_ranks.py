@@ -103,7 +103,11 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path: Path, kv_heads: int) -> None:
     two = {"parallel": {"tensor": 2}}
     assert answers(tmp_path, model, "two", **two) == one
     plans = [NETWORK.replace("KERNELS", kernels) for kernels in KERNELS]
-    plans += [IN_SEQUENCE, *(ROWS.replace("KERNELS", kernels) for kernels in ROW_KERNELS)]
+    plans += [
+        IN_SEQUENCE,
+        IN_SEQUENCE.replace("reduce_scatter", "all_gather"),
+        *(ROWS.replace("KERNELS", kernels) for kernels in ROW_KERNELS),
+    ]
     plans.append(plans[-1].replace("capacity", "least_rows: 40\ncapacity"))  # beside the sequential plan's all-reduces
     for number, text in enumerate(plans):
         (tmp_path / "network.plan.yaml").write_text(text)

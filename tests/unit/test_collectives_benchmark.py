@@ -1,4 +1,4 @@
-"""The benchmark of all-reduces, tried on the CPU with gloo."""
+"""The benchmark of collectives, tried on the CPU with gloo."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,9 @@ def test_a_trial_without_gpus(
     assert set(record["alone"]) == {"1 MiB", "2 MiB"}
     assert set(record["alone"]["1 MiB"]) == {"nccl", "reference"}
     assert set(record["beside"]["8 rows"]) == {"products", "nccl, in sequence", "reference, in sequence"}
-    assert set(record["missing"]) == {"copy_engine", "one_shot", "two_shot"}
+    kinds = {f"{kind} {form}" for kind in ("scatter", "gather") for form in ("nccl", "reference")}
+    assert set(record["halves"]["2 MiB"]) == kinds
+    assert {"copy_engine", "one_shot", "two_shot", "scatter push", "gather copy_engine"} <= set(record["missing"])
     assert all(row["milliseconds"] > 0 for ways in record["beside"].values() for row in ways.values())
     assert "left out: two_shot: ranks on a CPU have no memory in common" in capsys.readouterr().out
 

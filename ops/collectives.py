@@ -81,6 +81,10 @@ class Collective(Operation):
             raise ValueError(f"{self.name} needs memory in common of {self.ranks} ranks, and the executor has {have}")
         return found
 
+    def cost_with(self, kernel: str, work: Work, itemsize: int) -> Cost:
+        """What `work` takes with `kernel`, where that sends more than others do; empty: the preferred one."""
+        return self.cost(work, itemsize)
+
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return "nccl" if device.type == "cuda" else "reference"
 
@@ -111,6 +115,13 @@ class AllReduce(Collective):
         elements = work.rows * self.columns
         sent = 2.0 * (self.ranks - 1) / self.ranks * elements * itemsize
         return Cost(flops=float((self.ranks - 1) * elements) / self.ranks, bytes=2 * sent, wire_bytes=sent)
+
+    def cost_with(self, kernel: str, work: Work, itemsize: int) -> Cost:
+        """In one shot a rank sends all it has to all others, and adds all that it gets."""
+        if kernel != "one_shot":
+            return self.cost(work, itemsize)
+        others = float((self.ranks - 1) * work.rows * self.columns)
+        return Cost(flops=others, bytes=2 * others * itemsize, wire_bytes=others * itemsize)
 
     def reference(self, context: NanoContext) -> None:
         sum_in_rank_order(self.communicator(context), context.rows(self.buffer))

@@ -176,7 +176,7 @@ class CeilingRates:
     """Lengthen products by the share of the tensor cores' cycles that their tiles leave unused; only for devices that
     `nanoflow.ops.gemm_waves` counts for: sm_90 in 16-bit types."""
     energy: Energy | None = None
-    _costs: dict[tuple[Operation, Work], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _costs: dict[tuple[Operation, Work, str], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def idle_watts(self) -> float | None:
@@ -188,7 +188,7 @@ class CeilingRates:
 
     def seconds(self, op: Operation, work: Work, sms: int | None, kernel: str = "") -> float:
         taken = Running(op, work, sms, kernel).taken
-        return self._seconds(op, work, self.device_sms if taken is None else taken)
+        return self._seconds(op, work, self.device_sms if taken is None else taken, kernel)
 
     def joules(self, op: Operation, work: Work, sms: int | None) -> float:
         if self.energy is None:
@@ -201,8 +201,9 @@ class CeilingRates:
         free = shared_sms(self.device_sms, [each.taken for each in together])
         speeds, moved, sent = [], [], []
         for each in together:
-            speeds.append(1 / self._seconds(each.op, each.work, free if each.taken is None else each.taken))
-            cost = self._cost(each.op, each.work)
+            sms = free if each.taken is None else each.taken
+            speeds.append(1 / self._seconds(each.op, each.work, sms, each.kernel))
+            cost = self._cost(each.op, each.work, each.kernel)
             moved.append(cost.bytes * speeds[-1])
             sent.append(cost.wire_bytes * speeds[-1])
         speed = speeds[0] * _granted(moved, self.ceilings.bytes_per_second)
@@ -210,8 +211,8 @@ class CeilingRates:
             speed = min(speed, speeds[0] * _granted(sent, self.ceilings.link_bytes_per_second))
         return min(1.0, speed * self.seconds(running.op, running.work, running.sms, running.kernel))
 
-    def _seconds(self, op: Operation, work: Work, sms: float) -> float:
-        cost, ceilings = self._cost(op, work), self.ceilings
+    def _seconds(self, op: Operation, work: Work, sms: float, kernel: str) -> float:
+        cost, ceilings = self._cost(op, work, kernel), self.ceilings
         if isinstance(op, Collective):
             link = ceilings.link_bytes_per_second
             wire = cost.wire_bytes / (link * wire_share(int(sms))) if link else 0.0
@@ -227,11 +228,14 @@ class CeilingRates:
         ]
         return max(*needed, 1e-12)
 
-    def _cost(self, op: Operation, work: Work) -> Cost:
+    def _cost(self, op: Operation, work: Work, kernel: str = "") -> Cost:
         """Kept: a simulation asks for the same again and again."""
-        key = op, work
+        key = op, work, kernel
         if key not in self._costs:
-            self._costs[key] = op.cost(work, self.itemsize)
+            if isinstance(op, Collective):
+                self._costs[key] = op.cost_with(kernel, work, self.itemsize)
+            else:
+                self._costs[key] = op.cost(work, self.itemsize)
         return self._costs[key]
 
 

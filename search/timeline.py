@@ -208,7 +208,11 @@ def step_costs(program: Program, works: Sequence[Work], itemsize: int) -> list[C
         key = step.nano_op.op, step.nano_op.nano_batch
         if key not in kept:
             work = total if key[1] is None else works[key[1]]
-            kept[key] = program.graph.operation(key[0]).cost(work, itemsize)
+            op = program.graph.operation(key[0])
+            if isinstance(op, Collective):
+                kept[key] = op.cost_with(program.plan.kernels.get(op.name, ""), work, itemsize)
+            else:
+                kept[key] = op.cost(work, itemsize)
         result.append(kept[key])
     return result
 

@@ -129,7 +129,10 @@ def test_costs_are_divided_and_the_wire_has_its_own() -> None:
         shares = sum(op.cost(work, 2).flops for op in graph.layer if op.resource == "compute")
         assert math.isclose(shares * size, products)
     reduce = AllReduce("r", "x", 64, 2)
-    assert reduce.cost(work, 4).wire_bytes == 100 * 64 * 4
+    assert reduce.cost(work, 4).wire_bytes == reduce.cost_with("one_shot", work, 4).wire_bytes == 100 * 64 * 4
+    of_four = AllReduce("r", "x", 64, 4)
+    assert of_four.cost_with("two_shot", work, 4) == of_four.cost(work, 4)
+    assert of_four.cost_with("one_shot", work, 4).wire_bytes == 3 * 100 * 64 * 4
 
 
 def assert_shares_make(graph: Graph, whole: ModelWeights, shares: list[ModelWeights]) -> None:

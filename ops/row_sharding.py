@@ -43,22 +43,35 @@ def layout_of(sharding: str) -> str:
 
 
 def shardings_of(graph: Graph) -> tuple[str, ...]:
-    """Those that can be made of `graph`, as `shard_graph` gives it."""
-    own = layout_of(graph.sharding)
-    return tuple(each for each in SHARDINGS if layout_of(each) == own) if graph.ranks > 1 else (graph.sharding,)
+    """Those that `with_sharding` can make of `graph`, its own first."""
+    found = [graph.sharding]
+    for sharding in SHARDINGS:
+        try:
+            with_sharding(graph, sharding)
+        except ValueError:
+            continue
+        found.append(sharding)
+    return tuple(dict.fromkeys(found))
 
 
 def with_sharding(graph: Graph, sharding: str) -> Graph:
     """The graph of `graph`'s rank for `sharding`: the same object for the same graph, `graph` itself if it has it.
 
-    Raises ValueError if there is one rank, or if `graph` has other weights or not the layout's own sharding.
+    Raises ValueError if there is one rank, if `graph` has other weights or not the layout's own sharding, or if an
+    operation of the layer needs all rows of the residual.
     """
     if graph.sharding == sharding:
         return graph
     if graph.ranks == 1:
-        raise ValueError(f"one rank has nothing to share by {sharding}")
+        raise ValueError(
+            f"{sharding} is for ranks that share the model, and there is one: leave it out, or set parallel.tensor "
+            "(plan check: --tensor)"
+        )
     if graph.sharding != ALL_REDUCE or sharding != REDUCE_SCATTER:
-        raise ValueError(f"no graph for {sharding} can be made of one for {graph.sharding}")
+        raise ValueError(
+            f"{sharding} needs weights that are laid out otherwise than for {graph.sharding}, which the other plans of "
+            "the run have: give it alone, as a plan file"
+        )
     return graph.derived(sharding, _scattered)
 
 

@@ -229,17 +229,8 @@ class Plan:
         """
         try:
             return with_sharding(graph, self.sharding)
-        except ValueError:
-            pass
-        if graph.ranks == 1:
-            raise PlanError(
-                f"sharding: {self.sharding} is for ranks that share the model, and there is one: leave it out, or set "
-                "parallel.tensor (plan check: --tensor)"
-            )
-        raise PlanError(
-            f"sharding: {self.sharding} needs weights that are laid out otherwise than for {graph.sharding}, which the "
-            "other plans of the run have: give it alone, as a plan file"
-        )
+        except ValueError as error:
+            raise PlanError(f"sharding: {error}") from None
 
     def is_sequential(self, graph: Graph) -> bool:
         """Whether it runs `graph` as the sequential plan does, rows and kernels aside."""

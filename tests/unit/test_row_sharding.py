@@ -18,8 +18,9 @@ from nanoflow import LLM, RequestOutput, loading
 from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops.batch import NanoBatchRows
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.linear import Linear
 from nanoflow.ops.operation import Work
-from nanoflow.ops.row_sharding import with_sharding
+from nanoflow.ops.row_sharding import shardings_of, with_sharding
 from nanoflow.ops.row_shares import own_rows, row_share, share_rows
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.checker import check_program
@@ -219,6 +220,19 @@ def test_a_graph_of_shares_has_the_weights_and_half_of_the_rest() -> None:
         one = Work(decode_rows=1)
         assert other.operation("add").cost(one, 2) == graph.operation("add").cost(one, 2)
         assert graph_shape(graph) != graph_shape(other)
+
+
+def test_a_layer_that_needs_all_rows_of_the_residual_has_all_reduces() -> None:
+    whole = graph_of(fused=False)
+    gate_up = whole.operation("gate_up")
+    assert isinstance(gate_up, Linear)
+    gate_up.source = "x"
+    graph = shard_graph(whole, 0, 2)
+    assert shardings_of(graph) == ("all_reduce",) and shardings_of(whole) == ("all_reduce",)
+    with pytest.raises(PlanError, match="sharding: gate_up needs all rows of the residual, or of a sum over ranks"):
+        Plan(8, (), (), sharding=REDUCE_SCATTER).graph(graph)
+    assert shardings_of(shard_graph(graph_of(), 0, 2)) == ("all_reduce", REDUCE_SCATTER)
+    assert shardings_of(shard_graph(graph_of(), 0, 2, "all_gather")) == ("all_gather",)
 
 
 def test_plans_say_their_sharding() -> None:

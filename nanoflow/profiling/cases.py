@@ -4,7 +4,8 @@ Contract: the cases follow from the job's mixes, the model and the device alone.
 all of the whole device, then each split of it, nearest to a fourth for the memory lane first, and what runs beside
 what there; then the splits that are further off, then what takes little time anyway. On a device without partitions
 there is the whole device alone. Where ranks share the model, collectives come behind the rest of the whole device, in
-each form, and before the splits for memory those for a network lane, and products beside collectives there.
+each form, and before the splits for memory those for a network lane, and products beside collectives there; those of
+other shardings come behind the nearer splits.
 
     rows                the buckets that the job's batches are padded to, their quarters, halves and three quarters in
                         whole units, and on the whole device powers of two below, for the tail of a run
@@ -82,13 +83,21 @@ def job_cases(
     products, attention = ([op for op in heavy if name(op)] for name in (_is_product, _is_decode_attention))
     half = (min(parts, key=lambda count: abs(count - parts[-1] / 2)),)
     found += network.solos(None, whole, head)
-    for compute, lane in lanes:
+    for compute, _ in lanes:
         found += [solo(op, compute, parts) for op in heavy if op.name != ATTENTION]
-        found += network.solos(lane, parts)
-        found += network.pairs(products, half, half, (compute, lane))
-    if streams:
-        found += network.pairs(products, half, half, (None, None))
-        found += network.pairs(attention, max(decode), half, (None, None)) if decode else []
+
+    def beside_network(own: bool) -> list[SoloCase | PairCase]:
+        """Collectives of the graph itself, or of its other shardings, in a lane, and what runs beside them."""
+        cases: list[SoloCase | PairCase] = []
+        for compute, lane in lanes:
+            cases += network.solos(lane, parts, own=own)
+            cases += network.pairs(products, half, half, (compute, lane), own=own)
+        if streams:
+            cases += network.pairs(products, half, half, (None, None), own=own)
+            cases += network.pairs(attention, max(decode), half, (None, None), own=own) if decode else []
+        return cases
+
+    found += beside_network(own=True)
     ordered = [] if sms is None else sorted(splits(sms), key=lambda split: (abs(split[1] - SHARE * sms), split))
     near = [split for split in ordered if sms is not None and close(split[1], sms)]
     for splits_now in (near, [split for split in ordered if split not in near]):
@@ -100,6 +109,8 @@ def job_cases(
             if splits_now is near:
                 side_by_side.append((None, None))  # two plain streams
             found += _pairs(graph, mixes[0], decode, prefill, side_by_side)
+        if splits_now is near:
+            found += beside_network(own=False)
     for compute, _ in (*lanes, *ordered):
         found += [solo(op, compute, parts) for op in light]
     return [case for case in dict.fromkeys(found) if isinstance(case, PairCase) or case.at]

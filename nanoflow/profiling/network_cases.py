@@ -27,6 +27,7 @@ class NetworkCases:
 
     def __init__(self, graph: Graph, itemsize: int, *, gpu: bool) -> None:
         self._outer = {op.name for op in graph.epilogue}
+        self._own = {op.name for op in graph.layer}
         self._itemsize, self._gpu = itemsize, gpu
         self._alike: dict[object, list[Collective]] = {}
         """By what they do."""
@@ -37,11 +38,18 @@ class NetworkCases:
     def __bool__(self) -> bool:
         return bool(self._alike)
 
-    def solos(self, sms: int | None, rows: Iterable[int], sampled: Iterable[int] = ()) -> list[SoloCase | PairCase]:
-        """Alone on so many SMs (None: all); what comes behind the layers on sampled rows, in the preferred form."""
+    def solos(
+        self, sms: int | None, rows: Iterable[int], sampled: Iterable[int] = (), *, own: bool | None = None
+    ) -> list[SoloCase | PairCase]:
+        """Alone on so many SMs (None: all); what comes behind the layers on sampled rows, in the preferred form.
+
+        `own`: of the graph itself alone, or of its other shardings; None: all.
+        """
         found: list[SoloCase | PairCase] = []
         for op, *others in self._alike.values():
             outer = op.name in self._outer
+            if own is not None and own != (op.name in self._own):
+                continue
             at = tuple((count,) for count in (sampled if outer else rows))
             wire, also = op.cost(ONE_ROW, self._itemsize).wire_bytes, _names(others)
             forms = [""] if outer else self._forms(op, sms)
@@ -49,13 +57,13 @@ class NetworkCases:
         return found
 
     def pairs(
-        self, ops: Sequence[Operation], at: At, rows: At, where: tuple[int | None, int | None]
+        self, ops: Sequence[Operation], at: At, rows: At, where: tuple[int | None, int | None], *, own: bool
     ) -> list[SoloCase | PairCase]:
-        """Each of `ops` at `at` beside each form on `rows`, on so many SMs each."""
+        """Each of `ops` at `at` beside each form on `rows`, on so many SMs each; `own` as in `solos`."""
         return [
             PairCase(op.name, at, where[0], each.name, rows, where[1], form, _names(others))
             for each, *others in self._alike.values()
-            if each.name not in self._outer
+            if each.name not in self._outer and own == (each.name in self._own)
             for form in self._forms(each, where[1])
             if form not in SLOW
             for op in ops

@@ -156,6 +156,8 @@ def test_collectives_are_measured_in_every_form_on_the_lanes_that_plans_give_the
     assert {case.op for case in pairs} == {"qkv", "o", "gate_up", "down", "decode_attention"}
     assert {case.other_kernel for case in pairs} == everywhere - {"nccl_2"}
     assert {case.at for case in pairs if case.op == "down"} == {case.other_at for case in pairs} == {(1024,)}
+    names = [case.other for case in cases if isinstance(case, PairCase)]
+    assert names.index("o_all_reduce") < names.index("decode_attention") < names.index("o_reduce_scatter")
     # On a CPU there is one form beside the reference, and nothing runs side by side.
     on_cpu = job_cases(RANK, MIXES, max_model_len=8192, kv_tokens=10**6, sms=None, streams=False)
     assert not [case for case in on_cpu if isinstance(case, PairCase)]

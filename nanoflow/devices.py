@@ -22,6 +22,7 @@ __all__ = [
     "hardware",
     "memory_shortage",
     "processor_name",
+    "ranks_reach",
 ]
 
 MIN_CAPABILITY = (8, 0)
@@ -46,6 +47,15 @@ def choose_device(name: str, *, use: bool = True) -> torch.device:
         if problem is not None:
             raise ConfigError(f"engine.device: {name} was asked for, but {problem}; or use cpu")
     return device
+
+
+def ranks_reach(device: torch.device, ranks: int) -> bool:
+    """Whether so many GPUs from `device` on can reach each other's memory, by what the driver says; CPUs do not."""
+    first = device.index or 0
+    if device.type != "cuda" or first + ranks > torch.cuda.device_count():
+        return False
+    all_of_them = range(first, first + ranks)
+    return all(torch.cuda.can_device_access_peer(a, b) for a in all_of_them for b in all_of_them if a != b)
 
 
 def gpu_problem(index: int, *, use: bool = True) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from nanoflow.checkpoints import Checkpoint, open_checkpoint
 from nanoflow.config_schema import EngineSection, ModelSection, PipelineSection
-from nanoflow.devices import check_head_size, choose_device, device_sms, driver_version
+from nanoflow.devices import check_head_size, choose_device, device_sms, driver_version, ranks_reach
 from nanoflow.engine import Engine
 from nanoflow.errors import ConfigError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
@@ -103,9 +103,10 @@ def shard_model(model: Model, rank: int, size: int, layout: str = ALL_REDUCE) ->
     ranks.
     """
     try:
-        return replace(model, graph=shard_graph(model.graph, rank, size, layout))
+        graph = shard_graph(model.graph, rank, size, layout)
     except ShardError as error:
         raise ConfigError(str(error)) from None
+    return replace(model, graph=replace(graph, peers=ranks_reach(model.device, size)) if size > 1 else graph)
 
 
 def build_engine(
@@ -152,6 +153,9 @@ def build_engine(
             kv_pages(share, engine, needs, free=left)
     if ranks is not None:
         ranks.load(Load(weights, needs, layout=split))
+        if share.graph.peers and not ranks.peers:  # the devices would, and the system does not let them
+            share = replace(share, graph=replace(share.graph, peers=False))
+            chosen = choose_plans(asked.plan, share.graph, here, engine.max_batch_tokens)
     loaded = load_weights(share.graph, share.checkpoint, share.dtype, share.device, weights)
     pages = kv_pages(share, engine, needs)
     layout = kv_layout(share, engine, pages if ranks is None else ranks.least(pages))

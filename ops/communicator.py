@@ -18,7 +18,7 @@ import torch
 
 from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError, symmetric_memory
 
-__all__ = ["TIMEOUT", "Communicator", "CommunicatorError", "TorchCommunicator"]
+__all__ = ["TIMEOUT", "Communicator", "CommunicatorError", "TorchCommunicator", "have_peer_memory"]
 
 TIMEOUT = 120.0
 """Seconds that a rank waits for the others by default. Ranks of one machine are next to each other in the same
@@ -270,6 +270,15 @@ class TorchCommunicator:
                 f"rank {self._rank} of {self._size}: the other ranks did not take part in the {what} within "
                 f"{self._timeout:g} s, or one of them ended ({reason})"
             ) from error
+
+
+def have_peer_memory(communicator: Communicator) -> bool:
+    """Whether the ranks reach each other's memory: they try. All of them call it, and get the same answer."""
+    try:
+        communicator.peer_memory("trial", 0).close()
+    except PeerMemoryError:
+        return False
+    return True
 
 
 def _nccl(store: Any, rank: int, size: int, timeout: timedelta, max_ctas: int | None) -> Any:

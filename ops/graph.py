@@ -39,6 +39,8 @@ class Graph:
     """Which of them."""
     sharding: str = "all_reduce"
     """How the ranks share what comes behind products that leave partial sums: see `nanoflow.ops.row_sharding`."""
+    peers: bool = False
+    """Whether the ranks' devices reach each other's memory, as far as is known. Says nothing about what is computed."""
     _by_name: dict[str, Operation] = field(default_factory=dict, init=False, repr=False)
     _derived: dict[str, "Graph"] = field(default_factory=dict, init=False, repr=False)
     """Graphs of other shardings that were made of this one."""

@@ -49,8 +49,8 @@ def on_sms(sms: int | None, device: torch.device) -> Iterator[torch.cuda.Stream 
     partition = Partition((sms,), device)
     try:
         torch.cuda.synchronize(device)
-        with torch.cuda.stream(partition.streams[0]) as stream:
-            yield stream
+        with torch.cuda.stream(partition.streams[0]):  # which gives none of its own accord
+            yield partition.streams[0]
         torch.cuda.synchronize(device)
     finally:
         partition.close()

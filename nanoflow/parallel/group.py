@@ -23,7 +23,7 @@ from nanoflow.devices import choose_device
 from nanoflow.errors import ConfigError, ParallelError
 from nanoflow.loading import Model, shard_model
 from nanoflow.ops.batch import DenseBatch
-from nanoflow.ops.communicator import TIMEOUT, Communicator, CommunicatorError, TorchCommunicator
+from nanoflow.ops.communicator import TIMEOUT, Communicator, CommunicatorError, TorchCommunicator, have_peer_memory
 from nanoflow.parallel.batches import BatchWriter
 from nanoflow.parallel.executor import BUILD_ERRORS, RankExecutor, TensorParallelExecutor
 from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, Profiling, RankSettings
@@ -126,6 +126,8 @@ class TensorGroup:
         self._threads = torch.get_num_threads()
         self.link_bytes_per_second: float | None = None
         """That this rank sends in a large all-reduce; None before all have met."""
+        self.peers = False
+        """Whether all ranks reach each other's memory; known when all have met."""
         self._device_before: int | None = None
 
     def __enter__(self) -> Self:
@@ -180,6 +182,7 @@ class TensorGroup:
         self.communicator = self._meet()
         with self.blamed():
             self.link_bytes_per_second = measure_link(self.communicator, self._device, LINK_DTYPE)
+            self.peers = have_peer_memory(self.communicator)
 
     def least(self, pages: int) -> int:
         """The least of all ranks' KV pages, `pages` of this rank among them, which all of them take."""

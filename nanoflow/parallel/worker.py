@@ -15,7 +15,7 @@ import torch
 
 from nanoflow.loading import kv_layout, kv_pages, make_executor, open_model, shard_model
 from nanoflow.memory import release
-from nanoflow.ops.communicator import CommunicatorError, TorchCommunicator
+from nanoflow.ops.communicator import CommunicatorError, TorchCommunicator, have_peer_memory
 from nanoflow.parallel.batches import BatchReader
 from nanoflow.parallel.executor import BUILD_ERRORS, RankExecutor
 from nanoflow.parallel.messages import HERE, LINK_DTYPE, READY, Build, CannotBuild, Load, Profiling, RankSettings
@@ -56,6 +56,7 @@ def work(line: Line, settings: RankSettings) -> None:
 
     communicator = meet(0)
     measure_link(communicator, model.device, LINK_DTYPE)
+    have_peer_memory(communicator)
     if isinstance(order, Profiling):
         from nanoflow.profiling.ranks import serve_cases
 

@@ -114,7 +114,7 @@ def ablate(
     Raises UserError.
     """
     model, page_size, rows = open_here(case, device)
-    plans = ablation_plans(case.plan, case.graph, rows)
+    plans = ablation_plans(case.plan, model.graph, rows)
     with executor_here(case, model, page_size, rows, list(plans.values())) as executor:
         batches = {
             name: mix_batch(case.mix, executor.cut, page_size, case.graph.vocab_size, number)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nanoflow.config_schema import DEVICE, EngineSection, ModelSection, RunConfig
 from nanoflow.dense_batch import form_dense_batch, lay_out
-from nanoflow.devices import device_sms
+from nanoflow.devices import device_sms, ranks_reach
 from nanoflow.errors import InputError, OutOfMemoryError
 from nanoflow.kv_cache import KVCache
 from nanoflow.loading import PAGE_SIZES, Model, machine_fingerprint, open_model
@@ -56,7 +56,10 @@ def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
         except PlanError as error:
             raise PlanError(f"{case.file}: {error}") from None
     rows = next(rows for rows in buckets(capacity) if rows >= mix.rows)
-    return replace(model, graph=case.graph), PAGE_SIZES[model.device.type], rows
+    graph = (
+        replace(case.graph, peers=ranks_reach(model.device, case.graph.ranks)) if case.graph.ranks > 1 else case.graph
+    )
+    return replace(model, graph=graph), PAGE_SIZES[model.device.type], rows
 
 
 def job_on(config: RunConfig, device: str | None) -> RunConfig:

@@ -122,3 +122,24 @@ def test_on_a_cpu_calls_are_timed_one_by_one() -> None:
     assert seen[:3] == ["a", "b", "b"] and found["a"].watts is None
     with on_sms(3, torch.device("cpu")) as stream:
         assert stream is None
+
+
+def test_a_part_of_the_sms_is_the_current_stream_and_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    class MadeUpPartition:
+        streams = ("its stream",)
+
+        def __init__(self, sms: tuple[int, ...], device: torch.device) -> None:
+            seen.append(sms)
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    monkeypatch.setattr(timing, "Partition", MadeUpPartition)
+    monkeypatch.setattr(timing, "device_sms", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(seen.append(stream)))
+    with on_sms(24, CUDA) as stream:
+        assert stream == "its stream"
+    assert seen == [(24,), "its stream", "closed"]

@@ -99,7 +99,7 @@ def test_a_mix_gives_the_reference_executors_tokens(
     def executor(model: Any, engine: Any, programs: Any, weights: Any, kv: Any, *_: Any) -> CudaExecutor:
         sizes = {"slots": engine.max_running, "dtype": model.dtype, "device": model.device}
         made.append(CudaExecutor(programs, weights, kv, **sizes))
-        assert set(made[0]._layers) == graphs and set(made[0]._heads) == {8, 16, 24}
+        assert set(made[0]._layers) == graphs and set(made[0]._heads) == {(0, 8), (0, 16), (0, 24)}
         fill = made[0]._static.fill
 
         def counted(*arguments: Any) -> bool:

@@ -5,10 +5,11 @@
     python -m benchmarks.network_lanes --model tiny-llama --layers 2 --device cpu --decode 8 --context 16 --prompts 24
 
 All candidates run on one executor with random weights and KV cache, first a short block of each in turn. Then the
-fastest of those in sequence, with what form of the all-reduce ever, the same cut into nano-batches without overlap, and
-the `--keep` fastest with lanes run in longer blocks. Ratios are to the fastest in sequence.
+fastest of those in sequence, the one with NCCL's all-reduces, the same cut into nano-batches without overlap, and the
+`--keep` fastest with lanes run in longer blocks. Ratios are to the fastest in sequence. Results are saved after either.
 
-Candidates are two nano-batches of half of all rows each; `cut` runs them one after the other. Families:
+Candidates are two nano-batches of half of all rows each; `cut` runs them one after the other, with the same kernels.
+Families:
 
 - turns: products of a and b in turn, so that the collectives of one run beside products of the other.
 - apart: b is half a layer behind a; decode attention has a lane too, beside products of the other. With decode rows.
@@ -20,6 +21,7 @@ plain streams). `light` has what reads the sums in the network lane. Products ru
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -188,7 +190,13 @@ def in_sequence(graph: Graph, rows: int, on_gpu: bool) -> dict[str, Plan]:
     return found
 
 
-def measure(mix: Mix, args: argparse.Namespace) -> dict[str, Any]:
+def cut_of(plan: Plan, graph: Graph, rows: int) -> Plan:
+    """The nano-batches of `plan` one after the other on the whole device, with its kernels."""
+    return replace(ablation_plans(plan, graph, rows)["nano-batches"], kernels=plan.kernels)
+
+
+def measure(mix: Mix, args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """All candidates, then the fastest; `save` gets what was measured after either."""
     rows = args.rows or mix.rows
     name, path, whole = open_graph(args.model, Plan(rows, (), ()), "benchmarks/network_lanes.py")
     if args.layers:
@@ -201,8 +209,12 @@ def measure(mix: Mix, args: argparse.Namespace) -> dict[str, Any]:
     sequential = in_sequence(graph, rows, on_gpu)
     lanes = candidates(rows, mix.decode > 0, on_gpu)
     lanes = {label: plan for label, plan in lanes.items() if not args.only or any(word in label for word in args.only)}
-    cut = ablation_plans(next(iter(lanes.values())), graph, rows)["nano-batches"]
-    plans = {**sequential, "cut": cut, **lanes}
+    cuts = {
+        f"cut {SHORT[sharding]}": cut_of(plan, graph, rows)
+        for plan in reversed(list(lanes.values()))
+        for sharding in (plan.sharding,)
+    }
+    plans = {**sequential, **cuts, **lanes}
     print(f"{mix}, {rows} rows, {len(plans)} plans", flush=True)
     with executor_here(case, model, page_size, padded, list(plans.values())) as executor:
         batches = {
@@ -219,18 +231,20 @@ def measure(mix: Mix, args: argparse.Namespace) -> dict[str, Any]:
         fastest = min((label for label in sequential if label in right), key=scan.seconds)
         table(scan, mix, fastest)
         keep = sorted((label for label in lanes if label in right), key=scan.seconds)[: args.keep]
-        finalists = {label: batches[label] for label in (fastest, *(["cut"] if "cut" in right else []), *keep)}
+        labels = (fastest, base, *(label for label in cuts if label in right), *keep)
+        finalists = {label: batches[label] for label in dict.fromkeys(labels)}
+        found = {
+            "model": name, "tensor": args.tensor, "layers": graph.layers, "mix": asdict(mix), "rows": rows,
+            "errors": errors, "fastest_in_sequence": fastest, "scan": blocks(scan, fastest), "final": None,
+            "plans": {label: plans[label].dumps() for label in finalists},
+        }  # fmt: skip
+        save(found)
         final = compare(
             executor, finalists, seconds=args.final_seconds, pairs=args.final_pairs, joules=joules, progress=told
         )
         table(final, mix, fastest)
         again = {label: output_error(executor, batches[base], batch) for label, batch in finalists.items()}
-    return {
-        "model": name, "tensor": args.tensor, "layers": graph.layers, "mix": asdict(mix), "rows": rows,
-        "errors": errors, "errors_after": again, "fastest_in_sequence": fastest,
-        "scan": blocks(scan, fastest), "final": blocks(final, fastest),
-        "plans": {label: plans[label].dumps() for label in finalists},
-    }  # fmt: skip
+        save({**found, "errors_after": again, "final": blocks(final, fastest)})
 
 
 def main() -> None:
@@ -259,11 +273,15 @@ def main() -> None:
         chosen = {"other": Mix(args.decode, args.context, tuple(args.prompts))}
     else:
         chosen = {name: mix for name, mix in MIXES.items() if not args.mixes or name in args.mixes}
+    here = machine("cuda" if args.device == "auto" else args.device)
     for name, mix in chosen.items():
-        found = {**machine("cuda" if args.device == "auto" else args.device), **measure(mix, args)}
-        known = json.loads(args.out.read_text()) if args.out.exists() else {}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(args.out, json.dumps({**known, name: found}, indent=1) + "\n")
+
+        def save(found: dict[str, Any], name: str = name) -> None:
+            known = json.loads(args.out.read_text()) if args.out.exists() else {}
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(args.out, json.dumps({**known, name: {**here, **found}}, indent=1) + "\n")
+
+        measure(mix, args, save)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def network(record: Record) -> Iterator[str]:
     yield "| model, dense batch | plan | ms | ratio (least to most of the pairs) | W of all GPUs | mJ a row |"
     yield "|---|---|---|---|---|---|"
     for run in record.values():
-        found, base = comparison(run["final"]), run["fastest_in_sequence"]
+        found, base = comparison(run["final"] or run["scan"]), run["fastest_in_sequence"]
         rows = run["mix"]["decode"] + sum(run["mix"]["prompts"])
         for label in sorted(found.blocks, key=found.seconds, reverse=True):
             ratios = found.ratios(base, label)

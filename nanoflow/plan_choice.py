@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from nanoflow.errors import ConfigError
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.row_sharding import ALL_REDUCE, layout_of
-from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan import SMALL_ROWS, Plan, PlanError
 from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.fingerprint import Fingerprint
 from nanoflow.search.rechecks import recheck_of
 from nanoflow.search.store import StoredPlan, Verdict, judge, stored_plans
 
-__all__ = ["ChosenPlans", "asked_layout", "choose_plans", "measured_again", "plan_label", "plan_text"]
+__all__ = ["ChosenPlans", "asked_layout", "choose_plans", "in_sequence", "measured_again", "plan_label", "plan_text"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class ChosenPlans:
     """The plans of a run, and what is to be said of the choice."""
 
     plans: tuple[Plan, ...]
-    """In the order of preference. Of several, the last is sequential and takes what the others are not meant for."""
+    """In the order of preference. Of several, the last is sequential and takes what the others are not meant for; of
+    ranks it may have one before it for large batches."""
     notes: tuple[str, ...] = ()
     """For `auto`, a line that says what was chosen and why; before it one for each stored plan in doubt or damaged."""
     doubtful: tuple[int, ...] = ()
@@ -44,9 +45,9 @@ def choose_plans(asked: str, graph: Graph, here: Fingerprint, max_batch_tokens: 
 
     Raises PlanError and ConfigError, for a file.
     """
-    sequential = Plan.sequential(graph, max_batch_tokens)
+    sequential = in_sequence(graph, max_batch_tokens)
     if asked == "sequential":
-        return ChosenPlans((sequential,))
+        return ChosenPlans(sequential)
     if asked == "auto":
         return _stored(graph, here, sequential)
     plan = Plan.load(asked)
@@ -61,7 +62,16 @@ def choose_plans(asked: str, graph: Graph, here: Fingerprint, max_batch_tokens: 
             f"engine.max_batch_tokens = {max_batch_tokens}; raise max_batch_tokens or use another plan"
         )
     takes_all = plan.mix is None and plan.least_rows <= 1 and plan.capacity >= max_batch_tokens
-    return ChosenPlans((plan,) if takes_all else (plan, sequential), tuple(_doubts(asked, here.doubts(plan))))
+    return ChosenPlans((plan,) if takes_all else (plan, *sequential), tuple(_doubts(asked, here.doubts(plan))))
+
+
+def in_sequence(graph: Graph, max_batch_tokens: int) -> tuple[Plan, ...]:
+    """The sequential plan for all batches; before it, where other kernels are faster in large ones, that for those."""
+    plan = Plan.sequential(graph, max_batch_tokens)
+    small = Plan.sequential(graph, min(max_batch_tokens, SMALL_ROWS))
+    if small.kernels == plan.kernels:
+        return (plan,)
+    return replace(plan, least_rows=SMALL_ROWS + 1), replace(plan, kernels=small.kernels)
 
 
 def asked_layout(asked: str) -> str:
@@ -79,8 +89,8 @@ def plan_text(stored: StoredPlan, graph: Graph) -> str:
     return f"{stored.plan.mix or 'any mix'} ({gain}, {stored.file.name})"
 
 
-def _stored(graph: Graph, here: Fingerprint, sequential: Plan) -> ChosenPlans:
-    verdicts = [measured_again(v, here) for v in judge(stored_plans(), here, graph, sequential.capacity)]
+def _stored(graph: Graph, here: Fingerprint, sequential: tuple[Plan, ...]) -> ChosenPlans:
+    verdicts = [measured_again(v, here) for v in judge(stored_plans(), here, graph, sequential[-1].capacity)]
     used = [verdict.stored for verdict in verdicts if not verdict.against]
     notes = [f"warning: {verdict.against[0].splitlines()[0]}; it is skipped" for verdict in verdicts if verdict.damaged]
     for verdict in verdicts:
@@ -90,16 +100,16 @@ def _stored(graph: Graph, here: Fingerprint, sequential: Plan) -> ChosenPlans:
     texts = "; ".join(plan_text(stored, graph) for stored in used)
     if used and all(plan.is_sequential(graph) for plan in plans):
         notes.append(f"plan: sequential, which was measured to be the fastest for {texts}")
-        return ChosenPlans((sequential,), tuple(notes))
+        return ChosenPlans(sequential, tuple(notes))
     if used:
         notes.append(f"plan: {len(used)} stored for {run}: {texts}; the rest in sequence")
     else:
         why = _why_none(verdicts, here, run)
         notes.append(f"plan: sequential, since {why or f'none is stored for {run}'}")
-        return ChosenPlans((sequential,), tuple(notes), nothing_stored=not why and len(notes) == 1)
+        return ChosenPlans(sequential, tuple(notes), nothing_stored=not why and len(notes) == 1)
     doubted = [bool(verdict.doubts) for verdict in verdicts if not verdict.against]
     doubtful = tuple(n for n, plan in enumerate(plans) if doubted[n] and not plan.is_sequential(graph))
-    return ChosenPlans((*plans, sequential), tuple(notes), doubtful)
+    return ChosenPlans((*plans, *sequential), tuple(notes), doubtful)
 
 
 def measured_again(verdict: Verdict, here: Fingerprint) -> Verdict:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from nanoflow.config_schema import RunConfig
 from nanoflow.devices import device_sms
-from nanoflow.engine import EngineStats
+from nanoflow.engine import EngineStats, planned_programs
 from nanoflow.errors import OutputError
 from nanoflow.loading import Model, device_name
 from nanoflow.pipeline.plan_text import format_plan
@@ -307,8 +307,7 @@ def make_report(
     tokens_in = int(recorder.column("prompt_tokens").sum())
     tokens_out = int(recorder.column("output_tokens").sum())
     stats, programs = engine.stats, engine.programs
-    # Of several, the last is the sequential one, for what is left over.
-    planned = programs[:-1] or programs
+    planned = planned_programs(programs)
     program = max(enumerate(planned), key=lambda found: stats.program_iterations[found[0]])[1]
     if energy is not None:
         ceilings = replace(ceilings, power_limit_watts=energy.power_limit_watts)

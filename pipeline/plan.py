@@ -31,6 +31,7 @@ __all__ = [
     "FINGERPRINT_KEYS",
     "MAIN_LANE",
     "PLAN_FORMAT",
+    "SMALL_ROWS",
     "WHOLE",
     "Entry",
     "FrozenMapping",
@@ -52,10 +53,12 @@ WHOLE = "whole"
 MAIN_LANE = "main"
 """The only lane of the sequential plan."""
 
-SEQUENTIAL_FORMS = {2: (REDUCE_SCATTER, "push")}
-"""Sharding of the sequential plan, and kernel of its collectives, by the number of ranks that reach each other's
-memory; of other numbers nothing was measured. On two H200s iterations of Llama-3-70B are 3 to 4% faster so than with
-NCCL's all-reduce (benchmarks/results/network_lanes.json)."""
+SEQUENTIAL_FORMS = {2: (REDUCE_SCATTER, "push", "copy_engine")}
+"""Sharding of the sequential plan, and kernels of its collectives, in batches of up to `SMALL_ROWS` rows and in larger
+ones, by the number of ranks that reach each other's memory; of other numbers nothing was measured. On two H200s
+iterations of Llama-3-70B are 3 to 4% faster so than with NCCL's all-reduce (benchmarks/results/network_lanes.json)."""
+SMALL_ROWS = 1536
+"""Between 1,024, where `push` was faster, and 2,048, where the copy engines were."""
 
 V = TypeVar("V")
 
@@ -212,9 +215,9 @@ class Plan:
     ) -> "Plan":
         """The plan that runs `graph` in program order: one nano-batch of `capacity` rows, one lane.
 
-        `sharding` None: what other plans are compared with.
+        `sharding` None: what other plans are compared with, for batches that nearly fill it.
         """
-        usual, form = _sequential_form(graph)
+        usual, form = _sequential_form(graph, capacity)
         sharding = sharding or usual
         layer = with_sharding(graph, sharding).layer
         forms = {op.name: form for op in layer if form and sharding == usual and isinstance(op, Collective)}
@@ -242,7 +245,7 @@ class Plan:
     def is_sequential(self, graph: Graph) -> bool:
         """Whether it runs `graph` as the sequential plan does, rows and kernels aside."""
         alike = len(self.nano_batches) == 1 and len(self.lanes) == 1
-        return alike and self.sharding == _sequential_form(graph)[0]
+        return alike and self.sharding == _sequential_form(graph, self.capacity)[0]
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -304,9 +307,10 @@ class Plan:
         return format_plan(self)
 
 
-def _sequential_form(graph: Graph) -> tuple[str, str]:
+def _sequential_form(graph: Graph, rows: int) -> tuple[str, str]:
     """See `SEQUENTIAL_FORMS`; no kernel: the device's own choice."""
     known = SEQUENTIAL_FORMS.get(graph.ranks) if graph.peers else None
     if known is None or layout_of(graph.sharding) != layout_of(known[0]):
         return graph.sharding, ""
-    return known
+    sharding, small, large = known
+    return sharding, small if rows <= SMALL_ROWS else large

@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanoflow import LLM, RequestOutput, loading
 from nanoflow.checkpoints import open_checkpoint
+from nanoflow.engine import planned_programs
 from nanoflow.ops.batch import NanoBatchRows
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.linear import Linear
@@ -26,11 +27,12 @@ from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.checker import check_program
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import KVLayout
-from nanoflow.pipeline.plan import FrozenMapping, Plan, PlanError
+from nanoflow.pipeline.plan import SMALL_ROWS, FrozenMapping, Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.validate import validate
-from nanoflow.search.fingerprint import graph_shape
+from nanoflow.plan_choice import choose_plans
+from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.weights import load_weights
 from tests.unit.ops_harness import Pages, Piece, dense_batch
 from tests.unit.plan_strategies import full_batch, plans
@@ -269,3 +271,22 @@ def test_a_run_needs_no_plan_for_it(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(PlanError, match=r"plan\.yaml: sharding: reduce_scatter is for ranks that share the model"):
         LLM(model=folder, dtype="float32", device="cpu", kv_memory="1MiB", plan=str(tmp_path / "plan.yaml"))
+
+
+def test_ranks_that_reach_each_others_memory_run_in_sequence_as_was_measured_to_be_fastest() -> None:
+    graph = shard_graph(graph_of(**BASE, **MODELS["llama"]), 0, 2)
+    there = replace(graph, peers=True)
+    here = Fingerprint(gpu="a GPU")
+    assert [plan.sharding for plan in choose_plans("sequential", graph, here, 4096).plans] == ["all_reduce"]
+    (small,) = choose_plans("sequential", there, here, SMALL_ROWS).plans
+    large, rest = choose_plans("sequential", there, here, 4096).plans
+    assert {plan.sharding for plan in (small, large, rest)} == {REDUCE_SCATTER}
+    assert dict(small.kernels) == dict(rest.kernels) == dict.fromkeys(ROWS, "push")
+    assert dict(large.kernels) == dict.fromkeys(ROWS, "copy_engine")
+    assert (large.least_rows, large.capacity, rest.least_rows, rest.capacity) == (SMALL_ROWS + 1, 4096, 0, 4096)
+    both = tuple(compile_program(plan, there) for plan in (large, rest))
+    assert planned_programs(both) == both
+    other = compile_program(Plan.sequential(there, 64, sharding="all_reduce"), there)
+    assert planned_programs((other, *both)) == (other,)
+    four = replace(shard_graph(graph_of(**BASE, **MODELS["llama"]), 0, 4), peers=True)
+    assert not choose_plans("sequential", four, here, 4096).plans[0].kernels

@@ -6,7 +6,7 @@ of a linear split by output columns side by side, where they are needed whole (t
 The slow reference gathers what all ranks have and adds it in float32 or wider, in rank order: every rank computes the
 same bits. Kernels of a library add in their own order, also the same on all ranks. The forms of an all-reduce that meet
 in memory which all ranks reach (`nanoflow.ops.peer_all_reduce`) give the reference's bits. NCCL is what a GPU runs if a
-plan names nothing else: which form is faster where has not been measured yet.
+plan names nothing else: docs/parallel.md says which form is faster where.
 
 Formulas, for N ranks and a buffer of B bytes (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for
 clusters of workstations"): a ring all-reduce is a reduce-scatter and an all-gather, in each of which a rank sends

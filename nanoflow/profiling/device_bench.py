@@ -111,7 +111,8 @@ class DeviceBench:
         mixes = [self._mix(kind, at) for kind, at in _sizes(cases, {**self._collectives, **self._ops})]
         capacity = max([mix.rows for mix in mixes], default=1)
         sampled = [at[0] for case in cases if isinstance(case, SoloCase) and case.op in self._sampled for at in case.at]
-        plan = Plan.sequential(graph, capacity)
+        # Not the one that rank 0 would choose: the same on every rank.
+        plan = Plan.sequential(graph, capacity, sharding=graph.sharding)
         self._cut = BatchCutter([plan])
         needed = max([mix_pages(mix, page_size) for mix in mixes], default=2)
         columns = -(-model.max_model_len // page_size)

@@ -174,12 +174,14 @@ def blocks(found: Comparison, base: str = SEQUENTIAL) -> dict[str, Any]:
     }
 
 
-def save(plan: Plan, found: Comparison, label: str, mix: Mix, here: Fingerprint, folder: Path) -> None:
-    """The plan as a stored one, with what was measured."""
+def save(
+    plan: Plan, found: Comparison, label: str, mix: Mix, here: Fingerprint, folder: Path, base: str = SEQUENTIAL
+) -> None:
+    """The plan as a stored one, with what was measured, against `base`."""
     measured = {
         "iteration_ms": round(found.seconds(label) * 1e3, 3),
-        "sequential_ms": round(found.seconds(SEQUENTIAL) * 1e3, 3),
-        "ratio": round(median(found.ratios(SEQUENTIAL, label)), 4),
+        "sequential_ms": round(found.seconds(base) * 1e3, 3),
+        "ratio": round(median(found.ratios(base, label)), 4),
     }
     kept = replace(
         plan,

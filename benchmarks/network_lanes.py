@@ -29,7 +29,9 @@ from typing import Any
 import yaml
 
 from benchmarks.kernels.__main__ import machine
-from benchmarks.lanes import blocks, table, told
+from benchmarks.lanes import blocks, save as save_plan, table, told
+from nanoflow.config_schema import EngineSection
+from nanoflow.loading import run_fingerprint
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.row_sharding import ALL_REDUCE, REDUCE_SCATTER, with_sharding
@@ -245,6 +247,10 @@ def measure(mix: Mix, args: argparse.Namespace, save: Callable[[dict[str, Any]],
         table(final, mix, fastest)
         again = {label: output_error(executor, batches[base], batch) for label, batch in finalists.items()}
         save({**found, "errors_after": again, "final": blocks(final, fastest)})
+        best = min(keep, key=final.seconds) if keep else None
+        if args.save is not None and best and min(final.ratios(fastest, best)) > 1:
+            here = run_fingerprint(model, EngineSection())
+            save_plan(plans[best], final, best, mix, here, args.save, fastest)
 
 
 def main() -> None:
@@ -264,6 +270,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=2, help="candidates that go on")
     parser.add_argument("--final-seconds", type=float, default=3.0)
     parser.add_argument("--final-pairs", type=int, default=6)
+    parser.add_argument("--save", type=Path, help="folder for the fastest plan's file, if it wins all pairs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     unknown = [name for name in args.mixes if name not in MIXES]

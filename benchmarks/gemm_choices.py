@@ -11,9 +11,9 @@ linear (cuBLAS and DeepGEMM with a kernel after them, Triton in its epilogue). C
 weights, hot; all briefly, then the best against cuBLAS. Then the layer's products run one after the other, as chosen
 and with cuBLAS alone: choices that do not make it faster are not stored, but cuBLAS for all of its linears.
 
-With --sms, all is timed on parts of so many SMs, the others idle; cuBLAS, which cuts its tiles for all SMs, is stored
-where it is the fastest all the same. The head is left out, since it never runs in a lane. `python -m
-benchmarks.gemm_waves` says which numbers of SMs and rows are worth it.
+With --sms, all is timed on parts of so many SMs, the others idle, and cuBLAS, which launches for all SMs, is compared
+but not stored; the head is left out, since it never runs in a lane. `python -m benchmarks.gemm_waves` says which
+numbers of SMs and rows are worth it.
 
 The choices go to ``$XDG_CACHE_HOME/nanoflow/gemm``, or to --out, after every case, beside what a file for this machine
 holds of other shapes. The table of layers is printed and, with --record, saved. --time-limit ends a run early; what was

@@ -71,8 +71,7 @@ class Choices:
         largest one for more rows than that; None if the shape was not measured.
 
         On a part of the SMs of which nothing was measured, the choice of the nearest budget that is still right there:
-        not cuBLAS, which cuts its tiles for all SMs and may or may not suit fewer, and of our own kernel only where a
-        CTA gets as many tiles at most.
+        not cuBLAS, which launches for all SMs, and of our own kernel only where a CTA gets as many tiles at most.
         """
         whole = self.machine.get("sms")
         budgets = (
@@ -164,6 +163,7 @@ def choose(
     *,
     seconds: float = 0.2,
     finalists: int = 3,
+    part: bool = False,
 ) -> Choice:
     """Measure candidates of one shape and return the fastest; see `MARGINS`.
 
@@ -171,12 +171,14 @@ def choose(
         kernels: by name, the choice it stands for (its times are filled in here) and its calls; ``cublas`` is one.
         timer: times calls against each other, hot, so many seconds each: milliseconds by name.
         seconds: for each finalist; all candidates get a quarter of that first.
+        part: the shape is for a part of the SMs. cuBLAS, which takes them all, is then measured but not chosen.
     """
     calls = {name: call for name, (_, call) in kernels.items()}
     first = timer(calls, seconds / 4)
     best = sorted(first, key=lambda name: first[name])[:finalists]
     last = timer({name: calls[name] for name in {*best, "cublas"}}, seconds)
-    winner = min(last, key=lambda name: last[name] * MARGINS[kernels[name][0].kernel])
+    eligible = (name for name in last if not (part and name == "cublas"))
+    winner = min(eligible, key=lambda name: last[name] * MARGINS[kernels[name][0].kernel])
     choice = kernels[winner][0]
     return Choice(choice.kernel, choice.config, last[winner], last["cublas"])
 

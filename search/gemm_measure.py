@@ -132,7 +132,7 @@ def measure_choice(case: GemmCase, bench: GemmBench) -> tuple[Choice, str]:
 
     x, weights = case.inputs_and_weights(str(bench.device))
     runs = case.runs(x, weights, deep_gemm=bench.deep_gemm, most=bench.candidates)
-    choice = choose(runs, timer, seconds=bench.seconds, finalists=FINALISTS)
+    choice = choose(runs, timer, seconds=bench.seconds, finalists=FINALISTS, part=not case.whole)
     order = sorted(last, key=lambda name: last[name])
     return choice, f"{case}: {', '.join(f'{name} {last[name]:.4g} ms' for name in order)}"
 

@@ -89,7 +89,7 @@ def _measured(case: Case, device: str, seconds: float, stream: torch.cuda.Stream
         return milliseconds
 
     # cuBLAS and DeepGEMM may be among the finalists: room for configs of our own beside them.
-    choose(runs, timer, seconds=seconds, finalists=FINALISTS + 2)
+    choose(runs, timer, seconds=seconds, finalists=FINALISTS + 2, part=not case.whole)
     return rows
 
 

@@ -235,7 +235,7 @@ def test_what_one_rank_cannot_none_does(monkeypatch: pytest.MonkeyPatch) -> None
     def together(own: Any, shared: Any, seconds: float, times: int) -> tuple[float, float]:
         asked.append(times)
         shared.run_times(times)
-        return 2 * own.timing().median_ms, 4 * shared.timing().median_ms
+        return 1e3, 1e3  # of which no machine takes as much for either alone
 
     monkeypatch.setattr(rank_bench, "_streams", streams)
     monkeypatch.setattr(rank_bench, "time_together", together)

@@ -29,7 +29,7 @@ def test_a_part_of_the_sms_stores_our_own_kernels_and_no_head(
     monkeypatch.setattr(gemm_config, "TILES", (tile, GemmConfig(16, 32, 0, 64, 4, 2)))
     monkeypatch.setattr(gemm_config, "SILU_TILES", (tile,))
     shapes = [("qkv", 96, 64, False), ("gate_up", 64, 64, True), ("lm_head", 100, 64, False)]
-    monkeypatch.setattr(gemm_choices, "linears", lambda model: shapes)
+    monkeypatch.setattr(gemm_choices, "linears", lambda model, ranks: shapes)
     out, record = tmp_path / "cpu.json", tmp_path / "record.json"
     options = ["--device", "cpu", "--rows", "16", "--seconds", "0.01", "--candidates", "1"]
     assert gemm_choices.main([*options, "--sms", "2", "3", "--out", str(out), "--record", str(record)]) == 0

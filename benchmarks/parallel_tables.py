@@ -54,12 +54,35 @@ def network(record: Record) -> Iterator[str]:
     yield "| model, dense batch | plan | ms | ratio (least to most of the pairs) | W of all GPUs | mJ a row |"
     yield "|---|---|---|---|---|---|"
     for run in record.values():
-        found, base = comparison(run["final"] or run["scan"]), run["fastest_in_sequence"]
-        rows = run["mix"]["decode"] + sum(run["mix"]["prompts"])
-        for label in sorted(found.blocks, key=found.seconds, reverse=True):
-            ratios = found.ratios(base, label)
+        for label, milliseconds, ratio, watts, millijoules in _rows(run):
             yield (
-                f"| {run['model']}, {described(run)} | {label} | {1e3 * found.seconds(label):.2f} | "
-                f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs) | "
-                f"{found.watts(label) or 0.0:,.0f} | {1e3 * (found.joules(label) or 0.0) / rows:.1f} |"
+                f"| {run['model']}, {described(run)} | {label} | {milliseconds:.2f} | {ratio} | {watts:,.0f} | "
+                f"{millijoules:.1f} |"
             )
+
+
+def _rows(run: dict[str, Any]) -> Iterator[tuple[str, float, str, float, float]]:
+    """Plan, milliseconds, ratio, watts and millijoules a row: of the last comparison, of a run without one of its
+    scan. Of what was printed alone, the fastest with lanes, all in sequence, and the slowest."""
+    if "printed" in run:
+        printed = run["printed"]
+        order = sorted(printed, key=lambda label: -printed[label]["milliseconds"])
+        shown = {order[0], *order[-5:], *(label for label in order if label.startswith(("sequential", "cut")))}
+        for label in (label for label in order if label in shown):
+            row = printed[label]
+            ratio = f"{row['ratio']:.3f} ({row['least']:.3f} to {row['most']:.3f}, 2 short blocks)"
+            yield label, row["milliseconds"], ratio, row["watts"], row["millijoules_a_row"]
+        return
+    final = run["final"] if run["final"] and len(run["final"]) > 1 else run["scan"]
+    found, base = comparison(final), run["fastest_in_sequence"]
+    rows = run["mix"]["decode"] + sum(run["mix"]["prompts"])
+    for label in sorted(found.blocks, key=found.seconds, reverse=True):
+        ratios = found.ratios(base, label)
+        ratio = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} blocks)"
+        yield (
+            label,
+            1e3 * found.seconds(label),
+            ratio,
+            found.watts(label) or 0.0,
+            1e3 * (found.joules(label) or 0) / rows,
+        )

@@ -64,7 +64,8 @@ def scans(record: Record) -> Iterator[str]:
 
 def described(run: dict[str, Any]) -> str:
     mix = run["mix"]
-    return f"{mix['decode']} decode rows of {mix['context']:,} tokens, {sum(mix['prompts'])} prompt rows"
+    prompts = f"{sum(mix['prompts'])} prompt rows"
+    return f"{mix['decode']} decode rows of {mix['context']:,} tokens, {prompts}" if mix["decode"] else prompts
 
 
 def products(record: Record) -> Iterator[str]:

@@ -78,6 +78,7 @@ def _rows(run: dict[str, Any]) -> Iterator[tuple[str, float, str, float, float]]
     rows = run["mix"]["decode"] + sum(run["mix"]["prompts"])
     for label in sorted(found.blocks, key=found.seconds, reverse=True):
         ratios = found.ratios(base, label)
-        ratio = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} {'pairs' if len(ratios) > 1 else 'pair'})"
+        pairs = f"{len(ratios)} {'pairs' if len(ratios) > 1 else 'pair'}"
+        ratio = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {pairs})"
         joules, watts = found.joules(label) or 0.0, found.watts(label) or 0.0
         yield label, 1e3 * found.seconds(label), ratio, watts, 1e3 * joules / rows

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from nanoflow.errors import OutputError
 from nanoflow.loading import device_name
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.pipeline.period import complete_period
 from nanoflow.pipeline.plan import MAIN_LANE, WHOLE, Entry, FrozenMapping, Plan, Stage
@@ -80,8 +81,8 @@ class Ablation:
 def ablation_plans(plan: Plan, graph: Graph, rows: int) -> dict[str, Plan]:
     """The plans to compare on batches of `rows` rows, padding included, the sequential one first.
 
-    A plan of one nano-batch has no second. Those without overlap take the device's own choice of kernels: a plan's are
-    chosen for its parts of the device.
+    A plan of one nano-batch has no second. Those without overlap take the device's own choice of kernels, since a
+    plan's are chosen for its parts of the device; but the second has the plan's forms of collectives.
     """
     period, layer = complete_period(plan, graph), plan.graph(graph).layer
     whole = {e.op for stage in period for lane in stage.lanes.values() for e in lane if e.nano_batch is None}
@@ -90,8 +91,14 @@ def ablation_plans(plan: Plan, graph: Graph, rows: int) -> dict[str, Plan]:
     found = {SEQUENTIAL: Plan.sequential(graph, rows)}
     if len(names) > 1:
         stage = Stage(WHOLE, FrozenMapping({MAIN_LANE: lane}))
+        collectives = {op.name for op in layer if isinstance(op, Collective)}
+        forms = {name: kernel for name, kernel in plan.kernels.items() if name in collectives}
         found[CUT] = Plan(
-            capacity=plan.capacity, nano_batches=plan.nano_batches, period=(stage,), sharding=plan.sharding
+            capacity=plan.capacity,
+            nano_batches=plan.nano_batches,
+            period=(stage,),
+            kernels=FrozenMapping(forms),
+            sharding=plan.sharding,
         )
     found[OVERLAPPED] = plan
     return found

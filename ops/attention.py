@@ -16,13 +16,14 @@ import torch
 from nanoflow.ops.attention_cpu import decode_blocks, paged_decode, segment_mask, segment_prefill
 from nanoflow.ops.operation import KV, Access, Cost, Kernel, NanoContext, Operation, RowClass, Work
 
-__all__ = ["FEWER_PROGRAMS", "LANE_PROGRAMS", "DecodeAttention", "PrefillAttention"]
+__all__ = ["LANE_PROGRAMS", "OTHER_PROGRAMS", "DecodeAttention", "PrefillAttention"]
 
 LANE_PROGRAMS = 5
 """Programs of decode attention on each SM of a lane on sm_90, unless the plan's kernel has another number."""
-FEWER_PROGRAMS = {f"triton_{count}": count for count in range(2, LANE_PROGRAMS)}
-"""Decode attention with so many programs an SM, by the kernel's name: in a lane they leave memory bandwidth to the
-products beside it, which the measured choice, the fastest alone, does not."""
+OTHER_PROGRAMS = {f"triton_{count}": count for count in (2, 3, 6, 8, 4, 7)}
+"""Decode attention with so many programs an SM, by the kernel's name, those that have won last. In a lane they leave
+memory bandwidth to the products beside it, which the measured choice, nearly the fastest alone, does not. Fewer than
+`LANE_PROGRAMS` have two buffers each under way, as those have; more have one each."""
 
 
 class _Attention(Operation):
@@ -131,17 +132,17 @@ class DecodeAttention(_Attention):
     @property
     def kernels(self) -> Mapping[str, Kernel]:
         kernels: dict[str, Kernel] = {"reference": self.reference, "paged": self.paged, "triton": self.triton}
-        return kernels | {name: partial(self.triton, programs_per_sm=count) for name, count in FEWER_PROGRAMS.items()}
+        return kernels | {name: partial(self.triton, programs_per_sm=count) for name, count in OTHER_PROGRAMS.items()}
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return {"cpu": "paged", "cuda": "triton"}.get(device.type, "reference")
 
     def prepare(self, context: NanoContext, kernel: str) -> None:
         """The lists of what is read, one for every window that layers have."""
-        if kernel == "triton" or kernel in FEWER_PROGRAMS:
+        if kernel == "triton" or kernel in OTHER_PROGRAMS:
             from nanoflow.ops.decode_attention_triton import prepare_decode
 
-            prepare_decode(context, self.heads, self.windows, programs_per_sm=FEWER_PROGRAMS.get(kernel))
+            prepare_decode(context, self.heads, self.windows, programs_per_sm=OTHER_PROGRAMS.get(kernel))
         elif kernel == "paged":
             for window in dict.fromkeys(self.windows):
                 decode_blocks(context, self.heads, window)

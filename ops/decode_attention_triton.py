@@ -333,7 +333,7 @@ def paged_decode_triton(
 
     Args:
         config: by default the measured choice.
-        programs_per_sm: another number than the configuration has; fewer leave bandwidth to what runs beside it.
+        programs_per_sm: another number than the configuration has; see `nanoflow.ops.attention.OTHER_PROGRAMS`.
     """
     if context.part.decode.start == context.part.decode.stop:
         return
@@ -362,7 +362,9 @@ def _launch_of(
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
         sms, group = context.sms or device_sms(device), heads // kv_heads
         chosen = config or decode_config(page_size, head_dim, context.kv.dtype, capability, group, context.sms)
-        chosen = replace(chosen, programs_per_sm=programs_per_sm or chosen.programs_per_sm)
+        if programs_per_sm:
+            stages = 2 if programs_per_sm > LANE_PROGRAMS else chosen.stages
+            chosen = replace(chosen, programs_per_sm=programs_per_sm, stages=stages)
         return chosen, DecodeWorkspace(sms * chosen.programs_per_sm, group, head_dim, device)
 
     return context.scratch(("decode_attention", heads, config, programs_per_sm), make)

@@ -23,7 +23,7 @@ All of an iteration is stretched alike: GPUs hold their limit over many iteratio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nanoflow.ops.attention import FEWER_PROGRAMS, LANE_PROGRAMS
+from nanoflow.ops.attention import LANE_PROGRAMS, OTHER_PROGRAMS
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.operation import Cost, Work
 from nanoflow.pipeline.plan import Plan
@@ -122,13 +122,14 @@ def _form(program: Program, step: Step) -> str:
 
 
 def _working_sms(plan: Plan, step: Step) -> int | None:
-    """SMs of a step's lane; of decode attention with fewer programs on each, the SMs on which as many usual ones run:
-    what it reads follows from the loads that are in flight."""
+    """SMs of a step's lane; of decode attention with another number of programs on each, the SMs on which as much is
+    under way with the usual ones: more programs than those have half the buffers each."""
     sms, kernel = plan.lane_sms(step.stage, step.lane), plan.kernels.get(step.nano_op.op, "")
-    programs = FEWER_PROGRAMS.get(kernel)
+    programs = OTHER_PROGRAMS.get(kernel)
     if sms is None or programs is None:
         return sms
-    return max(1, round(sms * programs / LANE_PROGRAMS))
+    usual = LANE_PROGRAMS if programs < LANE_PROGRAMS else 2 * LANE_PROGRAMS
+    return max(1, round(sms * programs / usual))
 
 
 def _timeline(program: Program, at_work: Sequence[Running], costs: Sequence[Cost], rates: Rates) -> Timeline:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from nanoflow.ops.attention import FEWER_PROGRAMS
+from nanoflow.ops.attention import OTHER_PROGRAMS
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Cost, Work
@@ -281,7 +281,7 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     for op in graph.layer:
         # "triton" is what decode attention has anyway; a product has it only if it is the fastest, or chosen.
         free = op.name in PRODUCTS or isinstance(op, Collective)
-        own = op.kernels if free else FEWER_PROGRAMS if op.name == ATTENTION else {}
+        own = op.kernels if free else OTHER_PROGRAMS if op.name == ATTENTION else {}
         known = [kernel for kernel in kernels if kernel in own]
         if known and (kernel := trial.suggest_categorical(f"kernel_{op.name}", ("", *known))):
             chosen[op.name] = kernel

@@ -12,7 +12,7 @@ from nanoflow.config_schema import RunConfig
 from nanoflow.devices import device_sms
 from nanoflow.errors import OutputError
 from nanoflow.loading import Model, device_name, here_kv_tokens, open_model, run_fingerprint, shard_model
-from nanoflow.ops.attention import FEWER_PROGRAMS
+from nanoflow.ops.attention import OTHER_PROGRAMS
 from nanoflow.pipeline.cuda_executor import buckets
 from nanoflow.pipeline.plan import Plan
 from nanoflow.pipeline.plan_mix import PlanMix
@@ -60,7 +60,7 @@ class TuningJob:
     def target(self, mix: WeightedMix) -> Target:
         """What the search is asked for."""
         # With fewer programs attention leaves the products beside it more bandwidth; only measuring tells what is best.
-        kernels = (*FEWER_PROGRAMS, *collective_forms(self.model.graph)) if self.sms else ()
+        kernels = (*OTHER_PROGRAMS, *collective_forms(self.model.graph)) if self.sms else ()
         return Target(self.model.graph, mix.mix, self.rows(mix)[1], self.rates, self.sms, kernels)
 
     def journal(self, mix: WeightedMix, folder: Path) -> Path:

@@ -109,7 +109,7 @@ def test_products_take_whole_rounds_of_tiles() -> None:
     assert rates.seconds(attention, work, 40) == plain.seconds(attention, work, 40)
 
 
-def test_fewer_programs_of_attention_read_as_the_usual_number_does_on_fewer_sms() -> None:
+def test_attention_with_other_numbers_of_programs_reads_by_what_they_have_under_way() -> None:
     mix = Mix(500, 700, (560,))
 
     def attention(memory: int, kernel: str = "") -> float:
@@ -123,6 +123,9 @@ def test_fewer_programs_of_attention_read_as_the_usual_number_does_on_fewer_sms(
 
     assert attention(40, "triton_3") == pytest.approx(attention(24), rel=0.02)
     assert attention(40) < attention(40, "triton_4") < attention(40, "triton_3") < attention(40, "triton_2")
+    assert (
+        attention(40, "triton_8") == attention(40, "triton_4") < attention(40, "triton_7") < attention(40, "triton_3")
+    )
 
 
 def test_lanes_that_are_not_confined_share_the_sms() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from benchmarks import decode_blocks
 from nanoflow.ops import decode_attention_triton, gemm, gemm_config, gemm_triton
-from nanoflow.ops.attention import FEWER_PROGRAMS, DecodeAttention
+from nanoflow.ops.attention import OTHER_PROGRAMS, DecodeAttention
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.device_batch import DeviceBatch
 from nanoflow.ops.gemm_choice import Choice, Choices
@@ -98,7 +98,7 @@ def test_decode_attention_fills_its_lane_and_shares_nothing_with_others(grids: d
                     check(buffers["attention"][row].view(1, heads, head_dim), wanted)
     assert [len(addresses) for addresses in seen.values()] == [1] * 4
     assert len(set().union(*seen.values())) == 4
-    for name, count in FEWER_PROGRAMS.items():
+    for name, count in OTHER_PROGRAMS.items():
         batch, buffers = DeviceBatch(host, CPU, 32, arrays), case.buffers(host.rows)
         context = NanoContext(batch, batch.part(0), 0, buffers, {}, case.kv, 3, "memory")
         op.prepare(context, name)

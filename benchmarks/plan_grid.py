@@ -19,7 +19,7 @@ from typing import Any
 
 from nanoflow.config import load_config
 from nanoflow.errors import UserError
-from nanoflow.ops.attention import FEWER_PROGRAMS
+from nanoflow.ops.attention import OTHER_PROGRAMS
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans.job_mixes import WeightedMix
 from nanoflow.search.files import replace_file
@@ -40,7 +40,7 @@ def grid(job: TuningJob, mix: WeightedMix, sms: Sequence[int]) -> dict[str, Plan
     """All plans by name; without SMs to set apart, those of two plain streams."""
     rows = job.rows(mix)[1]
     parts: Sequence[int | None] = sms if job.sms else (None,)
-    programs = ("", *FEWER_PROGRAMS) if job.sms else ("",)
+    programs = ("", *OTHER_PROGRAMS) if job.sms else ("",)
     found = {}
     for (cut, (decode, prefill)), memory, kernel in product(CUTS.items(), parts, programs):
         choice = PlanChoice(

@@ -41,3 +41,16 @@ def weights_of(graph: Graph) -> Iterator[tuple[int | None, str, Weight]]:
 def save(folder: Path, **changes: Any) -> Path:
     """Save the model into `folder`, with a tokenizer and logits that lie far apart."""
     return save_model(folder, **{**CONFIG, **changes})
+
+
+def write_job_of_ranks(model: Path, folder: Path) -> Path:
+    """The YAML of a job that two ranks share on a CPU, to be measured."""
+    path = folder / "job.yaml"
+    path.write_text(
+        f"model: {{path: {model}, weights: random}}\n"
+        "workload: {synthetic: {input_len: 24, output_len: 12, requests: 60, seed: 0}}\n"
+        "engine: {device: cpu, max_batch_tokens: 160, max_running: 64}\n"
+        "parallel: {tensor: 2}\n"
+        "output: {path: out.jsonl}\n"
+    )
+    return path

@@ -35,6 +35,7 @@ from nanoflow.search.profile import Pair, Point, Profile, Solo
 from nanoflow.search.profile_rates import profile_rates
 from nanoflow.search.profiler import Case, PairCase, SoloCase, Unmeasurable
 from nanoflow.search.rates import Running
+from tests.unit.rank_models import write_job_of_ranks
 from tests.unit.rank_threads import CPU, connect, on_all
 from tests.unit.test_tune_ranks import children
 from tests.unit.tiny_model import save_tiny_llama
@@ -54,15 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = tmp_path / "job.yaml"
-    path.write_text(
-        f"model: {{path: {model}, weights: random}}\n"
-        "workload: {synthetic: {input_len: 24, output_len: 12, requests: 60, seed: 0}}\n"
-        "engine: {device: cpu, max_batch_tokens: 160, max_running: 64}\n"
-        "parallel: {tensor: 2}\n"
-        "output: {path: out.jsonl}\n"
-    )
-    return path
+    return write_job_of_ranks(model, tmp_path)
 
 
 def started(*arguments: str) -> "subprocess.Popen[str]":

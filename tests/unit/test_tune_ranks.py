@@ -15,6 +15,7 @@ import pytest
 from nanoflow.pipeline.plan import Plan
 from nanoflow.search.fingerprint import ranks_of
 from nanoflow.search.journal import Journal
+from tests.unit.rank_models import write_job_of_ranks
 from tests.unit.tiny_model import save_tiny_llama
 
 LIMIT = 150.0
@@ -30,15 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = tmp_path / "job.yaml"
-    path.write_text(
-        f"model: {{path: {model}, weights: random}}\n"
-        "workload: {synthetic: {input_len: 24, output_len: 12, requests: 60, seed: 0}}\n"
-        "engine: {device: cpu, max_batch_tokens: 160, max_running: 64}\n"
-        "parallel: {tensor: 2}\n"
-        "output: {path: out.jsonl}\n"
-    )
-    return path
+    return write_job_of_ranks(model, tmp_path)
 
 
 def python(*arguments: str) -> "subprocess.Popen[str]":

@@ -18,6 +18,7 @@ Shape legend: N ranks, T rows, S sampled rows, E columns, C columns of a rank's 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,17 @@ from nanoflow.ops.operation import SCRATCH, Access, Cost, Kernel, NanoContext, O
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_all_reduce, peer_room
 from nanoflow.ops.peer_memory import PeerMemory
 
-__all__ = ["CTAS", "AllGather", "AllReduce", "Collective", "LayerAllGather", "add_in_order", "sum_in_rank_order"]
+__all__ = [
+    "CTAS",
+    "AllGather",
+    "AllReduce",
+    "Collective",
+    "CollectiveInPlace",
+    "LayerAllGather",
+    "LayerCollective",
+    "add_in_order",
+    "sum_in_rank_order",
+]
 
 CTAS = {f"nccl_{count}": count for count in (2, 4, 8, 16)}
 """Collectives with NCCL on at most so many thread blocks, by the kernel's name: products beside them lose no more SMs
@@ -89,8 +100,35 @@ class Collective(Operation):
         return "nccl" if device.type == "cuda" else "reference"
 
 
-class AllReduce(Collective):
-    """``buffer = sum of all ranks' buffer``, in place."""
+class LayerCollective(Collective):
+    """One in a layer, where each number of thread blocks has a communicator of its own, and some forms meet in memory
+    that all ranks reach.
+
+    What other ranks send may arrive there (`peer_room`). Like scratch memory, each lane has its own: the lane's order
+    keeps its users apart on this rank, and the forms' flags on the others.
+    """
+
+    peer_forms: ClassVar[tuple[str, ...]]
+    """Kernels that meet in such memory."""
+
+    def among_peers(self, form: str, context: NanoContext) -> None:
+        """With one of `peer_forms`."""
+        raise NotImplementedError
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """How many thread blocks NCCL takes is its communicator's matter: `BoundPrograms` makes one for each number,
+        and the memory that forms meet in."""
+        forms = {form: partial(self.among_peers, form) for form in self.peer_forms}
+        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl), **forms}
+
+    def scratch_bytes(self, rows: int, sms: int) -> int:
+        """Of the form that needs most, for elements of 4 bytes."""
+        return max(self.peer_room(form, rows, 4) or 0 for form in self.peer_forms)
+
+
+class CollectiveInPlace(LayerCollective):
+    """One on the rows of one value, in its place."""
 
     def __init__(self, name: str, buffer: str, columns: int, ranks: int) -> None:
         super().__init__(name, ranks)
@@ -99,13 +137,14 @@ class AllReduce(Collective):
 
     @property
     def accesses(self) -> tuple[Access, ...]:
-        """What other ranks send may arrive in memory of its own (`peer_room`). Like scratch memory, each lane has one:
-        the lane's order keeps its users apart on this rank, and the forms' flags on the others."""
+        """Whole rows, also where a rank reads or writes only a share of them."""
         return (Access(self.buffer), Access(self.buffer, write=True), Access(SCRATCH, write=True))
 
-    def scratch_bytes(self, rows: int, sms: int) -> int:
-        """Of the form that needs most, for elements of 4 bytes."""
-        return max(self.peer_room(form, rows, 4) or 0 for form in PEER_FORMS)
+
+class AllReduce(CollectiveInPlace):
+    """``buffer = sum of all ranks' buffer``; see `nanoflow.ops.peer_all_reduce` for its forms."""
+
+    peer_forms = PEER_FORMS
 
     def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
         return peer_room(kernel, rows * self.columns, self.ranks, itemsize) if kernel in PEER_FORMS else None
@@ -129,26 +168,7 @@ class AllReduce(Collective):
     def nccl(self, context: NanoContext) -> None:
         self.communicator(context).all_reduce(context.rows(self.buffer))
 
-    def copy_engine(self, context: NanoContext) -> None:
-        """See `nanoflow.ops.peer_all_reduce`."""
-        self._among_peers("copy_engine", context)
-
-    def one_shot(self, context: NanoContext) -> None:
-        """See `nanoflow.ops.peer_all_reduce`."""
-        self._among_peers("one_shot", context)
-
-    def two_shot(self, context: NanoContext) -> None:
-        """See `nanoflow.ops.peer_all_reduce`."""
-        self._among_peers("two_shot", context)
-
-    @property
-    def kernels(self) -> Mapping[str, Kernel]:
-        """How many thread blocks NCCL takes is its communicator's matter: `BoundPrograms` makes one for each number,
-        and the memory that `PEER_FORMS` meet in."""
-        forms = {"copy_engine": self.copy_engine, "one_shot": self.one_shot, "two_shot": self.two_shot}
-        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl), **forms}
-
-    def _among_peers(self, form: str, context: NanoContext) -> None:
+    def among_peers(self, form: str, context: NanoContext) -> None:
         peer_all_reduce(form, context.rows(self.buffer), self.peers(context), context.sms)
 
 

@@ -14,13 +14,12 @@ Shape legend: N ranks, T rows of a nano-batch, C rows of a share, E columns.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 
-from nanoflow.ops.collectives import CTAS, AllReduce, Collective, add_in_order
+from nanoflow.ops.collectives import AllReduce, CollectiveInPlace, add_in_order
 from nanoflow.ops.communicator import Communicator
-from nanoflow.ops.operation import SCRATCH, Access, Cost, Kernel, NanoContext, Work
+from nanoflow.ops.operation import Cost, Kernel, NanoContext, Work
 from nanoflow.ops.peer_memory import data_begin
 from nanoflow.ops.peer_rows import ROW_FORMS, gather_rows, scatter_room, scatter_sums
 from nanoflow.ops.row_shares import row_share, share_rows
@@ -30,28 +29,10 @@ __all__ = ["ReduceScatter", "RowsAllGather", "SampledSum"]
 OnRows = Callable[[Communicator, torch.Tensor], None]
 
 
-class _RowCollective(Collective):
-    """A collective on the rows of one value, in place, a nano-batch at a time."""
+class _RowCollective(CollectiveInPlace):
+    """A collective on the rows of one value, a nano-batch at a time; see `nanoflow.ops.peer_rows` for its forms."""
 
-    def __init__(self, name: str, buffer: str, columns: int, ranks: int) -> None:
-        super().__init__(name, ranks)
-        self.buffer = buffer
-        self.columns = columns
-
-    @property
-    def accesses(self) -> tuple[Access, ...]:
-        """Whole rows, though only a share of them is read or written; scratch memory as `AllReduce` has it."""
-        return (Access(self.buffer), Access(self.buffer, write=True), Access(SCRATCH, write=True))
-
-    @property
-    def kernels(self) -> Mapping[str, Kernel]:
-        """See `AllReduce.kernels`."""
-        forms = {form: partial(self.among_peers, form) for form in ROW_FORMS}
-        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl), **forms}
-
-    def among_peers(self, form: str, context: NanoContext) -> None:
-        """See `nanoflow.ops.peer_rows`."""
-        raise NotImplementedError
+    peer_forms = ROW_FORMS
 
     def sent(self, work: Work, itemsize: int) -> float:
         """Bytes that a rank sends, in the mean over the ranks."""
@@ -68,10 +49,6 @@ class ReduceScatter(_RowCollective):
     """``buffer[own rows] = sum of all ranks' buffer[own rows]``; what the other rows hold then is no one's."""
 
     peer_suffix = "-scatter"
-
-    def scratch_bytes(self, rows: int, sms: int) -> int:
-        """Of the form that needs most, for elements of 4 bytes."""
-        return max(self.peer_room(form, rows, 4) or 0 for form in ROW_FORMS)
 
     def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
         return scatter_room(kernel, rows, self.columns, self.ranks, itemsize) if kernel in ROW_FORMS else None

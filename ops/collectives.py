@@ -26,7 +26,8 @@ import torch
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.operation import SCRATCH, Access, Cost, Kernel, NanoContext, Operation, Work
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_all_reduce, peer_room
-from nanoflow.ops.peer_memory import PeerMemory
+from nanoflow.ops.peer_columns import COLUMN_FORMS, gather_columns
+from nanoflow.ops.peer_memory import PeerMemory, data_begin
 
 __all__ = [
     "CTAS",
@@ -92,6 +93,13 @@ class Collective(Operation):
             raise ValueError(f"{self.name} needs memory in common of {self.ranks} ranks, and the executor has {have}")
         return found
 
+    def places(self, context: NanoContext, kernel: str) -> PeerMemory:
+        """All ranks' buffers of `peer_buffer`: those of the context, which must be there."""
+        if context.places is None:
+            value = self.peer_buffer(kernel)
+            raise ValueError(f"{self.name} needs {value} in memory that all ranks reach, and it is in none")
+        return context.places
+
     def cost_with(self, kernel: str, work: Work, itemsize: int) -> Cost:
         """What `work` takes with `kernel`, where that sends more than others do; empty: the preferred one."""
         return self.cost(work, itemsize)
@@ -123,8 +131,8 @@ class LayerCollective(Collective):
         return {**super().kernels, **dict.fromkeys(CTAS, self.nccl), **forms}
 
     def scratch_bytes(self, rows: int, sms: int) -> int:
-        """Of the form that needs most, for elements of 4 bytes."""
-        return max(self.peer_room(form, rows, 4) or 0 for form in self.peer_forms)
+        """Of the block that the form has which needs most, for elements of 4 bytes."""
+        return data_begin(self.ranks) + max(self.peer_room(form, rows, 4) or 0 for form in self.peer_forms)
 
 
 class CollectiveInPlace(LayerCollective):
@@ -214,12 +222,39 @@ class AllGather(Collective):
         self.reference(context)
 
 
-class LayerAllGather(AllGather):
-    """One in a layer, where each number of thread blocks has a communicator of its own."""
+class LayerAllGather(LayerCollective, AllGather):
+    """One in a layer, of all columns that the ranks have; see `nanoflow.ops.peer_columns` for its forms."""
+
+    peer_suffix = "-columns"
+    peer_forms = COLUMN_FORMS
+
+    def __init__(self, name: str, source: str, gathered: str, target: str, share: int, ranks: int) -> None:
+        super().__init__(name, source, gathered, target, share, ranks * share, ranks)
 
     @property
-    def kernels(self) -> Mapping[str, Kernel]:
-        return {**super().kernels, **dict.fromkeys(CTAS, self.nccl)}
+    def accesses(self) -> tuple[Access, ...]:
+        return (*super().accesses, Access(SCRATCH, write=True))
+
+    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
+        """None but for flags: shares are written into the other ranks' buffers."""
+        return 0 if kernel in COLUMN_FORMS else None
+
+    def peer_buffer(self, kernel: str) -> str | None:
+        if kernel not in COLUMN_FORMS:
+            return None
+        return self.gathered if kernel == "copy_engine" else self.target
+
+    def cost_with(self, kernel: str, work: Work, itemsize: int) -> Cost:
+        """Pushed, a share is read once, and written to its place on every rank."""
+        if kernel != "push":
+            return self.cost(work, itemsize)
+        share = float(work.rows * self.share * itemsize)
+        return Cost(bytes=(self.ranks + 1) * share, wire_bytes=(self.ranks - 1) * share)
+
+    def among_peers(self, form: str, context: NanoContext) -> None:
+        source_TC, gathered, target = map(context.rows, (self.source, self.gathered, self.target))
+        peers, places = self.peers(context), self.places(context, form)
+        gather_columns(form, source_TC, gathered, target, context.part.rows.start, peers, places, context.sms)
 
 
 def sum_in_rank_order(communicator: Communicator, tensor: torch.Tensor) -> None:

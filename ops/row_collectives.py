@@ -20,7 +20,6 @@ import torch
 from nanoflow.ops.collectives import AllReduce, CollectiveInPlace, add_in_order
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.operation import Cost, Kernel, NanoContext, Work
-from nanoflow.ops.peer_memory import data_begin
 from nanoflow.ops.peer_rows import ROW_FORMS, gather_rows, scatter_room, scatter_sums
 from nanoflow.ops.row_shares import row_share, share_rows
 
@@ -89,9 +88,6 @@ class RowsAllGather(_RowCollective):
 
     peer_suffix = "-gather"
 
-    def scratch_bytes(self, rows: int, sms: int) -> int:
-        return data_begin(self.ranks)
-
     def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
         """None but for flags: rows are written to their places in the other ranks' buffers."""
         return 0 if kernel in ROW_FORMS else None
@@ -126,9 +122,7 @@ class RowsAllGather(_RowCollective):
         self.on_each(context, gather)
 
     def among_peers(self, form: str, context: NanoContext) -> None:
-        peers, places = self.peers(context), context.places
-        if places is None:
-            raise ValueError(f"{self.name} needs {self.buffer} in memory that all ranks reach, and it is in none")
+        peers, places = self.peers(context), self.places(context, form)
         for rows in context.part.nano_batch_rows:
             gather_rows(form, context.buffers[self.buffer][rows], rows.start, peers, places, context.sms)
 

@@ -211,7 +211,7 @@ class _Sharding:
         self.columns[gathered] = self.size * share
         if target not in self.whole.values:
             self.columns[target] = columns
-        return LayerAllGather(name, source, gathered, target, share, columns, self.size)
+        return LayerAllGather(name, source, gathered, target, share, self.size)
 
     def head(self, op: Linear) -> list[Operation]:
         """The head over the rank's vocabulary, and the logits of all ranks side by side."""

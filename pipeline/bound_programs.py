@@ -23,7 +23,6 @@ from nanoflow.ops.device_batch import BatchPart, DeviceBatch, RowsOnly
 from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.operation import Kernel, NanoContext, Operation
 from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
-from nanoflow.ops.row_collectives import RowsAllGather
 from nanoflow.ops.row_sharding import REDUCE_SCATTER
 from nanoflow.ops.row_shares import own_rows
 from nanoflow.pipeline.buffers import BufferSpec, assign_buffers
@@ -195,6 +194,8 @@ class BoundPrograms:
         nano_op, number = step.nano_op, batch.host.program
         op = self.programs[number].graph.operation(nano_op.op)
         weights: OpWeights = self.weights.layers[nano_op.layer]
+        sms = self.sms(number, step)
+        place = op.peer_buffer(self._names[number, op.name, sms]) if isinstance(op, Collective) else None
         context = NanoContext(
             batch,
             batch.part(nano_op.nano_batch),
@@ -202,11 +203,11 @@ class BoundPrograms:
             self.buffers,
             weights.get(nano_op.op, {}),
             self.kv[nano_op.layer],
-            self.sms(number, step),
+            sms,
             step.lane,
             self._communicators.get((number, nano_op.op, step.lane)),
             self._peers.get((number, nano_op.op, step.lane)),
-            self._places.get(op.buffer) if isinstance(op, RowsAllGather) else None,
+            None if place is None else self._places[place],
         )
         return op, context
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import given, settings, strategies as st
 
 from nanoflow import RequestOutput, loading
 from nanoflow.checkpoints import open_checkpoint
+from nanoflow.ops.collectives import LayerAllGather
 from nanoflow.ops.operation import Work
 from nanoflow.ops.row_sharding import ALL_GATHER, layout_of
 from nanoflow.ops.sharding import ShardError, shard_graph
+from nanoflow.pipeline.bound_programs import BoundPrograms
 from nanoflow.pipeline.checker import check_program
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import KVLayout
@@ -21,11 +24,13 @@ from nanoflow.pipeline.plan import FrozenMapping, Plan, PlanError
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.validate import validate
+from nanoflow.search.cost_model import Ceilings
 from nanoflow.search.fingerprint import Fingerprint, graph_shape, ranks_of
+from nanoflow.search.rates import CeilingRates, Running, wire_share
 from nanoflow.weights import load_weights
 from tests.unit.plan_strategies import full_batch, plans
 from tests.unit.rank_models import graph_of, save
-from tests.unit.rank_threads import ThreadRanks
+from tests.unit.rank_threads import CPU, ThreadRanks, connect, on_all
 from tests.unit.test_engine import assert_same
 from tests.unit.test_sharding import weights_of
 from tests.unit.test_tensor_parallel import BASE, FEW, MIX, MODELS, generate, rows_of
@@ -123,6 +128,11 @@ def test_the_graph_and_its_cost() -> None:
         work = Work(decode_rows=100)
         wire = sum(graph.operation(name).cost(work, 2).wire_bytes for name in COLLECTIVES)
         assert wire == pytest.approx(4 * (size - 1) / size * 100 * 64 * 2), "as much as two all-reduces"
+        for op in map(graph.operation, COLLECTIVES[:2]):
+            assert isinstance(op, LayerAllGather) and op.cost_with("copy_engine", work, 2) == op.cost(work, 2)
+            pushed = op.cost_with("push", work, 2)
+            assert pushed.wire_bytes == op.cost(work, 2).wire_bytes
+            assert pushed.bytes == (size + 1) * 100 * 64 / size * 2, "a share is read, and written on each rank"
         product = graph.operation("o").cost(work, 2).flops
         assert product * size == pytest.approx(whole.operation("o").cost(work, 2).flops)
     assert layout_of("reduce_scatter") == "all_reduce" and layout_of(ALL_GATHER) == ALL_GATHER
@@ -130,6 +140,40 @@ def test_the_graph_and_its_cost() -> None:
         shard_graph(graph_of(hidden_size=60), 0, 8, ALL_GATHER)
     with pytest.raises(ValueError, match="reduce_scatter has the weights of all_reduce"):
         shard_graph(whole, 0, 2, "reduce_scatter")
+
+
+def test_forms_take_time_and_sms_by_ceilings() -> None:
+    op = shard_graph(graph_of(), 0, 2, ALL_GATHER).operation("o_all_gather")
+    rates = CeilingRates(Ceilings(700e12, 3e12, 150e9), 132, 2)
+    work = Work(prefill_rows=1 << 16)
+    sent = op.cost(work, 2).wire_bytes
+    for form, sms, taken in (("copy_engine", None, 0), ("copy_engine", 8, 0), ("push", None, 16), ("push", 8, 8)):
+        assert Running(op, work, sms, form).taken == taken
+        assert rates.seconds(op, work, sms, form) == pytest.approx(sent / (150e9 * wire_share(taken)))
+
+
+def test_forms_in_peer_memory_are_refused_on_a_cpu() -> None:
+    communicators = connect(2)
+    graphs = [shard_graph(graph_of(), rank, 2, ALL_GATHER) for rank in range(2)]
+
+    def refused(rank: int) -> str:
+        kernels = FrozenMapping({"o_all_gather": "push"})
+        program = compile_program(replace(Plan.sequential(graphs[rank], 8), kernels=kernels), graphs[rank])
+        nothing: Any = None
+        with pytest.raises(PlanError) as error:
+            BoundPrograms(
+                [program], nothing, KVLayout(2, 8), dtype=torch.float32, device=CPU, sampled_rows=8,
+                communicator=communicators[rank],
+            )  # fmt: skip
+        return str(error.value)
+
+    message = (
+        "kernels.o_all_gather: 'push' cannot run here: ranks on a CPU have no memory in common; what can: reference, "
+        "nccl, nccl_2, nccl_4, nccl_8, nccl_16"
+    )
+    assert on_all(refused, 2) == [message] * 2
+    for communicator in communicators:
+        communicator.close()
 
 
 def test_shares_of_o_are_rows_of_its_weight(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from nanoflow.ops.collectives import CTAS, AllReduce
 from nanoflow.ops.operation import Work
 from nanoflow.ops.own_rows import OwnRows
 from nanoflow.ops.peer_all_reduce import PEER_FORMS
-from nanoflow.ops.row_sharding import REDUCE_SCATTER, with_sharding
+from nanoflow.ops.peer_columns import COLUMN_FORMS
+from nanoflow.ops.row_sharding import ALL_GATHER, REDUCE_SCATTER, with_sharding
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.plan import Plan
 from nanoflow.plans.case import open_graph
@@ -155,6 +156,16 @@ def test_collectives_are_measured_in_every_form_on_the_lanes_that_plans_give_the
     on_cpu = job_cases(RANK, MIXES, max_model_len=8192, kv_tokens=10**6, sms=None, streams=False)
     assert not [case for case in on_cpu if isinstance(case, PairCase)]
     assert {case.kernel for case in on_cpu if isinstance(case, SoloCase)} == {"", "nccl"}
+
+
+def test_forms_of_the_all_gathers_of_columns_are_measured() -> None:
+    rank = shard_graph(open_graph("llama-3-70b", Plan(1, (), ()), "test")[2], 0, 2, ALL_GATHER)
+    cases = job_cases(rank, MIXES, max_model_len=8192, kv_tokens=10**6, sms=132, streams=True)
+    own = [case for case in cases if isinstance(case, SoloCase) and case.op == "attention_all_gather"]
+    assert {case.kernel for case in own if case.sms is None} == {"", *CTAS, *COLUMN_FORMS}
+    assert all(case.also == ("o_all_gather",) and case.wire_bytes == 4096 * 2 for case in own)
+    pairs = [case for case in cases if isinstance(case, PairCase) and case.other == "attention_all_gather"]
+    assert {case.other_kernel for case in pairs} == {"", *CTAS, *COLUMN_FORMS} - {"nccl_2"}
 
 
 def test_all_shardings_are_measured() -> None:

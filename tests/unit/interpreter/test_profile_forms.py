@@ -4,10 +4,12 @@ two processes share."""
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed import FileStore
 
 from nanoflow.ops.peer_memory import FLAGS
+from nanoflow.ops.row_sharding import ALL_GATHER, ALL_REDUCE
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.profiling.rank_bench import RankBench, collectives_in
 from nanoflow.search.profiler import Case, SoloCase
@@ -17,16 +19,23 @@ from tests.unit.rank_models import graph_of
 ROWS = 8
 
 
-def test_every_form_is_measured_on_both_ranks(tmp_path: Path) -> None:
-    graphs = [shard_graph(graph_of(), rank, 2) for rank in range(2)]
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        (ALL_REDUCE, ("o_all_reduce", "o_reduce_scatter", "add_norm_all_gather")),
+        (ALL_GATHER, ("attention_all_gather", "o_all_gather")),
+    ],
+)
+def test_every_form_is_measured_on_both_ranks(tmp_path: Path, layout: str, names: tuple[str, ...]) -> None:
+    graphs = [shard_graph(graph_of(), rank, 2, layout) for rank in range(2)]
     collectives = collectives_in(graphs[0])
     forms = [
         (name, form)
-        for name in ("o_all_reduce", "o_reduce_scatter", "add_norm_all_gather")
+        for name in names
         for form in collectives[name].kernels
         if collectives[name].peer_room(form, 1, 1) is not None
     ]
-    assert {name for name, _ in forms} == {"o_all_reduce", "o_reduce_scatter", "add_norm_all_gather"}
+    assert {name for name, _ in forms} == set(names)
     cases: list[Case] = [SoloCase(name, "rows", None, ((3,), (ROWS,)), form) for name, form in forms]
     memory = {f"profile-{name}-{form}": blocks(2, 2**16) for name, form in forms}
     buffers = {collectives[name].peer_buffer(form) for name, form in forms} - {None}

@@ -1,0 +1,62 @@
+"""All-gather of columns, by ranks that reach each other's memory, in the forms of `nanoflow.ops.peer_rows`.
+
+- ``push``: an own kernel, in which every rank writes its share to its columns in the other ranks' targets. Those are in
+  memory that all ranks reach, so no one copies twice. A rank begins to write when all have come to the all-gather: what
+  they had to read of the old rows they have read then, since it writes those rows by its accesses.
+- ``copy_engine``: the bytes are moved by contiguous copies between devices, which the copy engines do without an SM.
+  So shares arrive one rank's behind the other, and it is there that all ranks reach. A kernel on the own GPU then puts
+  them side by side. The copies stand between two meetings: before the first, all have read what arrived there last.
+
+`nanoflow.ops.columns_triton` has the kernels; flags, order and timeouts are those of `nanoflow.ops.all_reduce_triton`.
+Any of them may be captured in a CUDA graph.
+
+Shape legend: N ranks, T rows, C columns of a rank's share.
+"""
+
+import torch
+
+from nanoflow.ops.peer_all_reduce import UNCONFINED
+from nanoflow.ops.peer_memory import PROGRAMS, PeerMemory
+
+__all__ = ["COLUMN_FORMS", "gather_columns"]
+
+COLUMN_FORMS = ("copy_engine", "push")
+
+
+def gather_columns(
+    form: str,
+    source_TC: torch.Tensor,
+    gathered: torch.Tensor,
+    target: torch.Tensor,
+    first: int,
+    peers: PeerMemory,
+    places: PeerMemory,
+    sms: int | None,
+) -> None:
+    """Put all ranks' `source_TC` side by side in `target`.
+
+    All ranks call it with the same form, shapes, type and SMs (None: the lane is not confined); a `peers` serves one
+    form of all-gathers of columns.
+
+    Args:
+        gathered: [T, N * C], where shares arrive with ``copy_engine``, which then is of a buffer that is this rank's
+            data of `places`.
+        target: [T, N * C], of such a buffer with ``push``.
+        first: of the rows, in their buffers, the same on all ranks.
+    """
+    from nanoflow.ops import columns_triton
+    from nanoflow.ops.all_reduce_triton import meet
+
+    if not source_TC.numel():
+        return
+    if form == "push":
+        programs = min(UNCONFINED if sms is None else sms, PROGRAMS)
+        columns_triton.all_gather(source_TC, first, peers, places, programs)
+        return
+    rank, ranks, mine = peers.rank, peers.size, source_TC.view(-1)
+    at = (first * ranks * source_TC.shape[1] + rank * mine.numel()) * mine.element_size()
+    meet(peers)
+    for step in range(1, ranks):  # not all to the same one first
+        places.data((rank + step) % ranks, at, mine.numel(), mine.dtype).copy_(mine)
+    meet(peers)
+    columns_triton.side_by_side(source_TC, gathered.view(ranks, *source_TC.shape), target, rank)

@@ -216,6 +216,11 @@ class Operation(ABC):
         return ()
 
     @property
+    def weights_of(self) -> str:
+        """The operation by whose name its weights are kept: itself, unless a sharding made it of another one."""
+        return self.name
+
+    @property
     def row_class(self) -> RowClass:
         """The rows that the operation works on; one without such rows in a nano-batch is skipped."""
         return RowClass.ALL

@@ -20,7 +20,7 @@ __all__ = ["FLAGS", "PROGRAMS", "PeerMemory", "PeerMemoryError", "data_begin", "
 
 FLAGS = 32
 """Where in a block its flags begin, in int32: behind the counters."""
-PROGRAMS = 32
+PROGRAMS = 128
 """The most programs (thread blocks) of a kernel that have flags of their own."""
 PHASES = 2
 """Flags that a program has for every other rank."""

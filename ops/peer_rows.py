@@ -1,6 +1,7 @@
 """Reduce-scatter and all-gather of rows, by ranks that reach each other's memory, in two forms.
 
-- ``push``: own kernels. Every rank writes what another one needs straight to it; 16 thread blocks, or the lane's SMs.
+- ``push``: own kernels. Every rank writes what another one needs straight to it; on 16 thread blocks, beside others'
+  work, or on the lane's SMs. ``push_32``, ``push_64`` and ``push_128`` have so many where the lane is not confined.
 - ``copy_engine``: the bytes are moved by copies between devices, which the copy engines do without an SM; of kernels
   there are some that wait, of one thread block, and one that adds.
 
@@ -23,16 +24,18 @@ from nanoflow.ops.peer_all_reduce import UNCONFINED, whole_grains
 from nanoflow.ops.peer_memory import PROGRAMS, PeerMemory
 from nanoflow.ops.row_shares import row_share, share_rows
 
-__all__ = ["ROW_FORMS", "gather_rows", "scatter_room", "scatter_sums"]
+__all__ = ["PUSH", "ROW_FORMS", "gather_rows", "programs_of", "scatter_room", "scatter_sums"]
 
-ROW_FORMS = ("copy_engine", "push")
+PUSH = {"push": UNCONFINED, **{f"push_{programs}": programs for programs in (32, 64, 128)}}
+"""Thread blocks of own kernels in a lane that is not confined, by the form's name."""
+ROW_FORMS = ("copy_engine", *PUSH)
 
 
 def scatter_room(form: str, rows: int, columns: int, ranks: int, itemsize: int) -> int:
     """Bytes of data in each rank's block that a reduce-scatter of up to so many rows needs: a slot for each rank, and
     of ``push`` two, in turns."""
     slots = ranks * whole_grains(share_rows(rows, ranks) * columns)
-    return slots * itemsize * (2 if form == "push" else 1)
+    return slots * itemsize * (2 if form in PUSH else 1)
 
 
 def scatter_sums(form: str, x_TE: torch.Tensor, peers: PeerMemory, sms: int | None) -> None:
@@ -51,8 +54,8 @@ def scatter_sums(form: str, x_TE: torch.Tensor, peers: PeerMemory, sms: int | No
         raise ValueError(f"{form} of {rows} rows needs {needed} bytes of peer memory, and has {peers.room}")
     share = share_rows(rows, peers.size) * columns
     stride = whole_grains(share)
-    if form == "push":
-        rows_triton.reduce_scatter(x_TE.view(-1), peers, share, stride, _programs(sms))
+    if form in PUSH:
+        rows_triton.reduce_scatter(x_TE.view(-1), peers, share, stride, programs_of(form, sms))
         return
     wait_for_readers(peers)
     for other in _others(peers):
@@ -80,9 +83,9 @@ def gather_rows(
     from nanoflow.ops.all_reduce_triton import meet
 
     rows, columns = x_TE.shape
-    if form == "push":
+    if form in PUSH:
         share = share_rows(rows, peers.size) * columns
-        rows_triton.all_gather(x_TE.view(-1), first * columns, peers, places, share, _programs(sms))
+        rows_triton.all_gather(x_TE.view(-1), first * columns, peers, places, share, programs_of(form, sms))
         return
     own = row_share(slice(0, rows), peers.rank, peers.size)
     mine = x_TE[own].view(-1)
@@ -94,8 +97,9 @@ def gather_rows(
     meet(peers)
 
 
-def _programs(sms: int | None) -> int:
-    return min(UNCONFINED if sms is None else sms, PROGRAMS)
+def programs_of(form: str, sms: int | None) -> int:
+    """The most thread blocks of a form of `PUSH` in a lane of so many SMs (None: it is not confined)."""
+    return min(PUSH[form] if sms is None else sms, PROGRAMS)
 
 
 def _others(peers: PeerMemory) -> list[int]:

@@ -23,7 +23,7 @@ from nanoflow.ops.device_batch import BatchPart, DeviceBatch, RowsOnly
 from nanoflow.ops.graph import RESIDUAL, Graph
 from nanoflow.ops.operation import Kernel, NanoContext, Operation
 from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
-from nanoflow.ops.row_sharding import REDUCE_SCATTER
+from nanoflow.ops.row_sharding import SCATTERED
 from nanoflow.ops.row_shares import own_rows
 from nanoflow.pipeline.buffers import BufferSpec, assign_buffers
 from nanoflow.pipeline.executor import KVLayout, OpWeights, Weights
@@ -152,7 +152,7 @@ class BoundPrograms:
     def own(self, host: DenseBatch) -> NDArray[np.bool_]:
         """[T] whether a row of the residual is this rank's behind the last layer: all are, unless ranks divide them."""
         graph = self.programs[host.program].graph
-        if graph.sharding != REDUCE_SCATTER:
+        if graph.sharding not in SCATTERED:
             return np.ones(host.rows, np.bool_)
         return own_rows(host.nano_batches, graph.rank, graph.ranks)
 
@@ -161,7 +161,7 @@ class BoundPrograms:
 
         Where ranks have divided the residual's rows, a row of zeros stands for what is another rank's.
         """
-        if self.programs[batch.host.program].graph.sharding != REDUCE_SCATTER:
+        if self.programs[batch.host.program].graph.sharding not in SCATTERED:
             return batch.sampled_rows_S
         nothing = len(self.buffers[RESIDUAL]) - 1
 
@@ -201,7 +201,7 @@ class BoundPrograms:
             batch.part(nano_op.nano_batch),
             nano_op.layer,
             self.buffers,
-            weights.get(nano_op.op, {}),
+            weights.get(op.weights_of, {}),
             self.kv[nano_op.layer],
             sms,
             step.lane,
@@ -304,7 +304,7 @@ def _specs(programs: Sequence[Program], sampled_rows: int) -> dict[str, BufferSp
         for name, spec in assign_buffers(program.graph, program.plan, sampled_rows).items():
             rows = max(spec.rows, found[name].rows) if name in found else spec.rows
             found[name] = BufferSpec(spec.columns, rows)
-    if any(program.graph.sharding == REDUCE_SCATTER for program in programs):
+    if any(program.graph.sharding in SCATTERED for program in programs):
         found[RESIDUAL] = replace(found[RESIDUAL], rows=found[RESIDUAL].rows + 1)
     return found
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Operation
-from nanoflow.ops.row_sharding import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from nanoflow.ops.row_sharding import ALL_GATHER, ALL_REDUCE, FUSED, REDUCE_SCATTER
 from nanoflow.pipeline.dependencies import producer
 from nanoflow.pipeline.grid import Block, Cell, Name, plain, render_order
 from nanoflow.pipeline.plan import Entry, FrozenMapping, Plan, PlanError, Stage
@@ -107,10 +107,18 @@ def _marked(plan: Plan, entries: set[Entry], message: str) -> PlanError:
     return PlanError(f"{message}\n{render_period(plan.period, entries)}")
 
 
+KINDS = {
+    "_all_reduce": ALL_REDUCE, "_reduce_scatter": REDUCE_SCATTER, "_all_gather": ALL_GATHER,
+    "_add_norm": FUSED, "_gather": FUSED, "_add": FUSED,
+}  # fmt: skip
+"""Shardings that have operations with such names, behind a product's, a norm's or a value's; norms of
+`REDUCE_SCATTER` have all-gathers too."""
+
+
 def ranks_hint(name: str, graph: Graph) -> str:
     """The mend where a plan names operation `name`, which a model has with other ranks or another sharding; else
     nothing."""
-    if not name.endswith(("_all_reduce", "_all_gather", "_reduce_scatter")):
+    if not name.endswith(tuple(KINDS)):
         return ""
     if graph.ranks > 1:
         other = _sharding_with(name, graph)
@@ -120,15 +128,15 @@ def ranks_hint(name: str, graph: Graph) -> str:
 
 def _sharding_with(name: str, graph: Graph) -> str | None:
     """Another sharding than that of `graph` whose layer has the collective `name`."""
-    behind, _, kind = name.rpartition("_all_")
-    if not behind:
-        behind, kind = name.removesuffix("_reduce_scatter"), REDUCE_SCATTER
-    op = next((op for op in graph.layer if op.name == behind), None)
-    if op is None and behind not in graph.values:
+    suffix = next(suffix for suffix in KINDS if name.endswith(suffix))
+    behind, sharding = name.removesuffix(suffix), KINDS[suffix]
+    fused = [op for op in graph.layer if graph.sharding == FUSED and op.resource == "network"]
+    found = [op for op in graph.layer if op.name == behind]
+    found += [op for op in fused if op.name.endswith(f"_{behind}") or op.name == f"{behind}_gather"]
+    if not found and behind not in graph.values:
         return None
-    if kind == "gather":
-        kind = REDUCE_SCATTER if op is not None and op.resource == "memory" else ALL_GATHER
-    sharding = ALL_REDUCE if kind == "reduce" else kind
+    if suffix == "_all_gather" and found and found[0].resource != "compute":
+        sharding = REDUCE_SCATTER
     return sharding if sharding != graph.sharding else None
 
 

@@ -25,7 +25,7 @@ from itertools import pairwise
 
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
-from nanoflow.ops.row_collectives import ReduceScatter
+from nanoflow.ops.row_sharding import SCATTERED
 from nanoflow.pipeline.dependencies import producer
 from nanoflow.pipeline.plan import WHOLE, Entry, FrozenMapping, Stage
 
@@ -116,13 +116,14 @@ def collectives_of(graph: Graph) -> dict[str, tuple[str, ...]]:
 
 def chains_of(graph: Graph) -> dict[str, tuple[tuple[str, int], ...]]:
     """What a network lane runs behind each product that has collectives behind it, with how many layers ahead of the
-    product's own it is: the collectives, and behind a reduce-scatter all that comes before the next product."""
+    product's own it is: the collectives, and where they leave a rank its own rows, all that comes before the next
+    product."""
     found = {}
     names = [op.name for op in graph.layer]
     for product, collectives in collectives_of(graph).items():
         chain = [(name, 0) for name in collectives]
         at = names.index(collectives[-1])
-        if isinstance(graph.layer[at], ReduceScatter):
+        if graph.sharding in SCATTERED:
             while names[(at + 1) % len(names)] not in PRODUCTS:
                 at += 1
                 chain.append((names[at % len(names)], at // len(names)))

@@ -14,7 +14,7 @@ from nanoflow.ops.gemm_waves import waves
 from nanoflow.ops.linear import Linear, LinearSilu
 from nanoflow.ops.operation import Cost, Operation, Work
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, UNCONFINED
-from nanoflow.ops.peer_rows import ROW_FORMS
+from nanoflow.ops.peer_rows import PUSH
 from nanoflow.search.cost_model import Ceilings
 
 __all__ = [
@@ -56,8 +56,9 @@ def collective_sms(kernel: str, lane: int | None) -> int:
     where copy engines do the work. `lane`: SMs of its lane; None: it is not confined."""
     if kernel == "copy_engine":
         return 0
-    most = UNCONFINED if kernel in (*PEER_FORMS, *ROW_FORMS) and lane is None else CTAS.get(kernel, LINK_SMS)
-    return most if lane is None else min(most, lane)
+    if lane is None:
+        return {**CTAS, **dict.fromkeys(PEER_FORMS, UNCONFINED), **PUSH}.get(kernel, LINK_SMS)
+    return min(CTAS.get(kernel, LINK_SMS), lane)
 
 
 def wire_share(sms: int) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from nanoflow.ops.collectives import CTAS, Collective
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Operation, Work
+from nanoflow.ops.peer_all_reduce import UNCONFINED
+from nanoflow.ops.peer_rows import PUSH
 from nanoflow.profiling.rank_bench import collectives_in
 from nanoflow.search.profile import At
 from nanoflow.search.profiler import PairCase, SoloCase
@@ -74,7 +76,9 @@ class NetworkCases:
         if not self._gpu:
             return ["", "nccl"]
         named = [name for name in op.kernels if name not in ("reference", "nccl")]
-        return ["", *(name for name in named if sms is None or CTAS.get(name, 0) <= sms)]
+        if sms is not None:  # own kernels have as many thread blocks, whatever they have elsewhere
+            named = [name for name in named if CTAS.get(name, 0) <= sms and PUSH.get(name, UNCONFINED) == UNCONFINED]
+        return ["", *named]
 
 
 def _names(ops: Sequence[Operation]) -> tuple[str, ...]:

@@ -217,10 +217,11 @@ class RankBench:
         op = self._collectives[name]
         chosen = kernel or op.preferred_kernel(self._device, self._dtype, sms)
         means = self._means[name, kernel]
+        weights = {w.name: torch.ones(w.shape, dtype=self._dtype, device=self._device) for w in op.weights}
         # Nothing of a batch matters to a collective but its rows.
         part, nothing = _Rows(slice(0, rows), (slice(0, rows),)), None
         context = NanoContext(
-            nothing, part, 0, self._buffers, {}, nothing, sms, "network",  # type: ignore[arg-type]
+            nothing, part, 0, self._buffers, weights, nothing, sms, "network",  # type: ignore[arg-type]
             means.communicator, means.peers, means.places,
         )  # fmt: skip
         run = op.kernels[chosen]

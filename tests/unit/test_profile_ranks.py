@@ -81,7 +81,7 @@ def test_a_job_of_two_ranks_is_profiled_and_estimated(job: Path, tmp_path: Path)
     process = started("profile", str(job))
     output, errors = finished(process)
     assert process.returncode == 0, errors
-    assert "20 cases measured" in output and "o_all_reduce: milliseconds / GB/s that a rank sends" in output
+    assert "26 cases measured" in output and "o_all_reduce: milliseconds / GB/s that a rank sends" in output
     (path,) = (tmp_path / "cache" / "nanoflow" / "profiles").iterdir()
     profile = Profile.load(path)
     assert ranks_of(str(profile.fingerprint.shape)) == 2 and profile.ceilings.link_bytes_per_second

@@ -41,14 +41,15 @@ from tests.unit.rank_threads import CPU, ThreadRanks
 from tests.unit.test_engine import assert_same
 from tests.unit.test_tensor_parallel import BASE, FEW, MIX, MODELS, generate, rows_of, shares, step_logits
 
-REDUCE_SCATTER = "reduce_scatter"
+REDUCE_SCATTER, FUSED = "reduce_scatter", "fused_reduce_scatter"
 ROWS = ("o_reduce_scatter", "add_norm_all_gather", "down_reduce_scatter", "input_layernorm_all_gather")
+COLLECTIVES = {REDUCE_SCATTER: ROWS, FUSED: ("o_add_norm", "down_add", "input_layernorm_gather")}
 
 
-def scattered(graph: Graph, rows: int, kernels: dict[str, str] | None = None) -> Plan:
+def scattered(graph: Graph, rows: int, kernels: dict[str, str] | None = None, sharding: str = REDUCE_SCATTER) -> Plan:
     """All in sequence, the residual divided among the ranks of `graph`."""
-    names = " ".join(f"{op.name}," for op in with_sharding(graph, REDUCE_SCATTER).layer)
-    text = f"{{sharding: {REDUCE_SCATTER}, capacity: {rows}, nano_batches: {{a: {{decode: 1, prefill: 1, rows: {rows}}}"
+    names = " ".join(f"{op.name}," for op in with_sharding(graph, sharding).layer)
+    text = f"{{sharding: {sharding}, capacity: {rows}, nano_batches: {{a: {{decode: 1, prefill: 1, rows: {rows}}}"
     plan = Plan.loads(f"{text}}}, period: [whole: {{main: [{names}]}}]}}", graph)
     return replace(plan, kernels=FrozenMapping(kernels))
 
@@ -90,7 +91,9 @@ def use_plans(
     return made
 
 
-@pytest.mark.parametrize("kernel", ["reference", "nccl"])
+@pytest.mark.parametrize(
+    ("sharding", "kernel"), [(REDUCE_SCATTER, "reference"), (REDUCE_SCATTER, "nccl"), (FUSED, "nccl")]
+)
 @pytest.mark.parametrize(
     ("name", "size"), [("llama", 2), ("llama", 4), ("biases", 4), ("shared-heads", 4), ("qwen2", 2), ("qwen3", 4)]
 )
@@ -100,12 +103,13 @@ def test_tokens_are_those_of_one_rank(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     size: int,
+    sharding: str,
     kernel: str,
 ) -> None:
     expected = alone(name)
-    kernels = dict.fromkeys((*ROWS, "sampled_all_reduce"), kernel)
+    kernels = dict.fromkeys((*COLLECTIVES[sharding], "sampled_all_reduce"), kernel)
     whole = graph_of(**BASE, **MODELS[name])
-    use_plans(monkeypatch, folder(name), whole, size, lambda graph: [scattered(graph, 48, kernels)], seed=1)
+    use_plans(monkeypatch, folder(name), whole, size, lambda graph: [scattered(graph, 48, kernels, sharding)], seed=1)
     assert_same(generate(folder(name), MIX), expected)
 
 
@@ -121,17 +125,18 @@ def test_unfused_operations_too(
 def test_launches_of_a_gpu_are_in_one_order(
     folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other executor, with plans of both shardings: batches of fewer than 9 rows have all-reduces."""
+    """The other executor, with plans of all shardings: batches of fewer than 9 rows have all-reduces."""
     expected = alone("llama")
 
-    def both(graph: Graph) -> list[Plan]:
-        return [replace(scattered(graph, 48), least_rows=9), Plan.sequential(graph, 48)]
+    def each(graph: Graph) -> list[Plan]:
+        fused = replace(scattered(graph, 48, sharding=FUSED), least_rows=12)
+        return [fused, replace(scattered(graph, 48), least_rows=9), Plan.sequential(graph, 48)]
 
-    made = use_plans(monkeypatch, folder("llama"), graph_of(**BASE), 2, both, CudaExecutor, graphs=False)
+    made = use_plans(monkeypatch, folder("llama"), graph_of(**BASE), 2, each, CudaExecutor, graphs=False)
     assert_same(generate(folder("llama"), MIX), expected)
     bound = made[0].ranks[0].bound
-    assert bound.heads == (0, 1) and not bound.buffers["x"][-1].any()
-    assert bound.programs[0].graph is not bound.programs[1].graph
+    assert bound.heads == (0, 1, 2) and not bound.buffers["x"][-1].any()
+    assert len({id(program.graph) for program in bound.programs}) == 3
 
 
 def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,18 +145,20 @@ def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkey
     rank = shard_graph(graph_of(**BASE), 0, 2)
     several_lanes = []
 
-    @settings(max_examples=12, derandomize=True)
-    @given(plan=plans(with_sharding(rank, REDUCE_SCATTER)), kernel=st.sampled_from(["reference", "nccl", "nccl_4"]))
-    def check(plan: Plan, kernel: str) -> None:
-        kernels = FrozenMapping({ROWS[0]: kernel, ROWS[1]: kernel})
-        plan = replace(rows_of(plan, 11), sharding=REDUCE_SCATTER, kernels=kernels)
+    @settings(max_examples=6, derandomize=True)
+    @given(data=st.data(), kernel=st.sampled_from(["reference", "nccl", "nccl_4"]))
+    def check(sharding: str, data: st.DataObject, kernel: str) -> None:
+        plan = data.draw(plans(with_sharding(rank, sharding)))
+        kernels = FrozenMapping(dict.fromkeys(COLLECTIVES[sharding][:2], kernel))
+        plan = replace(rows_of(plan, 11), sharding=sharding, kernels=kernels)
         program = compile_program(plan, rank)
         assert not check_program(program, full_batch(len(plan.nano_batches)), page_size=2)
         several_lanes.append(len({program.steps[i].lane for i in program.collectives}) > 1)
         use_plans(monkeypatch, folder("llama"), graph_of(**BASE), 2, lambda _: [plan], seed=len(several_lanes))
         assert_same(generate(folder("llama"), FEW), expected)
 
-    check()
+    for sharding in COLLECTIVES:
+        check(sharding)
     assert sum(several_lanes) >= 3
 
 
@@ -182,8 +189,10 @@ def test_all_ranks_have_the_same_bits(folder: Callable[[str], Path], size: int, 
         ranks.close()
         return found
 
-    for logits, expected in zip(run(REDUCE_SCATTER), run("all_reduce"), strict=True):
-        assert all(torch.equal(each, expected[0]) for each in logits)
+    whole_rows = run("all_reduce")
+    for sharding in COLLECTIVES:
+        for logits, expected in zip(run(sharding), whole_rows, strict=True):
+            assert all(torch.equal(each, expected[0]) for each in logits), sharding
 
 
 def test_shares_of_rows_are_a_partition() -> None:
@@ -222,6 +231,17 @@ def test_a_graph_of_shares_has_the_weights_and_half_of_the_rest() -> None:
         one = Work(decode_rows=1)
         assert other.operation("add").cost(one, 2) == graph.operation("add").cost(one, 2)
         assert graph_shape(graph) != graph_shape(other)
+        fused = with_sharding(graph, FUSED)
+        assert [op.name for op in fused.layer] == [
+            "input_layernorm_gather", "qkv", "rope_append", "decode_attention", "prefill_attention", "o", "o_add_norm",
+            "gate_up", "down", "down_add",
+        ]  # fmt: skip
+        assert [op.weights for op in graph.layer if op.weights] == [op.weights for op in fused.layer if op.weights]
+        assert fused.cost(work, 2).wire_bytes == other.cost(work, 2).wire_bytes
+        assert fused.cost(work, 2).flops == other.cost(work, 2).flops
+        # Neither written nor read: two sums of a rank's rows, and twice the normed rows that go to each other rank.
+        rows = 200 // size * 64 * 2
+        assert other.cost(work, 2).bytes - fused.cost(work, 2).bytes == 2 * graph.layers * rows * size
 
 
 def test_a_layer_that_needs_all_rows_of_the_residual_has_all_reduces() -> None:
@@ -233,7 +253,7 @@ def test_a_layer_that_needs_all_rows_of_the_residual_has_all_reduces() -> None:
     assert shardings_of(graph) == ("all_reduce",) and shardings_of(whole) == ("all_reduce",)
     with pytest.raises(PlanError, match="sharding: gate_up needs all rows of the residual, or of a sum over ranks"):
         Plan(8, (), (), sharding=REDUCE_SCATTER).graph(graph)
-    assert shardings_of(shard_graph(graph_of(), 0, 2)) == ("all_reduce", REDUCE_SCATTER)
+    assert shardings_of(shard_graph(graph_of(), 0, 2)) == ("all_reduce", REDUCE_SCATTER, FUSED)
     assert shardings_of(shard_graph(graph_of(), 0, 2, "all_gather")) == ("all_gather",)
 
 
@@ -260,6 +280,21 @@ def test_plans_say_their_sharding() -> None:
         validate(named, graph)
     with pytest.raises(PlanError, match=r"period.*main\[1\]: input_layernorm_all_gather: unknown operation .* with"):
         validate(replace(plan, sharding="all_reduce"), graph)
+    with pytest.raises(
+        PlanError, match=r"unknown operation 'input_layernorm'; did you mean 'input_layernorm_gather'\?"
+    ):
+        validate(replace(plan, sharding=FUSED), graph)
+    fused = scattered(graph, 32, sharding=FUSED)
+    with pytest.raises(PlanError, match=r"input_layernorm_gather: .* with `sharding: fused_reduce_scatter`, .* reduce"):
+        validate(replace(fused, sharding=REDUCE_SCATTER), graph)
+    for name, sharding in (
+        ("o_add_norm", FUSED),
+        ("add_norm_all_gather", REDUCE_SCATTER),
+        ("attention_all_gather", "all_gather"),
+    ):
+        own = sequential if sharding == FUSED else fused
+        with pytest.raises(PlanError, match=f"unknown operation '{name}'; it is there with `sharding: {sharding}`"):
+            validate(replace(own, kernels=FrozenMapping({name: "nccl"})), graph)
     with pytest.raises(PlanError, match=r"kernels\.o_reduce_scatter: unknown kernel 'two_shot'; known: reference"):
         validate(replace(plan, kernels=FrozenMapping({"o_reduce_scatter": "two_shot"})), graph)
 

@@ -12,7 +12,7 @@ from torch.distributed import FileStore
 from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops import rows_triton
 from nanoflow.ops.peer_memory import FLAGS, PeerMemory, data_begin
-from nanoflow.ops.peer_rows import ROW_FORMS, gather_rows, scatter_room, scatter_sums
+from nanoflow.ops.peer_rows import gather_rows, programs_of, scatter_room, scatter_sums
 from nanoflow.ops.row_shares import row_share
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.executor import KVLayout
@@ -25,6 +25,8 @@ from tests.unit.ops_harness import Pages, Piece, dense_batch
 from tests.unit.rank_models import graph_of, save
 
 COLUMNS, ROWS = 40, 21
+FORMS = ("copy_engine", "push")
+"""Others are `push` on more thread blocks."""
 DTYPES = (torch.float32, torch.float16)
 
 
@@ -41,7 +43,7 @@ def drawn_steps(ranks: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("form", ROW_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_sums_of_own_rows_in_rank_order_whoever_is_late(form: str, ranks: int) -> None:
     memory = blocks(ranks, scatter_room(form, ROWS, COLUMNS, ranks, 4))
     steps = drawn_steps(ranks)
@@ -65,7 +67,7 @@ def test_sums_of_own_rows_in_rank_order_whoever_is_late(form: str, ranks: int) -
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("form", ROW_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_rows_come_to_their_places_whoever_is_late(form: str, ranks: int) -> None:
     """What a rank reads of the old rows before it comes to the next all-gather is not written over."""
     memory, flags = blocks(ranks, 2 * ROWS * COLUMNS * 4), blocks(ranks, 0)
@@ -92,7 +94,7 @@ def test_rows_come_to_their_places_whoever_is_late(form: str, ranks: int) -> Non
     on_ranks(ranks, rank_main)
 
 
-@pytest.mark.parametrize("form", ROW_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_numbers_wrap_around(form: str) -> None:
     memory, flags, values = (blocks(2, scatter_room(form, ROWS, COLUMNS, 2, 4)) for _ in range(3))
     for block in (*memory, *flags):
@@ -114,6 +116,11 @@ def test_numbers_wrap_around(form: str) -> None:
             assert torch.equal(x.view(-1), expected(each)), (form, rank, step)
 
     on_ranks(2, rank_main)
+
+
+def test_more_thread_blocks_where_the_lane_is_not_confined() -> None:
+    assert [programs_of(form, None) for form in ("push", "push_32", "push_64", "push_128")] == [16, 32, 64, 128]
+    assert [programs_of(form, 8) for form in ("push", "push_64")] == [8, 8] and programs_of("push", 132) == 128
 
 
 def test_too_little_memory_is_refused() -> None:
@@ -149,7 +156,7 @@ def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     save(tmp_path / "model")
     plans = [("copy_engine", "push"), ("push", "copy_engine")]
-    names = [f"{lane}-{form}-{kind}" for lane in ("one", "two") for form in ROW_FORMS for kind in ("scatter", "gather")]
+    names = [f"{lane}-{form}-{kind}" for lane in ("one", "two") for form in FORMS for kind in ("scatter", "gather")]
     names += ["buffer-input_layernorm", "buffer-post_attention_layernorm"]
     memory = [{name: blocks(2, 2**17) for name in names} for _ in plans]
 

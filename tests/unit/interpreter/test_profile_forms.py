@@ -22,7 +22,7 @@ ROWS = 8
 @pytest.mark.parametrize(
     ("layout", "names"),
     [
-        (ALL_REDUCE, ("o_all_reduce", "o_reduce_scatter", "add_norm_all_gather")),
+        (ALL_REDUCE, ("o_all_reduce", "o_reduce_scatter", "add_norm_all_gather", "o_add_norm", "down_add")),
         (ALL_GATHER, ("attention_all_gather", "o_all_gather")),
     ],
 )

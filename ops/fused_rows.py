@@ -1,0 +1,119 @@
+"""Collectives over rows in one operation with what each rank does on its own rows between them.
+
+`nanoflow.ops.row_sharding` makes them of a reduce-scatter, the residual sum and norm of the rank's rows, and an
+all-gather, where these follow one another: all of them, the first two (behind the last product of a layer) or the last
+two (before the first one). The values between them are in no buffer, so all that one rank waits for is the others'
+bytes on the wire, once on the way there and once on the way back.
+
+The bits are those of the operations one after the other: the sum over ranks is rounded before it is added to the
+residual. ``push`` and the like are one kernel (`nanoflow.ops.fused_rows_triton`), ``nccl`` runs the three in turn.
+
+Shape legend: N ranks, T rows of a nano-batch, C rows of a share, E columns.
+"""
+
+import torch
+
+from nanoflow.ops.collectives import LayerCollective
+from nanoflow.ops.elementwise import Add
+from nanoflow.ops.norm import AddNorm, Norm
+from nanoflow.ops.operation import SCRATCH, Access, Cost, NanoContext, Weight, Work
+from nanoflow.ops.own_rows import OwnRows
+from nanoflow.ops.peer_all_reduce import whole_grains
+from nanoflow.ops.peer_rows import PUSH, programs_of, scatter_room
+from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
+from nanoflow.ops.row_shares import share_rows
+
+__all__ = ["FusedRows"]
+
+
+class FusedRows(LayerCollective):
+    """`scatter` if there is one, then `own`, then `gather` if there is one; at least one of the two.
+
+    `own` is on the rank's rows and adds what `scatter` summed up (Add, AddNorm) or is a Norm; `gather` is of what it
+    normed. Its weights are those of `own`, by that name (`weights_of`).
+    """
+
+    peer_suffix = "-fused"
+    peer_forms = tuple(PUSH)
+
+    def __init__(self, name: str, scatter: ReduceScatter | None, own: OwnRows, gather: RowsAllGather | None) -> None:
+        super().__init__(name, own.ranks)
+        self.scatter = scatter
+        self.own = own
+        self.gather = gather
+        op = own.op
+        if not isinstance(op, Add | AddNorm if scatter else Norm) or isinstance(op, Add) is not (gather is None):
+            raise TypeError(f"{name} cannot be made of {scatter}, {own} and {gather}")
+        self.residual = op.source if isinstance(op, Norm) else op.residual
+        self.eps = 0.0 if isinstance(op, Add) else op.eps if isinstance(op, Norm) else op.norm.eps
+        self.parts = tuple(part for part in (scatter, own, gather) if part is not None)
+
+    @property
+    def weights_of(self) -> str:
+        return self.own.name
+
+    @property
+    def accesses(self) -> tuple[Access, ...]:
+        """Of all parts; scratch memory as `AllReduce` has it."""
+        found = [access for part in self.parts for access in part.accesses if access.buffer != SCRATCH]
+        return (*dict.fromkeys(found), Access(SCRATCH, write=True))
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return self.own.weights
+
+    def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return self.own.pack(name, weight)
+
+    def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
+        if kernel not in PUSH:
+            return None
+        return scatter_room(kernel, rows, self.scatter.columns, self.ranks, itemsize) if self.scatter else 0
+
+    def peer_buffer(self, kernel: str) -> str | None:
+        return self.gather.buffer if self.gather and kernel in PUSH else None
+
+    def cost(self, work: Work, itemsize: int) -> Cost:
+        """What its parts take, but for values that stay in registers: a sum of partial sums, and normed rows that are
+        sent."""
+        total = Cost()
+        for part in self.parts:
+            total = total + part.cost(work, itemsize)
+        sent = 0.0 if self.gather is None else self.gather.sent(work, itemsize)
+        summed = 0.0
+        if self.scatter is not None:
+            summed = float(share_rows(work.rows, self.ranks) * self.scatter.columns * itemsize)
+        return Cost(total.flops, total.bytes - sent - summed, total.wire_bytes)
+
+    def reference(self, context: NanoContext) -> None:
+        for part in self.parts:
+            part.reference(context)
+
+    def nccl(self, context: NanoContext) -> None:
+        """With the library's collectives, and what the device prefers between them."""
+        residual = context.rows(self.residual)
+        kernel = self.own.preferred_kernel(residual.device, residual.dtype, context.sms)
+        for part in self.parts:
+            part.kernels[kernel if part is self.own else "nccl"](context)
+
+    def among_peers(self, form: str, context: NanoContext) -> None:
+        """See `nanoflow.ops.fused_rows_triton`."""
+        from nanoflow.ops.fused_rows_triton import fused_rows
+
+        peers, buffers = self.peers(context), context.buffers
+        for rows in context.part.nano_batch_rows:
+            residual_TE = buffers[self.residual][rows]
+            share = share_rows(len(residual_TE), self.ranks)
+            norm = None
+            if self.gather is not None:
+                out_TE, places = buffers[self.gather.buffer][rows], self.places(context, form)
+                norm = (context.weights["weight"], self.eps, out_TE, rows.start, places)
+            fused_rows(
+                residual_TE,
+                peers,
+                share,
+                whole_grains(share * residual_TE.shape[1]),
+                programs_of(form, context.sms),
+                branch_TE=buffers[self.scatter.buffer][rows] if self.scatter else None,
+                norm=norm,
+            )

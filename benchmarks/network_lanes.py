@@ -14,9 +14,10 @@ Families:
 - turns: products of a and b in turn, so that the collectives of one run beside products of the other.
 - apart: b is half a layer behind a; decode attention has a lane too, beside products of the other. With decode rows.
 
-`ar` and `rs` are the sharding: all-reduces, or reduce-scatter and all-gather with norms on each rank's rows, which then
-run in the network lane. Then come the collectives' form and the SMs of the lanes (compute/memory/network; `shared`:
-plain streams). `light` has what reads the sums in the network lane. Products run with cuBLAS.
+`ar`, `rs` and `fused` are the sharding: all-reduces; reduce-scatter and all-gather with norms on each rank's rows,
+which then run in the network lane; the same in one operation. Then come the collectives' form and the SMs of the lanes
+(compute/memory/network; `shared`: plain streams). `light` has what reads the sums in the network lane. Products run
+with cuBLAS.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from nanoflow.config_schema import EngineSection
 from nanoflow.loading import run_fingerprint
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
-from nanoflow.ops.row_sharding import ALL_REDUCE, REDUCE_SCATTER, with_sharding
+from nanoflow.ops.row_sharding import ALL_REDUCE, FUSED, REDUCE_SCATTER, with_sharding
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.plans.ablation import ablation_plans
@@ -58,9 +59,10 @@ SMS = 132
 """Of the devices that partitions are for."""
 SEQUENTIAL = {
     ALL_REDUCE: ("nccl", "two_shot", "one_shot", "copy_engine"),
-    REDUCE_SCATTER: ("nccl", "push", "copy_engine"),
+    REDUCE_SCATTER: ("nccl", "push", "push_64", "copy_engine"),
+    FUSED: ("push", "push_32", "push_64", "push_128"),
 }
-SHORT = {ALL_REDUCE: "ar", REDUCE_SCATTER: "rs"}
+SHORT = {ALL_REDUCE: "ar", REDUCE_SCATTER: "rs", FUSED: "fused"}
 ON_CPU = ("nccl", "reference")
 TURNS: dict[str, dict[str, list[tuple[str, SplitSms]]]] = {
     ALL_REDUCE: {
@@ -74,6 +76,7 @@ TURNS: dict[str, dict[str, list[tuple[str, SplitSms]]]] = {
         "push": [("light", None), ("light", (124, 8)), ("light", (116, 16))],
         "nccl_8": [("light", None)],
     },
+    FUSED: {"push": [("light", None), ("light", (124, 8))], "push_32": [("light", None)]},
 }
 APART: dict[str, dict[str, list[tuple[str, SplitSms]]]] = {
     ALL_REDUCE: {"copy_engine": [("light", None), ("light", (92, 32, 8)), ("light", (100, 24, 8))]},
@@ -101,6 +104,7 @@ SUMS = {
         "o": ("o_reduce_scatter", "add_norm", "add_norm_all_gather"),
         "down": ("down_reduce_scatter", "add", "input_layernorm@1", "input_layernorm_all_gather@1"),
     },
+    FUSED: {"o": ("o_add_norm",), "down": ("down_add", "input_layernorm_gather@1")},
 }
 """What stands between a product that leaves partial sums and the next product."""
 PRODUCTS = ("qkv", "o", "gate_up", "down")
@@ -136,7 +140,8 @@ def lanes_plan(family: str, sharding: str, form: str, light: bool, rows: int, sm
     """One of the families' plans, for batches of `rows` rows; `sms` of the lanes, None: on plain streams."""
     half = {"decode": 0.5, "prefill": 0.5}
     lanes = lanes_of(family, sharding, light)
-    forms = {each.partition("@")[0]: form for each in chains(sharding) if is_collective(each)}
+    own = ("add", "add_norm", "input_layernorm")
+    forms = {name: form for each in chains(sharding) if (name := each.partition("@")[0]) not in own}
     made: dict[str, Any] = {
         "capacity": rows,
         "nano_batches": {"a": {**half, "rows": rows - rows // 2}, "b": {**half, "rows": rows // 2}},
@@ -152,10 +157,6 @@ def lanes_plan(family: str, sharding: str, form: str, light: bool, rows: int, sm
 
 def chains(sharding: str) -> list[str]:
     return [each for chain in SUMS[sharding].values() for each in chain]
-
-
-def is_collective(name: str) -> bool:
-    return name.partition("@")[0].endswith(("_reduce", "_scatter", "_gather"))
 
 
 def candidates(rows: int, decode: bool, on_gpu: bool) -> dict[str, Plan]:

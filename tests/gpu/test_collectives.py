@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from nanoflow.ops.collectives import CTAS, AllGather, AllReduce
+from nanoflow.ops.collectives import CTAS, AllGather, AllReduce, LayerAllGather
 from nanoflow.ops.communicator import Communicator, TorchCommunicator
 from nanoflow.ops.operation import NanoContext, Operation
 from nanoflow.ops.peer_all_reduce import PEER_FORMS
+from nanoflow.ops.peer_columns import COLUMN_FORMS
 from nanoflow.ops.peer_memory import PeerMemory
 from nanoflow.ops.peer_rows import ROW_FORMS
 from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
@@ -41,18 +42,23 @@ def run(
     peers: PeerMemory | None = None,
     sms: int | None = None,
     places: PeerMemory | None = None,
+    first: int = 0,
 ) -> None:
-    part: Any = SimpleNamespace(rows=slice(0, rows), nano_batch_rows=(slice(0, rows),))
+    """`op` on so many rows from `first` on."""
+    own = slice(first, first + rows)
+    part: Any = SimpleNamespace(rows=own, nano_batch_rows=(own,))
     nothing: Any = None
     ranks: Any = {"communicator": communicator, "peers": peers, "places": places}
     context = NanoContext(nothing, part, 0, buffers, {}, nothing, sms, **ranks)
     op.kernels[kernel](context)
 
 
-def inputs(seed: int, ranks: int, device: torch.device, dtype: torch.dtype, rows: int = ROWS) -> list[torch.Tensor]:
+def inputs(
+    seed: int, ranks: int, device: torch.device, dtype: torch.dtype, rows: int = ROWS, columns: int = COLUMNS
+) -> list[torch.Tensor]:
     """What every rank has, made on each of them."""
     generator = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(rows, COLUMNS, generator=generator, device=device).to(dtype) for _ in range(ranks)]
+    return [torch.randn(rows, columns, generator=generator, device=device).to(dtype) for _ in range(ranks)]
 
 
 def in_rank_order(each: list[torch.Tensor]) -> torch.Tensor:
@@ -256,6 +262,68 @@ def check_rows(rank: int, communicator: Communicator, device: torch.device, kern
         del cases, graph
 
 
+def check_columns(rank: int, communicator: Communicator, device: torch.device, kernel: str) -> None:
+    """A thousand replays of all-gathers of columns, as `check_rows` has those of rows; also in the middle of a buffer,
+    and of columns that end in the middle of 16 bytes."""
+    ranks = communicator.size
+    used = communicator.twin(f"columns {kernel}", CTAS[kernel]) if kernel in CTAS else communicator
+    sizes = ((ROWS, 0, COLUMNS), (ROWS * 33 + 1, 3, COLUMNS), (1, 5, COLUMNS), (77, 1, 37))
+    room = max((first + rows) * columns for rows, first, columns in sizes) * ranks * 4
+    ops = {columns: LayerAllGather("all", "source", "gathered", "target", columns, ranks) for *_, columns in sizes}
+    peers = places = None
+    reached = ops[COLUMNS].peer_buffer(kernel)
+    if reached is not None:
+        peers = communicator.peer_memory(f"columns {kernel}", ops[COLUMNS].peer_room(kernel, ROWS, 4))
+        places = communicator.peer_memory(f"places of columns {kernel}", room)
+    stream = torch.cuda.Stream(device)
+    together, apart = random.Random(7), random.Random(rank)
+    with torch.cuda.stream(stream):
+        cases = []
+        for rows, first, columns in sizes:
+            for dtype, sms in ((torch.bfloat16, None), (torch.float32, 8)):
+                source = torch.zeros(rows, columns, dtype=dtype, device=device)
+                whole = first + rows
+                buffers = {
+                    name: torch.zeros(whole, count * columns, dtype=dtype, device=device)
+                    for name, count in (("source", 1), ("gathered", ranks), ("target", ranks))
+                }
+                if places is not None and reached is not None:
+                    data = places.data(rank, 0, buffers[reached].numel(), dtype)
+                    buffers[reached] = data.view(buffers[reached].shape)
+                outputs = [torch.zeros(rows, ranks * columns, dtype=dtype, device=device) for _ in range(3)]
+
+                def step(
+                    op: LayerAllGather = ops[columns],
+                    source: torch.Tensor = source,
+                    buffers: dict[str, torch.Tensor] = buffers,
+                    outputs: list[torch.Tensor] = outputs,
+                    first: int = first,
+                    sms: int | None = sms,
+                ) -> None:
+                    for number, out in enumerate(outputs):
+                        torch.mul(source, number + 1, out=buffers["source"][first:])
+                        run(op, kernel, buffers, len(source), used, peers, sms, places, first)
+                        out.copy_(buffers["target"][first:])
+
+                step()  # kernels are compiled and loaded before the capture
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(capture_error_mode="thread_local")
+                step()
+                graph.capture_end()
+                cases.append((source, outputs, step, graph))
+        for number in range(REPLAYS):
+            source, outputs, step, graph = cases[together.randrange(len(cases))]
+            each = inputs(number, ranks, device, source.dtype, *source.shape)
+            source.copy_(each[rank])
+            torch.cuda._sleep(apart.randrange(200_000))
+            graph.replay() if together.random() < 0.9 else step()
+            for times, out in enumerate(outputs, 1):
+                assert torch.equal(out, torch.cat(each, 1) * times), (kernel, number, times)
+        stream.synchronize()
+        del cases, graph
+
+
 def check_two_at_once(rank: int, communicator: Communicator, device: torch.device) -> None:
     """Communicators of two lanes, on two streams, launched in one order, delayed on either."""
     twins = [communicator.twin("one"), communicator.twin("two", 4)]
@@ -310,6 +378,8 @@ def rank_main(rank: int, port: int, ranks: int) -> None:
     for kernel in ("reference", "nccl", "nccl_8", *ROW_FORMS):
         for gather in (False, True):
             check_rows(rank, communicator, device, kernel, gather=gather)
+    for kernel in ("reference", "nccl", "nccl_8", *COLUMN_FORMS):
+        check_columns(rank, communicator, device, kernel)
     check_all_gather(rank, communicator, device)
     check_two_at_once(rank, communicator, device)
     token = torch.tensor([rank + 5], device=device)

@@ -58,6 +58,28 @@ ROW_KERNELS = (
     " input_layernorm_all_gather: push}",
     "{o_reduce_scatter: copy_engine, add_norm_all_gather: push}",
 )
+COLUMNS = """
+sharding: all_gather
+capacity: 64
+nano_batches: {a: {decode: 1/2, prefill: 1/2, rows: 32}, b: {decode: 1/2, prefill: 1/2, rows: 32}}
+kernels: KERNELS
+period:
+- whole:
+    compute: [qkv.a, decode_attention.a, prefill_attention.a, qkv.b, decode_attention.b, prefill_attention.b, o.a, o.b,
+      add_norm.a, gate_up.a, down.a, add_norm.b, gate_up.b, down.b]
+    network: [attention_all_gather.a, attention_all_gather.b, o_all_gather.a, o_all_gather.b, down_all_reduce.a,
+      down_all_reduce.b]
+"""
+"""The same of an `o` that is split by output columns."""
+COLUMN_KERNELS = (
+    "{attention_all_gather: nccl_4}",
+    "{attention_all_gather: push, o_all_gather: copy_engine, down_all_reduce: two_shot}",
+    "{attention_all_gather: copy_engine, o_all_gather: push, down_all_reduce: copy_engine}",
+)
+WHOLE_COLUMNS = COLUMNS.replace("attention_all_gather.a, attention_all_gather.b", "attention_all_gather").replace(
+    "o_all_gather.a, o_all_gather.b", "o_all_gather"
+)
+"""With all-gathers of both nano-batches at once."""
 IN_SEQUENCE = """
 sharding: reduce_scatter
 capacity: 64
@@ -108,7 +130,10 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path: Path, kv_heads: int) -> None:
         IN_SEQUENCE.replace("reduce_scatter", "all_gather"),
         *(ROWS.replace("KERNELS", kernels) for kernels in ROW_KERNELS),
     ]
-    plans.append(plans[-1].replace("capacity", "least_rows: 40\ncapacity"))  # beside the sequential plan's all-reduces
+    plans += [COLUMNS.replace("KERNELS", kernels) for kernels in COLUMN_KERNELS]
+    plans.append(WHOLE_COLUMNS.replace("KERNELS", COLUMN_KERNELS[1]))
+    rows = ROWS.replace("KERNELS", ROW_KERNELS[-1])
+    plans.append(rows.replace("capacity", "least_rows: 40\ncapacity"))  # beside the sequential plan's all-reduces
     for number, text in enumerate(plans):
         (tmp_path / "network.plan.yaml").write_text(text)
         plan = {"pipeline": {"plan": str(tmp_path / "network.plan.yaml")}}

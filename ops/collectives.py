@@ -28,6 +28,7 @@ from nanoflow.ops.operation import SCRATCH, Access, Cost, Kernel, NanoContext, O
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_all_reduce, peer_room
 from nanoflow.ops.peer_columns import COLUMN_FORMS, gather_columns
 from nanoflow.ops.peer_memory import PeerMemory, data_begin
+from nanoflow.ops.peer_rows import PUSH
 
 __all__ = [
     "CTAS",
@@ -246,7 +247,7 @@ class LayerAllGather(LayerCollective, AllGather):
 
     def cost_with(self, kernel: str, work: Work, itemsize: int) -> Cost:
         """Pushed, a share is read once, and written to its place on every rank."""
-        if kernel != "push":
+        if kernel not in PUSH:
             return self.cost(work, itemsize)
         share = float(work.rows * self.share * itemsize)
         return Cost(bytes=(self.ranks + 1) * share, wire_bytes=(self.ranks - 1) * share)

@@ -1,8 +1,8 @@
 """All-gather of columns, by ranks that reach each other's memory, in the forms of `nanoflow.ops.peer_rows`.
 
-- ``push``: an own kernel, in which every rank writes its share to its columns in the other ranks' targets. Those are in
-  memory that all ranks reach, so no one copies twice. A rank begins to write when all have come to the all-gather: what
-  they had to read of the old rows they have read then, since it writes those rows by its accesses.
+- ``push`` and the like: an own kernel, in which every rank writes its share to its columns in the other ranks' targets.
+  Those are in memory that all ranks reach, so no one copies twice. A rank begins to write when all have come to the
+  all-gather: what they had to read of the old rows they have read then, since it writes those rows by its accesses.
 - ``copy_engine``: the bytes are moved by contiguous copies between devices, which the copy engines do without an SM.
   So shares arrive one rank's behind the other, and it is there that all ranks reach. A kernel on the own GPU then puts
   them side by side. The copies stand between two meetings: before the first, all have read what arrived there last.
@@ -15,12 +15,12 @@ Shape legend: N ranks, T rows, C columns of a rank's share.
 
 import torch
 
-from nanoflow.ops.peer_all_reduce import UNCONFINED
-from nanoflow.ops.peer_memory import PROGRAMS, PeerMemory
+from nanoflow.ops.peer_memory import PeerMemory
+from nanoflow.ops.peer_rows import PUSH, ROW_FORMS, programs_of
 
 __all__ = ["COLUMN_FORMS", "gather_columns"]
 
-COLUMN_FORMS = ("copy_engine", "push")
+COLUMN_FORMS = ROW_FORMS
 
 
 def gather_columns(
@@ -41,7 +41,7 @@ def gather_columns(
     Args:
         gathered: [T, N * C], where shares arrive with ``copy_engine``, which then is of a buffer that is this rank's
             data of `places`.
-        target: [T, N * C], of such a buffer with ``push``.
+        target: [T, N * C], of such a buffer with the other forms.
         first: of the rows, in their buffers, the same on all ranks.
     """
     from nanoflow.ops import columns_triton
@@ -49,9 +49,8 @@ def gather_columns(
 
     if not source_TC.numel():
         return
-    if form == "push":
-        programs = min(UNCONFINED if sms is None else sms, PROGRAMS)
-        columns_triton.all_gather(source_TC, first, peers, places, programs)
+    if form in PUSH:
+        columns_triton.all_gather(source_TC, first, peers, places, programs_of(form, sms))
         return
     rank, ranks, mine = peers.rank, peers.size, source_TC.view(-1)
     at = (first * ranks * source_TC.shape[1] + rank * mine.numel()) * mine.element_size()

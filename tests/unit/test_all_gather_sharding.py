@@ -35,6 +35,8 @@ from tests.unit.test_engine import assert_same
 from tests.unit.test_sharding import weights_of
 from tests.unit.test_tensor_parallel import BASE, FEW, MIX, MODELS, generate, rows_of
 
+FORMS_ON = (("copy_engine", None, 0), ("copy_engine", 8, 0), ("push", None, 16), ("push_64", None, 64), ("push", 8, 8))
+"""Forms on the SMs of a lane, or on a plain stream, and the SMs that they take."""
 COLLECTIVES = ("attention_all_gather", "o_all_gather", "down_all_reduce")
 
 
@@ -147,7 +149,7 @@ def test_forms_take_time_and_sms_by_ceilings() -> None:
     rates = CeilingRates(Ceilings(700e12, 3e12, 150e9), 132, 2)
     work = Work(prefill_rows=1 << 16)
     sent = op.cost(work, 2).wire_bytes
-    for form, sms, taken in (("copy_engine", None, 0), ("copy_engine", 8, 0), ("push", None, 16), ("push", 8, 8)):
+    for form, sms, taken in FORMS_ON:
         assert Running(op, work, sms, form).taken == taken
         assert rates.seconds(op, work, sms, form) == pytest.approx(sent / (150e9 * wire_share(taken)))
 

@@ -1,5 +1,5 @@
 """Collectives between the GPUs of one host: forms of the all-reduce by bytes, alone and beside products; and forms of
-its two halves, the reduce-scatter and the all-gather of rows, alone.
+what sends half of its bytes, alone: the reduce-scatter and the all-gather of rows, and the all-gather of columns.
 
     python -m benchmarks.collectives                   # benchmarks/results/collectives.json; on all GPUs of the machine
     python -m benchmarks.collectives --ranks 2 --mib 16
@@ -9,7 +9,8 @@ its two halves, the reduce-scatter and the all-gather of rows, alone.
 turn. `GB/s` is what a rank sends in a form that sends 2 (N - 1) / N of the buffer, for all forms alike, so that they
 compare.
 
-`halves`: the same of reduce-scatters and all-gathers of rows; there `GB/s` is (N - 1) / N of the buffer.
+`halves`: the same of reduce-scatters and all-gathers of rows, and of all-gathers of columns; there `GB/s` is
+(N - 1) / N of the buffer.
 
 `beside`: the four products of a layer of Llama-3-70B, split over the ranks, of one nano-batch, beside the two
 all-reduces of another's layer, as plans with a network lane have them. Ways: in sequence; on two plain streams; and,
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.__main__ import machine
-from nanoflow.ops.collectives import CTAS, AllReduce
+from nanoflow.ops.collectives import CTAS, AllReduce, Collective, LayerAllGather
 from nanoflow.ops.communicator import Communicator, TorchCommunicator
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.gemm import matmul
@@ -96,23 +97,29 @@ class Forms:
 
 
 class Halves:
-    """All forms of reduce-scatter and all-gather that run here, on `rows` rows at the most, by names such as ``scatter
-    push``."""
+    """All forms of reduce-scatter and all-gather, of rows or of columns, that run here, on `rows` rows at the most, by
+    names such as ``scatter push``."""
 
     def __init__(self, communicator: Communicator, device: torch.device, columns: int, rows: int) -> None:
-        self.device, self.columns, self.rank = device, columns, communicator.rank
-        ops = {"scatter": ReduceScatter, "gather": RowsAllGather}
-        self.ops = {kind: op(kind, "x", columns, communicator.size) for kind, op in ops.items()}
+        self.device, self.rank = device, communicator.rank
+        ranks, share = communicator.size, columns // communicator.size
+        self.ops: dict[str, Collective] = {
+            "scatter": ReduceScatter("scatter", "x", columns, ranks),
+            "gather": RowsAllGather("gather", "x", columns, ranks),
+            "columns": LayerAllGather("columns", "source", "gathered", "target", share, ranks),
+        }
         self.op = self.ops["scatter"]
+        self._source = torch.randn(rows, share, device=device, dtype=torch.bfloat16)
+        self._gathered = self._source.new_zeros(rows, ranks * share)
         self.missing: dict[str, str] = {}
         self._communicators: dict[str, Communicator] = {}
         self._peers: dict[str, PeerMemory] = {}
         self._places: PeerMemory | None = None
         for form in NCCL if device.type == "cuda" else ("nccl", "reference"):
             twin = communicator.twin(f"halves {form}", CTAS.get(form))
-            self._communicators |= {f"{kind} {form}": twin for kind in ops}
+            self._communicators |= {f"{kind} {form}": twin for kind in self.ops}
         itemsize = torch.bfloat16.itemsize
-        for name, (kind, form) in {f"{kind} {form}": (kind, form) for form in ROW_FORMS for kind in ops}.items():
+        for name, (kind, form) in {f"{kind} {form}": (kind, form) for form in ROW_FORMS for kind in self.ops}.items():
             try:
                 self._peers[name] = communicator.peer_memory(name, self.ops[kind].peer_room(form, rows, itemsize) or 0)
                 self._places = self._places or communicator.peer_memory("places", rows * columns * itemsize)
@@ -121,16 +128,21 @@ class Halves:
         self.names = (*self._communicators, *self._peers)
 
     def run(self, name: str, buffer: torch.Tensor) -> None:
-        """The collective on [rows, columns]: on `buffer`, or as many rows in memory that all ranks reach."""
+        """The collective on [rows, columns]: on `buffer`, or as many rows in memory that all ranks reach; of columns,
+        on as many as divide by the ranks."""
         kind, form = name.split()
         rows, op = slice(0, len(buffer)), self.ops[kind]
-        places = self._places if op.peer_buffer(form) else None
-        if places is not None:
-            buffer = places.data(self.rank, 0, buffer.numel(), buffer.dtype).view(buffer.shape)
+        gathered = self._gathered[rows]
+        target = buffer.view(-1)[: gathered.numel()].view(gathered.shape)
+        buffers = {"x": buffer, "source": self._source[rows], "gathered": gathered, "target": target}
+        places, reached = None, op.peer_buffer(form)
+        if reached is not None:
+            places, own = self._places, buffers[reached]
+            buffers[reached] = places.data(self.rank, 0, own.numel(), own.dtype).view(own.shape)
         part: Any = SimpleNamespace(rows=rows, nano_batch_rows=(rows,))
         nothing: Any = None
         ranks: Any = {"communicator": self._communicators.get(name), "peers": self._peers.get(name), "places": places}
-        op.kernels[form](NanoContext(nothing, part, 0, {"x": buffer}, {}, nothing, **ranks))
+        op.kernels[form](NanoContext(nothing, part, 0, buffers, {}, nothing, **ranks))
 
 
 class Products:

@@ -19,9 +19,11 @@ def test_a_trial_without_gpus(
     assert set(record["alone"]) == {"1 MiB", "2 MiB"}
     assert set(record["alone"]["1 MiB"]) == {"nccl", "reference"}
     assert set(record["beside"]["8 rows"]) == {"products", "nccl, in sequence", "reference, in sequence"}
-    kinds = {f"{kind} {form}" for kind in ("scatter", "gather") for form in ("nccl", "reference")}
+    kinds = {f"{kind} {form}" for kind in ("scatter", "gather", "columns") for form in ("nccl", "reference")}
     assert set(record["halves"]["2 MiB"]) == kinds
-    assert {"copy_engine", "one_shot", "two_shot", "scatter push", "gather copy_engine"} <= set(record["missing"])
+    assert {"copy_engine", "one_shot", "two_shot", "scatter push", "gather copy_engine", "columns push"} <= set(
+        record["missing"]
+    )
     assert all(row["milliseconds"] > 0 for ways in record["beside"].values() for row in ways.values())
     assert "left out: two_shot: ranks on a CPU have no memory in common" in capsys.readouterr().out
 

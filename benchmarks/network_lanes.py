@@ -60,7 +60,7 @@ SMS = 132
 SEQUENTIAL = {
     ALL_REDUCE: ("nccl", "two_shot", "one_shot", "copy_engine"),
     REDUCE_SCATTER: ("nccl", "push", "push_64", "copy_engine"),
-    FUSED: ("push", "push_32", "push_64", "push_128"),
+    FUSED: ("push", "push_32", "push_64", "push_128", "copy_engine"),
 }
 SHORT = {ALL_REDUCE: "ar", REDUCE_SCATTER: "rs", FUSED: "fused"}
 ON_CPU = ("nccl", "reference")
@@ -76,11 +76,15 @@ TURNS: dict[str, dict[str, list[tuple[str, SplitSms]]]] = {
         "push": [("light", None), ("light", (124, 8)), ("light", (116, 16))],
         "nccl_8": [("light", None)],
     },
-    FUSED: {"push": [("light", None), ("light", (124, 8))], "push_32": [("light", None)]},
+    FUSED: {
+        "copy_engine": [("light", None), ("light", (124, 8)), ("light", (116, 16))],
+        "push": [("light", None), ("light", (124, 8))],
+    },
 }
 APART: dict[str, dict[str, list[tuple[str, SplitSms]]]] = {
     ALL_REDUCE: {"copy_engine": [("light", None), ("light", (92, 32, 8)), ("light", (100, 24, 8))]},
     REDUCE_SCATTER: {"copy_engine": [("light", None), ("light", (92, 32, 8)), ("light", (92, 24, 16))]},
+    FUSED: {"copy_engine": [("light", None), ("light", (92, 32, 8))]},
 }
 FAMILIES = {
     "turns": (

@@ -206,8 +206,17 @@ def meet_kernel(blocks, counters, RANK: tl.constexpr, RANKS: tl.constexpr, LIMIT
 
 @triton.jit
 def readers_kernel(blocks, counters, RANK: tl.constexpr, RANKS: tl.constexpr, LIMIT: tl.constexpr):
-    """One program: wait until all other ranks have read what they got before they last met."""
-    _await_flags(blocks, 1, 0, tl.load(counters), RANK, RANKS, LIMIT)
+    """One program: wait until all other ranks have read what they got before this one last told them so."""
+    _await_flags(blocks, 1, 0, tl.load(counters + 2), RANK, RANKS, LIMIT)
+
+
+@triton.jit
+def _tell(blocks, counters, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """In all programs of a kernel: let the others know that this rank has read what had come when they last met."""
+    if _is_last(counters):
+        number = tl.load(counters)
+        tl.store(counters + 2, number)
+        _raise_flags(blocks, 1, 0, number, RANK, RANKS)
 
 
 @triton.jit
@@ -221,9 +230,8 @@ def add_arrived_kernel(
     mask = offsets < n
     arrived = _data(blocks, RANK, BEGIN, 0, x)
     tl.store(x + offsets, _sum(x, arrived, offsets, mask, stride, RANK, RANKS), mask=mask)
-    if TELL:  # noqa: SIM102 - a constant and a value of the device do not go together
-        if _is_last(counters):
-            _raise_flags(blocks, 1, 0, tl.load(counters), RANK, RANKS)
+    if TELL:
+        _tell(blocks, counters, RANK, RANKS)
 
 
 def one_shot(x: torch.Tensor, peers: PeerMemory, stride: int, programs: int) -> None:
@@ -258,7 +266,8 @@ def meet(peers: PeerMemory) -> None:
 
 
 def wait_for_readers(peers: PeerMemory) -> None:
-    """Wait, on the device, until the other ranks have added what they got before the ranks last met."""
+    """Wait, on the device, until the other ranks have added what they got before the last `add_arrived` with `tell`
+    (or what else tells them) on this block."""
     readers_kernel[(1,)](
         peers.addresses, _counters(peers), RANK=peers.rank, RANKS=peers.size, LIMIT=_limit(peers), num_warps=1
     )
@@ -278,8 +287,9 @@ def add_arrived(x: torch.Tensor, peers: PeerMemory, stride: int, *, tell: bool, 
 
 
 def _counters(peers: PeerMemory) -> torch.Tensor:
-    """Of kernels, and of the programs of the one that runs: int32, at the begin of the own block."""
-    return peers.blocks[peers.rank][:8].view(torch.int32)
+    """Of kernels, of the programs of the one that runs, and of the kernels when this rank last told the others that it
+    has read: int32, at the begin of the own block."""
+    return peers.blocks[peers.rank][:12].view(torch.int32)
 
 
 def _limit(peers: PeerMemory) -> int:

@@ -6,7 +6,9 @@ two (before the first one). The values between them are in no buffer, so all tha
 bytes on the wire, once on the way there and once on the way back.
 
 The bits are those of the operations one after the other: the sum over ranks is rounded before it is added to the
-residual. ``push`` and the like are one kernel (`nanoflow.ops.fused_rows_triton`), ``nccl`` runs the three in turn.
+residual. ``push`` and the like are one kernel (`nanoflow.ops.fused_rows_triton`). With ``copy_engine`` bytes are moved
+by copies between devices; of kernels there are some that wait, of one thread block, and one that sums and norms a
+rank's rows. ``nccl`` runs the three operations in turn.
 
 Shape legend: N ranks, T rows of a nano-batch, C rows of a share, E columns.
 """
@@ -15,13 +17,14 @@ import torch
 
 from nanoflow.ops.collectives import LayerCollective
 from nanoflow.ops.elementwise import Add
-from nanoflow.ops.norm import AddNorm, Norm
+from nanoflow.ops.norm import AddNorm, Norm, RowNorm
 from nanoflow.ops.operation import SCRATCH, Access, Cost, NanoContext, Weight, Work
 from nanoflow.ops.own_rows import OwnRows
 from nanoflow.ops.peer_all_reduce import whole_grains
-from nanoflow.ops.peer_rows import PUSH, programs_of, scatter_room
+from nanoflow.ops.peer_memory import PeerMemory
+from nanoflow.ops.peer_rows import PUSH, ROW_FORMS, programs_of, scatter_room, send_rows, send_shares
 from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
-from nanoflow.ops.row_shares import share_rows
+from nanoflow.ops.row_shares import row_share, share_rows
 
 __all__ = ["FusedRows"]
 
@@ -34,7 +37,7 @@ class FusedRows(LayerCollective):
     """
 
     peer_suffix = "-fused"
-    peer_forms = tuple(PUSH)
+    peer_forms = ROW_FORMS
 
     def __init__(self, name: str, scatter: ReduceScatter | None, own: OwnRows, gather: RowsAllGather | None) -> None:
         super().__init__(name, own.ranks)
@@ -66,12 +69,12 @@ class FusedRows(LayerCollective):
         return self.own.pack(name, weight)
 
     def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
-        if kernel not in PUSH:
+        if kernel not in ROW_FORMS:
             return None
         return scatter_room(kernel, rows, self.scatter.columns, self.ranks, itemsize) if self.scatter else 0
 
     def peer_buffer(self, kernel: str) -> str | None:
-        return self.gather.buffer if self.gather and kernel in PUSH else None
+        return self.gather.buffer if self.gather and kernel in ROW_FORMS else None
 
     def cost(self, work: Work, itemsize: int) -> Cost:
         """What its parts take, but for values that stay in registers: a sum of partial sums, and normed rows that are
@@ -97,23 +100,42 @@ class FusedRows(LayerCollective):
             part.kernels[kernel if part is self.own else "nccl"](context)
 
     def among_peers(self, form: str, context: NanoContext) -> None:
-        """See `nanoflow.ops.fused_rows_triton`."""
+        peers = self.peers(context)
+        places = None if self.gather is None else self.places(context, form)
+        for rows in context.part.nano_batch_rows:
+            (self._push if form in PUSH else self._by_copies)(form, context, rows, peers, places)
+
+    def _push(self, form: str, context: NanoContext, rows: slice, peers: PeerMemory, places: PeerMemory | None) -> None:
         from nanoflow.ops.fused_rows_triton import fused_rows
 
-        peers, buffers = self.peers(context), context.buffers
-        for rows in context.part.nano_batch_rows:
-            residual_TE = buffers[self.residual][rows]
-            share = share_rows(len(residual_TE), self.ranks)
-            norm = None
-            if self.gather is not None:
-                out_TE, places = buffers[self.gather.buffer][rows], self.places(context, form)
-                norm = (context.weights["weight"], self.eps, out_TE, rows.start, places)
-            fused_rows(
-                residual_TE,
-                peers,
-                share,
-                whole_grains(share * residual_TE.shape[1]),
-                programs_of(form, context.sms),
-                branch_TE=buffers[self.scatter.buffer][rows] if self.scatter else None,
-                norm=norm,
-            )
+        residual_TE, branch_TE, norm = self._tensors(context, rows)
+        share = share_rows(len(residual_TE), self.ranks)
+        stride, programs = whole_grains(share * residual_TE.shape[1]), programs_of(form, context.sms)
+        fused_rows(residual_TE, branch_TE, norm, peers, share, stride, programs, first=rows.start, places=places)
+
+    def _by_copies(
+        self, form: str, context: NanoContext, rows: slice, peers: PeerMemory, places: PeerMemory | None
+    ) -> None:
+        """The ranks meet once their parts have been sent, or before the first of them sends normed rows: what they had
+        to read of the old ones they have read then."""
+        from nanoflow.ops.all_reduce_triton import meet, wait_for_readers
+        from nanoflow.ops.fused_rows_triton import own_rows
+
+        own = row_share(rows, peers.rank, peers.size)
+        residual_CE, branch_CE, norm = self._tensors(context, own)
+        stride = whole_grains(share_rows(rows.stop - rows.start, self.ranks) * residual_CE.shape[1])
+        if self.scatter is not None:
+            wait_for_readers(peers)
+            send_shares(context.buffers[self.scatter.buffer][rows], peers, stride)
+        meet(peers)
+        own_rows(residual_CE, branch_CE, norm, peers, stride)
+        if norm is not None and places is not None:
+            send_rows(norm.out_TE, own.start, peers, places)
+            meet(peers)
+
+    def _tensors(self, context: NanoContext, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None, RowNorm | None]:
+        """These rows of the residual and of what is added to it, and how they are normed."""
+        buffers, norm = context.buffers, None
+        if self.gather is not None:
+            norm = RowNorm(context.weights["weight"], self.eps, buffers[self.gather.buffer][rows])
+        return buffers[self.residual][rows], buffers[self.scatter.buffer][rows] if self.scatter else None, norm

@@ -1,15 +1,19 @@
-"""Reduce-scatter of rows, residual sum, RMS norm and all-gather between peers in one Triton kernel, and its halves.
+"""Reduce-scatter of rows, residual sum, RMS norm and all-gather between peers in one Triton kernel, and its halves; and
+what is left of them for a kernel where the copy engines move the bytes.
 
 What flags mean, what orders reads and writes and why nothing waits for ever is said in
 `nanoflow.ops.all_reduce_triton`; how rows are shared out in `nanoflow.ops.row_shares`. "Kernel k" is the k-th on a
 block, the same on all ranks.
 
-A program has some rows of every rank's share, one after the other: it sends the other ranks their parts of its rows,
-waits for the same program of the others, and has then all that it needs of its own rank's. So a program waits for one
-other of each rank, not for all that their ranks have to send, and no value goes through memory between the steps.
+In one kernel, a program has some rows of every rank's share, one after the other: it sends the other ranks their parts
+of its rows, waits for the same program of the others, and has then all that it needs of its own rank's. So a program
+waits for one other of each rank, not for all that their ranks have to send, and no value goes through memory between
+the steps.
 
 Shape legend: N ranks, T rows of a nano-batch, C rows of a rank's share (the last ranks may have fewer), E columns.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -24,14 +28,57 @@ from nanoflow.ops.all_reduce_triton import (
     _limit,
     _raise_flags,
     _sum,
+    _tell,
 )
+from nanoflow.ops.norm import RowNorm
 from nanoflow.ops.norm_triton import warps_for
 from nanoflow.ops.peer_memory import PROGRAMS as MOST_PROGRAMS, PeerMemory
 
-__all__ = ["fused_rows"]
+__all__ = ["fused_rows", "own_rows"]
 
 WARPS = 16
 """Of programs that have many bytes to send: so many are in flight at once that few programs fill a link."""
+
+
+@triton.jit
+def _own_row(
+    branch, arrived, residual, weight, out, stride, eps, offsets, column, inside, SUM: tl.constexpr,
+    NORM: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add the sum of what all ranks have of a row to the residual, and norm it: gives, and writes, the normed row, or
+    else the residual's."""
+    x = tl.load(residual + offsets, mask=inside, other=0.0)
+    if SUM:
+        total = _sum(branch, arrived, offsets, inside, stride, RANK, RANKS).to(tl.float32)
+        x = (x.to(tl.float32) + total).to(residual.dtype.element_ty)
+        tl.store(residual + offsets, x, mask=inside)
+    if NORM:
+        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        wide = tl.where(inside, x.to(tl.float32), 0.0)
+        mean = tl.sum(wide * wide, axis=0) / COLUMNS
+        normal = (wide * tl.rsqrt(mean + eps)).to(out.dtype.element_ty).to(tl.float32)
+        x = (normal * scale).to(out.dtype.element_ty)
+        tl.store(out + offsets, x, mask=inside)
+    return x
+
+
+@triton.jit
+def own_rows_kernel(
+    branch, residual, weight, out, blocks, counters, rows, stride, eps, SUM: tl.constexpr, NORM: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, BEGIN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program for each of a rank's rows, whose pointers are given. With SUM the others' parts have arrived in slots
+    [N, stride], and they are told that it is read."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = (column < COLUMNS) & (row < rows)
+    arrived = _data(blocks, RANK, BEGIN, 0, branch)
+    offsets = row * COLUMNS + column
+    _own_row(
+        branch, arrived, residual, weight, out, stride, eps, offsets, column, inside, SUM, NORM, RANK, RANKS, COLUMNS
+    )
+    if SUM:
+        _tell(blocks, counters, RANK, RANKS)
 
 
 @triton.jit
@@ -71,25 +118,17 @@ def fused_rows_kernel(
     own = RANK * share.to(tl.int64) * COLUMNS
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
+    arrived = _data(blocks, RANK, BEGIN, base, branch)
     for row in range(begin, tl.minimum(end, rows - RANK * share)):
         offsets = row * COLUMNS + column
-        x = tl.load(residual + own + offsets, mask=inside, other=0.0).to(tl.float32)
-        if SUM:
-            arrived = _data(blocks, RANK, BEGIN, base, branch)
-            x += _sum(branch + own, arrived, offsets, inside, stride, RANK, RANKS).to(tl.float32)
-            total = x.to(residual.dtype.element_ty)
-            tl.store(residual + own + offsets, total, mask=inside)
-            x = total.to(tl.float32)
+        x = _own_row(
+            branch + own, arrived, residual + own, weight, out + own, stride, eps, offsets, column, inside, SUM, GATHER,
+            RANK, RANKS, COLUMNS,
+        )  # fmt: skip
         if GATHER:
-            scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-            x = tl.where(inside, x, 0.0)
-            mean = tl.sum(x * x, axis=0) / COLUMNS
-            normal = (x * tl.rsqrt(mean + eps)).to(out.dtype.element_ty).to(tl.float32)
-            normal = (normal * scale).to(out.dtype.element_ty)
-            tl.store(out + own + offsets, normal, mask=inside)
             for step in tl.static_range(1, RANKS):
                 there = _data(places, (RANK + step) % RANKS, BEGIN, 0, out) + first.to(tl.int64) * COLUMNS + own
-                tl.store(there + offsets, normal, mask=inside)
+                tl.store(there + offsets, x, mask=inside)
     if GATHER:
         _raise_flags(blocks, 1, program, number, RANK, RANKS)
         _await_flags(blocks, 1, program, number, RANK, RANKS, LIMIT)
@@ -99,33 +138,69 @@ def fused_rows_kernel(
 
 def fused_rows(
     residual_TE: torch.Tensor,
+    branch_TE: torch.Tensor | None,
+    norm: RowNorm | None,
     peers: PeerMemory,
     share: int,
     stride: int,
     programs: int,
     *,
-    branch_TE: torch.Tensor | None = None,
-    norm: tuple[torch.Tensor, float, torch.Tensor, int, PeerMemory] | None = None,
+    first: int = 0,
+    places: PeerMemory | None = None,
 ) -> None:
-    """Run the kernel on contiguous rows, in shares of `share` rows and slots of `stride` elements, on at most
+    """Sum and norm contiguous rows in one kernel, in shares of `share` rows and slots of `stride` elements, on at most
     `programs` thread blocks.
 
     Args:
-        branch_TE: partial sums, which are to be added up over the ranks and to the residual.
-        norm: weight [E], eps, where the normed rows go [T, E], its first row in the buffers of all ranks, and these.
+        branch_TE: partial sums, which are added up over the ranks and to the residual; None: there are none.
+        norm: None: the rows are not normed, nor gathered.
+        first: the row in the buffers of all ranks, `places`, that the normed rows begin with.
     """
     rows, columns = residual_TE.shape
     if not rows:
         return
-    weight, eps, out, first, places = norm or (residual_TE, 0.0, residual_TE, 0, peers)
-    branch = residual_TE if branch_TE is None else branch_TE
-    programs = max(1, min(programs, MOST_PROGRAMS, share))
+    programs = min(programs, MOST_PROGRAMS, share)
     each = triton.cdiv(share, programs)
-    block = triton.next_power_of_2(columns)
+    pointers, constants = _arguments(residual_TE, branch_TE, norm, peers)
     fused_rows_kernel[(triton.cdiv(share, each),)](
-        branch, residual_TE, weight, out, peers.addresses, places.addresses, _counters(peers), rows, share, each, first,
-        stride, peers.room // 2, eps, SUM=branch_TE is not None, GATHER=norm is not None, RANK=peers.rank,
-        RANKS=peers.size, BEGIN=peers.begin, LIMIT=_limit(peers), COLUMNS=columns, BLOCK=block,
+        *pointers, peers.addresses, (places or peers).addresses, _counters(peers), rows, share, each, first, stride,
+        peers.room // 2, norm.eps if norm else 0.0, GATHER=norm is not None, LIMIT=_limit(peers),
         TILE=min(LARGE[0], triton.next_power_of_2(each * columns)),
-        num_warps=WARPS if each * columns >= LARGE[0] else warps_for(columns),
+        num_warps=WARPS if each * columns >= LARGE[0] else warps_for(columns), **constants,
     )  # fmt: skip
+
+
+def own_rows(
+    residual_CE: torch.Tensor, branch_CE: torch.Tensor | None, norm: RowNorm | None, peers: PeerMemory, stride: int
+) -> None:
+    """Sum and norm a rank's own rows, contiguous, of which all parts have arrived in slots of `stride` elements.
+
+    With a branch, the others' `wait_for_readers` gets to know, also where there are no rows.
+    """
+    rows, columns = residual_CE.shape
+    programs = max(rows, int(branch_CE is not None))
+    if not programs:
+        return
+    pointers, constants = _arguments(residual_CE, branch_CE, norm, peers)
+    own_rows_kernel[(programs,)](
+        *pointers, peers.addresses, _counters(peers), rows, stride, norm.eps if norm else 0.0, NORM=norm is not None,
+        num_warps=warps_for(columns), **constants,
+    )  # fmt: skip
+
+
+def _arguments(
+    residual: torch.Tensor, branch: torch.Tensor | None, norm: RowNorm | None, peers: PeerMemory
+) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """What both kernels begin with, and constants that they share; the residual stands for what there is not."""
+    columns = residual.shape[1]
+    pointers = (
+        residual if branch is None else branch,
+        residual,
+        residual if norm is None else norm.weight_E,
+        residual if norm is None else norm.out_TE,
+    )
+    constants = {
+        "SUM": branch is not None, "RANK": peers.rank, "RANKS": peers.size, "BEGIN": peers.begin, "COLUMNS": columns,
+        "BLOCK": triton.next_power_of_2(columns),
+    }  # fmt: skip
+    return pointers, constants

@@ -7,12 +7,13 @@ Shape legend: T rows, E columns, H query heads, K key/value heads, D head size.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from nanoflow.ops.operation import Access, Cost, Kernel, NanoContext, Operation, Weight, Work, triton_on_cuda
 
-__all__ = ["AddNorm", "Norm", "QKNorm", "rms_norm"]
+__all__ = ["AddNorm", "Norm", "QKNorm", "RowNorm", "rms_norm"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -26,6 +27,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     torch.mul(wide.to(x.dtype), weight, out=out)
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """An RMS norm of rows: its weight, and where the normed rows go."""
+
+    weight_E: torch.Tensor
+    eps: float
+    out_TE: torch.Tensor
 
 
 class Norm(Operation):

@@ -24,7 +24,16 @@ from nanoflow.ops.peer_all_reduce import UNCONFINED, whole_grains
 from nanoflow.ops.peer_memory import PROGRAMS, PeerMemory
 from nanoflow.ops.row_shares import row_share, share_rows
 
-__all__ = ["PUSH", "ROW_FORMS", "gather_rows", "programs_of", "scatter_room", "scatter_sums"]
+__all__ = [
+    "PUSH",
+    "ROW_FORMS",
+    "gather_rows",
+    "programs_of",
+    "scatter_room",
+    "scatter_sums",
+    "send_rows",
+    "send_shares",
+]
 
 PUSH = {"push": UNCONFINED, **{f"push_{programs}": programs for programs in (32, 64, 128)}}
 """Thread blocks of own kernels in a lane that is not confined, by the form's name."""
@@ -58,11 +67,7 @@ def scatter_sums(form: str, x_TE: torch.Tensor, peers: PeerMemory, sms: int | No
         rows_triton.reduce_scatter(x_TE.view(-1), peers, share, stride, programs_of(form, sms))
         return
     wait_for_readers(peers)
-    for other in _others(peers):
-        theirs = x_TE[row_share(slice(0, rows), other, peers.size)].view(-1)
-        if theirs.numel():
-            slot = peers.rank * stride * x_TE.element_size()
-            peers.data(other, slot, theirs.numel(), x_TE.dtype).copy_(theirs)
+    send_shares(x_TE, peers, stride)
     meet(peers)
     own = x_TE[row_share(slice(0, rows), peers.rank, peers.size)]
     add_arrived(own.view(-1), peers, stride, tell=True)
@@ -88,13 +93,27 @@ def gather_rows(
         rows_triton.all_gather(x_TE.view(-1), first * columns, peers, places, share, programs_of(form, sms))
         return
     own = row_share(slice(0, rows), peers.rank, peers.size)
-    mine = x_TE[own].view(-1)
-    at = (first + own.start) * columns * x_TE.element_size()
     meet(peers)
-    if mine.numel():
+    send_rows(x_TE[own], first + own.start, peers, places)
+    meet(peers)
+
+
+def send_shares(x_TE: torch.Tensor, peers: PeerMemory, stride: int) -> None:
+    """Copy the rows of each other rank's share into this rank's slot in that one's block, in slots of `stride`
+    elements."""
+    for other in _others(peers):
+        theirs = x_TE[row_share(slice(0, len(x_TE)), other, peers.size)].view(-1)
+        if theirs.numel():
+            slot = peers.rank * stride * x_TE.element_size()
+            peers.data(other, slot, theirs.numel(), x_TE.dtype).copy_(theirs)
+
+
+def send_rows(x_CE: torch.Tensor, first: int, peers: PeerMemory, places: PeerMemory) -> None:
+    """Copy rows to where the other ranks have them in their buffers, from row `first` on."""
+    if x_CE.numel():
         for other in _others(peers):
-            places.data(other, at, mine.numel(), x_TE.dtype).copy_(mine)
-    meet(peers)
+            at = first * x_CE.shape[1] * x_CE.element_size()
+            places.data(other, at, x_CE.numel(), x_CE.dtype).copy_(x_CE.view(-1))
 
 
 def programs_of(form: str, sms: int | None) -> int:

@@ -22,6 +22,7 @@ GATHER = {"x": "*T", "blocks": "*i64", "places": "*i64", "counters": "*i32", "n"
 FUSED = {"branch": "*T", "residual": "*T", "weight": "*T", "out": "*T", "blocks": "*i64", "places": "*i64"}
 FUSED |= {"counters": "*i32", "rows": "i32", "share": "i32", "each": "i32", "first": "i32", "stride": "i32"}
 FUSED |= {"half": "i32", "eps": "fp32"}
+OWN = {key: kind for key, kind in FUSED.items() if key not in ("places", "share", "each", "first", "half")}
 ANY = ("rows", "share", "each", "first", "eps")
 """Of these, others than multiples of 16 are usual."""
 LIMIT = 180 * 10**9
@@ -38,6 +39,9 @@ KERNELS = {
     "gather_norm": (fused.fused_rows_kernel, FUSED, {"SUM": False, "GATHER": True, "TILE": 16384}, 16),
     "sum_gather_norm": (fused.fused_rows_kernel, FUSED, {"SUM": True, "GATHER": True, "TILE": 16384}, 16),
     "sum_gather_norm_small": (fused.fused_rows_kernel, FUSED, {"SUM": True, "GATHER": True, "TILE": 8192}, 8),
+    "own_sum": (fused.own_rows_kernel, OWN, {"SUM": True, "NORM": False}, 8),
+    "own_norm": (fused.own_rows_kernel, OWN, {"SUM": False, "NORM": True}, 8),
+    "own_sum_norm": (fused.own_rows_kernel, OWN, {"SUM": True, "NORM": True}, 8),
     "meet": (kernels.meet_kernel, BLOCK, {}, 1),
     "readers": (kernels.readers_kernel, BLOCK, {}, 1),
     "add_arrived": (kernels.add_arrived_kernel, {**SIZES, "stride": "i32"}, {"TELL": True, "BLOCK": 2048}, 8),
@@ -53,7 +57,7 @@ def ptx(name: str, ranks: int, capability: int = 90, dtype: str = "bf16") -> str
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(signature)
-        if not (kernel is fused.fused_rows_kernel and argument in ANY)
+        if not ("COLUMNS" in kernel.arg_names and argument in ANY)
     }
     source = ASTSource(kernel, signature | dict.fromkeys(known, "constexpr"), known, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -68,8 +72,8 @@ def test_compiles(name: str, ranks: int) -> None:
     assert ".local" not in text, "an array went to local memory"
     others = ranks - 1
     phases = 2 if name.startswith(("two_shot", "gather", "sum_gather")) else 1
-    raised = 0 if name == "readers" else phases * others
-    awaited = 0 if name == "add_arrived" else phases * others
+    raised = 0 if name in ("readers", "own_norm") else phases * others
+    awaited = 0 if name == "add_arrived" or name.startswith("own") else phases * others
     assert text.count("atom.global.sys.release.exch.b32") == raised
     # Once when it comes, and in the loop; each wait can end in a trap. An addition of zero is a load.
     assert text.count("ld.global.sys.acquire.b32") == 2 * awaited and text.count("trap;") == awaited
@@ -79,7 +83,7 @@ def test_compiles(name: str, ranks: int) -> None:
             assert "st.global" not in after, "a flag is raised before all threads have written"
     if name not in ("meet", "readers"):
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", text) and re.search(r"st\.global[\w.:]*\.v4\.b32", text)
-    if name not in ("meet", "readers", "gather", "gather_small", "gather_norm"):
+    if name not in ("meet", "readers", "gather", "gather_small", "gather_norm", "own_norm"):
         assert re.search(r"ld\.global\.cg[\w.:]*\.v4\.b32", text), "what has arrived is read past the first-level cache"
 
 

@@ -11,6 +11,7 @@ from nanoflow.loading import Model, here_kv_tokens, open_model, run_fingerprint,
 from nanoflow.parallel.group import TensorGroup, check_ranks
 from nanoflow.parallel.messages import Profiling
 from nanoflow.pipeline.cuda_executor import buckets
+from nanoflow.plan_choice import asked_layout
 from nanoflow.plans.job_mixes import JobMixes, job_mixes
 from nanoflow.plans.running import job_on, lane_sms
 from nanoflow.power import EnergyMeter
@@ -63,19 +64,22 @@ def profile_job(
 ) -> ProfileRun:
     """Profile the model of `config` at the sizes of its job, or go on with it.
 
+    Of ranks whose weights the job's plan lays out otherwise than usual, that layout.
+
     Args:
         out: the file; None: that of the user's store for this model and machine.
         minutes: after which no case is begun; what is missing then is measured by the same call, made again.
         device: in place of the configuration's.
 
-    Raises UserError and ProfileError. Every case that was measured before is in the file.
+    Raises UserError, PlanError and ProfileError. Every case that was measured before is in the file.
     """
     until = time.monotonic() + 60 * minutes
     config = job_on(config, device)
     ranks = config.parallel.tensor
     by_torchrun = check_ranks(config.engine, ranks)
     # Of several ranks that share the model, this is one: their shares are alike.
-    model = shard_model(open_model(config.model, config.engine), 0, ranks)
+    layout = asked_layout(config.pipeline.plan)
+    model = shard_model(open_model(config.model, config.engine), 0, ranks, layout)
     stamp = replace(run_fingerprint(model, config.engine), shape=layer_shape(model.graph))
     path = out or profile_file(stamp)
     profile = _begun(path, stamp)
@@ -120,7 +124,7 @@ def profile_job(
             own = bench = DeviceBench(few_layers(model), cases, _page_size(stamp), EnergyMeter(model.device).joules)
         else:
             group = TensorGroup(config.model, config.engine, ranks, torchrun=by_torchrun, then=GOES_ON)
-            stack.enter_context(group).load(Profiling())
+            stack.enter_context(group).load(Profiling(layout=layout))
             profile = _with_link(profile, group.link_bytes_per_second)
             bench = GroupBench(group, model, cases, _page_size(stamp))
             own = bench.own

@@ -102,6 +102,23 @@ def test_a_job_of_two_ranks_is_profiled_and_estimated(job: Path, tmp_path: Path)
         assert rates.seconds(op, Work(prefill_rows=point.at[0]), None, kernel) == pytest.approx(point.seconds)
 
 
+def test_the_layout_of_the_jobs_plan_is_profiled(job: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "columns.plan.yaml"
+    plan.write_text(
+        "sharding: all_gather\ncapacity: 160\nnano_batches: {a: {decode: 1, prefill: 1, rows: 160}}\n"
+        "period: [whole: {main: [qkv, decode_attention, prefill_attention, o, gate_up, down]}]\n"
+    )
+    job.write_text(job.read_text() + f"pipeline: {{plan: {plan}}}\n")
+    process = started("profile", str(job))
+    output, errors = finished(process)
+    assert process.returncode == 0, errors
+    assert "o_all_gather: milliseconds / GB/s that a rank sends" in output
+    (path,) = (tmp_path / "cache" / "nanoflow" / "profiles").iterdir()
+    profile = Profile.load(path)
+    assert {solo.kernel for solo in profile.solos if solo.op == "attention_all_gather"} == {"", "nccl"}
+    assert profile.solo("down_all_reduce", None) is not None and profile.solo("o_reduce_scatter", None) is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_a_killed_rank_keep_what_was_measured(job: Path, tmp_path: Path, number: int) -> None:
     process = started("profile", str(job))

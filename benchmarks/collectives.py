@@ -12,6 +12,10 @@ compare.
 `halves`: the same of reduce-scatters and all-gathers of rows, and of all-gathers of columns; there `GB/s` is
 (N - 1) / N of the buffer.
 
+`between`: what stands between two products, whose partial sums become the next one's normed input: `all_reduce`, then
+residual sum and norm of all rows; `apart`, reduce-scatter, sum and norm of a rank's rows, all-gather; and `fused`, the
+same in one operation. `GB/s` as for `alone`.
+
 `beside`: the four products of a layer of Llama-3-70B, split over the ranks, of one nano-batch, beside the two
 all-reduces of another's layer, as plans with a network lane have them. Ways: in sequence; on two plain streams; and,
 where SMs can be set apart, on parts of them (the last part is the network's). An all-reduce begins with a pair of
@@ -33,27 +37,20 @@ from datetime import timedelta
 from math import ceil, log2
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from benchmarks.collective_forms import Between, Forms, Halves
 from benchmarks.kernels.__main__ import machine
-from nanoflow.ops.collectives import CTAS, AllReduce, Collective, LayerAllGather
-from nanoflow.ops.communicator import Communicator, TorchCommunicator
+from nanoflow.ops.communicator import TorchCommunicator
 from nanoflow.ops.device_arrays import DeviceArrays
 from nanoflow.ops.gemm import matmul
-from nanoflow.ops.operation import NanoContext
-from nanoflow.ops.peer_all_reduce import PEER_FORMS
-from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
-from nanoflow.ops.peer_rows import ROW_FORMS
-from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
 from nanoflow.pipeline.partitions import Partition, PartitionError
 
 RESULTS = Path(__file__).parent / "results" / "collectives.json"
 MIB = (1, 2, 4, 8, 16, 32, 64)
-NCCL = ("nccl", *CTAS)
-PARTS = ("alone", "halves", "beside")
+PARTS = ("alone", "halves", "between", "beside")
 HIDDEN, FEED_FORWARD, QKV = 8192, 28672, 10240
 """Llama-3-70B's columns; QKV are those of queries, keys and values together."""
 NETWORK_SMS = (8, 16, 24)
@@ -65,84 +62,6 @@ DOUBLINGS = 224
 LAYERS = 4
 """Of the part with products, in one graph."""
 SECONDS = 580
-
-
-class Forms:
-    """All forms that run here, on one buffer of `rows` rows at the most."""
-
-    def __init__(self, communicator: Communicator, device: torch.device, columns: int, rows: int) -> None:
-        self.device = device
-        self.op = AllReduce("sum", "x", columns, communicator.size)
-        self.dtype = torch.bfloat16
-        self.missing: dict[str, str] = {}
-        self._communicators: dict[str, Communicator] = {}
-        self._peers: dict[str, PeerMemory] = {}
-        for name in NCCL if device.type == "cuda" else ("nccl", "reference"):
-            self._communicators[name] = communicator.twin(name, CTAS.get(name))
-        for name in PEER_FORMS:
-            try:
-                room = self.op.peer_room(name, rows, self.dtype.itemsize)
-                self._peers[name] = communicator.peer_memory(name, room)
-            except PeerMemoryError as error:
-                self.missing[name] = str(error)
-        self.names = (*self._communicators, *self._peers)
-
-    def run(self, name: str, buffer: torch.Tensor, sms: int | None = None) -> None:
-        """The all-reduce of `buffer` [rows, columns] on the current stream, which has so many SMs."""
-        part: Any = SimpleNamespace(rows=slice(0, len(buffer)))
-        nothing: Any = None
-        communicator, peers = self._communicators.get(name), self._peers.get(name)
-        context = NanoContext(nothing, part, 0, {"x": buffer}, {}, nothing, sms, communicator=communicator, peers=peers)
-        self.op.kernels[name](context)
-
-
-class Halves:
-    """All forms of reduce-scatter and all-gather, of rows or of columns, that run here, on `rows` rows at the most, by
-    names such as ``scatter push``."""
-
-    def __init__(self, communicator: Communicator, device: torch.device, columns: int, rows: int) -> None:
-        self.device, self.rank = device, communicator.rank
-        ranks, share = communicator.size, columns // communicator.size
-        self.ops: dict[str, Collective] = {
-            "scatter": ReduceScatter("scatter", "x", columns, ranks),
-            "gather": RowsAllGather("gather", "x", columns, ranks),
-            "columns": LayerAllGather("columns", "source", "gathered", "target", share, ranks),
-        }
-        self.op = self.ops["scatter"]
-        self._source = torch.randn(rows, share, device=device, dtype=torch.bfloat16)
-        self._gathered = self._source.new_zeros(rows, ranks * share)
-        self.missing: dict[str, str] = {}
-        self._communicators: dict[str, Communicator] = {}
-        self._peers: dict[str, PeerMemory] = {}
-        self._places: PeerMemory | None = None
-        for form in NCCL if device.type == "cuda" else ("nccl", "reference"):
-            twin = communicator.twin(f"halves {form}", CTAS.get(form))
-            self._communicators |= {f"{kind} {form}": twin for kind in self.ops}
-        itemsize = torch.bfloat16.itemsize
-        for name, (kind, form) in {f"{kind} {form}": (kind, form) for form in ROW_FORMS for kind in self.ops}.items():
-            try:
-                self._peers[name] = communicator.peer_memory(name, self.ops[kind].peer_room(form, rows, itemsize) or 0)
-                self._places = self._places or communicator.peer_memory("places", rows * columns * itemsize)
-            except PeerMemoryError as error:
-                self.missing[name] = str(error)
-        self.names = (*self._communicators, *self._peers)
-
-    def run(self, name: str, buffer: torch.Tensor) -> None:
-        """The collective on [rows, columns]: on `buffer`, or as many rows in memory that all ranks reach; of columns,
-        on as many as divide by the ranks."""
-        kind, form = name.split()
-        rows, op = slice(0, len(buffer)), self.ops[kind]
-        gathered = self._gathered[rows]
-        target = buffer.view(-1)[: gathered.numel()].view(gathered.shape)
-        buffers = {"x": buffer, "source": self._source[rows], "gathered": gathered, "target": target}
-        places, reached = None, op.peer_buffer(form)
-        if reached is not None:
-            places, own = self._places, buffers[reached]
-            buffers[reached] = places.data(self.rank, 0, own.numel(), own.dtype).view(own.shape)
-        part: Any = SimpleNamespace(rows=rows, nano_batch_rows=(rows,))
-        nothing: Any = None
-        ranks: Any = {"communicator": self._communicators.get(name), "peers": self._peers.get(name), "places": places}
-        op.kernels[form](NanoContext(nothing, part, 0, buffers, {}, nothing, **ranks))
 
 
 class Products:
@@ -204,7 +123,7 @@ def milliseconds(ways: dict[str, Callable[[], None]], times: int, buffers: Seque
     return {name: median(values[2:]) for name, values in found.items()}
 
 
-def alone(forms: Forms | Halves, buffer: torch.Tensor) -> dict[str, float]:
+def alone(forms: Forms | Halves | Between, buffer: torch.Tensor) -> dict[str, float]:
     """Milliseconds of a collective on `buffer` in each form."""
     in_a_row = 8
 
@@ -292,6 +211,7 @@ def measure(
     with torch.inference_mode():
         forms = Forms(communicator, device, columns, max(rows))
         halves = Halves(communicator, device, columns, max(rows))
+        between = Between(communicator, device, columns, max(rows))
         buffers = [torch.zeros(max(rows), columns, dtype=forms.dtype, device=device) for _ in range(2)]
         for size, count in zip(mib, rows, strict=True):
             sent = 2 * (ranks - 1) / ranks * buffers[0][:count].nbytes
@@ -303,11 +223,15 @@ def measure(
             record["halves"][f"{size} MiB"] = {
                 name: {"milliseconds": each, "GB/s": sent / 2 / each / 1e6} for name, each in took.items()
             }
+            took = alone(between, buffers[0][:count])
+            record["between"][f"{size} MiB"] = {
+                name: {"milliseconds": each, "GB/s": sent / each / 1e6} for name, each in took.items()
+            }
             if size not in with_products:
                 continue
             products = Products(ranks, count, device, scale)
             record["beside"][f"{count} rows"] = beside(forms, [buffer[:count] for buffer in buffers], products)
-    record["missing"] = {**forms.missing, **halves.missing}
+    record["missing"] = {**forms.missing, **halves.missing, **between.missing}
     communicator.close()
     return record
 
@@ -393,8 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, row in sorted(ways.items(), key=lambda item: item[1]["milliseconds"]):
                 last = f"{row['ratio']:.3f}" if part == "beside" else f"{row['GB/s']:.1f} GB/s"
                 print(f"  {name:32} {row['milliseconds']:.4f} ms  {last}")
-    for name, reason in record["missing"].items():
-        print(f"left out: {name}: {reason}")
+    for reason in dict.fromkeys(record["missing"].values()):
+        names = [name for name, why in record["missing"].items() if why == reason]
+        print(f"left out: {', '.join(names)}: {reason}")
     out = args.out or (RESULTS if args.device == "cuda" else None)
     if out is not None:
         known = json.loads(out.read_text()) if out.exists() else {}

@@ -25,7 +25,11 @@ def test_a_trial_without_gpus(
         record["missing"]
     )
     assert all(row["milliseconds"] > 0 for ways in record["beside"].values() for row in ways.values())
-    assert "left out: two_shot: ranks on a CPU have no memory in common" in capsys.readouterr().out
+    assert set(record["between"]["1 MiB"]) == {
+        f"{kind} {form}" for kind in ("all_reduce", "apart", "fused") for form in ("nccl", "reference")
+    }
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert ", two_shot, " in told and told.endswith(": ranks on a CPU have no memory in common")
 
 
 def test_the_slowest_rank_counts() -> None:

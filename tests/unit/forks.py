@@ -5,10 +5,21 @@ A test can send such a run any signal at any moment, as it could a run started f
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+FAST = "from tests.unit.rank_zygote import install; install({sabotage!r}); "
+"""What a run does first whose ranks and replicas are to be forks, each of which runs `sabotage` first."""
+SLOW = "import nanoflow.pipeline.reference_executor as e, time; run = e.ReferenceExecutor._run; "
+SLOW += "e.ReferenceExecutor._run = lambda *a: (time.sleep({}), run(*a))[1]; "
+"""What a run does first whose iterations are to take so many seconds more."""
 
 SERVER = """
 import json, os, signal, sys
@@ -80,6 +91,8 @@ class ForkServer:
             text=True,
             cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            # A terminal's program takes SIGINT; what a script starts in the background would ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         return self
 
@@ -103,6 +116,50 @@ class ForkServer:
             "stdin": str(stdin) if stdin else None,
         }
         return Run(self, self.ask(request), folder)
+
+
+class Job:
+    """A job in a folder of its own, on a CPU, and the output of the runs that share its work.
+
+    Args:
+        lines: of the input.
+        sections: of the configuration, for what it has beside.
+    """
+
+    def __init__(
+        self, server: ForkServer, folder: Path, model: Path, lines: Sequence[str], **sections: dict[str, Any]
+    ) -> None:
+        self.folder, self.server = folder, server
+        (folder / "in.jsonl").write_text("".join(line + "\n" for line in lines))
+        config: dict[str, dict[str, Any]] = {
+            "model": {"path": str(model)},
+            "workload": {"input": "in.jsonl"},
+            "engine": {"device": "cpu", "kv_memory": "1MiB"},
+            "output": {"path": str(folder / "o.jsonl")},
+        }
+        for name, section in sections.items():
+            config[name] = config.get(name, {}) | section
+        self.output = Path(config["output"]["path"])
+        (folder / "job.yaml").write_text(yaml.safe_dump(config))
+
+    def start(self, *arguments: str, before: str = "", stdin: Path | None = None) -> Run:
+        """Start a run; `before` is Python that its process runs first."""
+        return self.server.start(self.folder, "run", self.folder / "job.yaml", *arguments, before=before, stdin=stdin)
+
+    def records(self) -> dict[str | None, Any]:
+        """By custom_id, without times; every line must be whole and of a request of its own."""
+        lines = self.output.read_bytes().splitlines() if self.output.exists() else []
+        records = {record["custom_id"]: record for record in map(json.loads, lines)}
+        assert len(records) == len(lines)
+        for record in records.values():
+            if record["response"]:
+                del record["response"]["body"]["created"]
+        return records
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.output.with_name("o.report.json").read_text())
+        return report
 
 
 def wait_for_lines(path: Path, count: int, seconds: float = 60.0) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that start fast: forks of a process that has imported torch already, in place of fresh interpreters.
+"""Ranks and replicas that start fast: forks of a process that has imported torch, in place of fresh interpreters.
 
 A run's process calls `install` before anything else, while it has a single thread. What is started then differs from
 what a user's run starts in how it comes to be alone; it does the same, and rank 0 hears of its end in the same way.
@@ -11,11 +11,14 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from typing import Any, NoReturn
 
 import nanoflow.parallel.group
 import nanoflow.parallel.worker  # before the forks
+import nanoflow.replicas.serve
+import nanoflow.replicas.start
 from nanoflow.parallel.processes import Child, enter
 
 _ASKING = threading.Lock()
@@ -23,14 +26,19 @@ _ASKING = threading.Lock()
 
 
 def install(sabotage: str = "") -> None:
-    """From now on, ranks of this process are forks, which run the Python code `sabotage` first (`rank` is theirs)."""
+    """From now on, ranks and replicas of this process are forks, which run the Python code `sabotage` first (`rank` is
+    their number). The ranks of a replica are not."""
     near, far = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         near.close()
         _serve(far, sabotage)
     far.close()
-    nanoflow.parallel.group.start = lambda target, *arguments, name: _start(near, target, arguments, name)  # type: ignore[attr-defined]
+
+    def start(target: str, *arguments: Any, name: str, environment: Mapping[str, str] | None = None) -> Child:
+        return _start(near, target, arguments, name, dict(environment or {}))
+
+    nanoflow.parallel.group.start = nanoflow.replicas.start.start = start  # type: ignore[attr-defined]
 
 
 def _serve(line: socket.socket, sabotage: str) -> NoReturn:
@@ -47,6 +55,7 @@ def _serve(line: socket.socket, sabotage: str) -> NoReturn:
         if pid == 0:
             line.close()
             os.setsid()
+            os.environ.update(order["environment"])
             exec(sabotage, {"rank": int(order["name"].split()[-1])})
             enter(order["target"], 0, *descriptors)
         for descriptor in descriptors:
@@ -77,10 +86,12 @@ class _Fork:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def _start(line: socket.socket, target: str, arguments: tuple[Any, ...], name: str) -> Child:
+def _start(
+    line: socket.socket, target: str, arguments: tuple[Any, ...], name: str, environment: dict[str, str]
+) -> Child:
     link, far_link = Pipe()
     life, far_life = Pipe()
-    order = json.dumps({"target": target, "name": name}).encode()
+    order = json.dumps({"target": target, "name": name, "environment": environment}).encode()
     with _ASKING:
         socket.send_fds(line, [order], [far_life.fileno(), far_link.fileno()])
         pid = json.loads(line.recv(1000))

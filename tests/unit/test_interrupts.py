@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.unit.forks import ForkServer, Run, wait_for_lines
+from tests.unit.forks import SLOW, ForkServer, Job, wait_for_lines
 from tests.unit.tiny_model import request_lines, save_tiny_llama
 
-SLOW = "import nanoflow.pipeline.reference_executor as e, time; run = e.ReferenceExecutor._run; "
-SLOW += "e.ReferenceExecutor._run = lambda *a: (time.sleep({}), run(*a))[1]; "
 SHORT_GRACE = "import nanoflow.interrupt as i; i.GRACE_SECONDS = 0.6; i._LAST_STEP_SECONDS = 0.3; "
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -32,46 +23,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("interrupts") / "model")
 
 
-class Job:
+def make_job(folder: Path, model: Path, server: ForkServer, output: Path | None = None) -> Job:
     """Two dozen requests, greedy ones and sampled ones, four at a time."""
-
-    def __init__(self, folder: Path, model: Path, server: ForkServer, output: Path | None = None) -> None:
-        self.folder, self.server = folder, server
-        self.output = output or folder / "o.jsonl"
-        lines = request_lines(24)
-        lines[11]["prompt"] = []
-        (folder / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbad\n")
-        config = {
-            "model": {"path": str(model)},
-            "workload": {"input": "in.jsonl"},
-            "sampling": {"max_tokens": 9, "ignore_eos": True},
-            "engine": {"device": "cpu", "kv_memory": "1MiB", "max_running": 4},
-            "output": {"path": str(self.output)},
-        }
-        (folder / "job.yaml").write_text(yaml.safe_dump(config))
-
-    def start(self, *arguments: str, before: str = "", stdin: Path | None = None) -> Run:
-        return self.server.start(self.folder, "run", self.folder / "job.yaml", *arguments, before=before, stdin=stdin)
-
-    def records(self) -> dict[str | None, Any]:
-        """By custom_id, without times; every line must be whole and of a request of its own."""
-        lines = self.output.read_bytes().splitlines()
-        records = {record["custom_id"]: record for record in map(json.loads, lines)}
-        assert len(records) == len(lines)
-        for record in records.values():
-            if record["response"]:
-                del record["response"]["body"]["created"]
-        return records
+    lines = request_lines(24)
+    lines[11]["prompt"] = []
+    return Job(
+        server,
+        folder,
+        model,
+        [*map(json.dumps, lines), "bad"],
+        sampling={"max_tokens": 9, "ignore_eos": True},
+        engine={"max_running": 4},
+        output={"path": str(output)} if output else {},
+    )
 
 
 @pytest.fixture
 def job(tmp_path: Path, model: Path, server: ForkServer) -> Job:
-    return Job(tmp_path, model, server)
+    return make_job(tmp_path, model, server)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, server: ForkServer) -> dict[str | None, Any]:
-    job = Job(tmp_path_factory.mktemp("undisturbed"), model, server)
+    job = make_job(tmp_path_factory.mktemp("undisturbed"), model, server)
     run = job.start()
     assert run.wait() == 1, run.stderr
     assert len(job.records()) == 25
@@ -123,8 +97,7 @@ def test_ctrl_c_once_finishes_what_runs(job: Job, undisturbed: dict[str | None, 
     assert f"{len(records)} requests have their record in" in run.stderr
     assert f"to go on: nanoflow run {job.folder / 'job.yaml'}" in run.stderr
     assert "Traceback" not in run.stderr
-    report = json.loads(job.output.with_name("o.report.json").read_text())
-    assert report["requests"] == len(records)
+    assert job.report["requests"] == len(records)
     assert_goes_on(job, undisturbed)
 
 
@@ -214,7 +187,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(
     tmp_path: Path, model: Path, server: ForkServer, small_disk: Path, undisturbed: dict[str | None, Any]
 ) -> None:
-    job = Job(tmp_path, model, server, small_disk / "o.jsonl")
+    job = make_job(tmp_path, model, server, small_disk / "o.jsonl")
     filler = small_disk / "filler"
     filler.write_bytes(bytes(8192))
     run = job.start()

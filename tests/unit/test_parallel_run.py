@@ -12,22 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.unit.forks import ForkServer, Run, wait_for_lines
+from tests.unit.forks import FAST, SLOW, ForkServer, Job, Run, wait_for_lines
 from tests.unit.tiny_model import request_lines, save_tiny_llama
 
-FAST = "from tests.unit.rank_zygote import install; install({sabotage!r}); "
-"""Ranks are forks; each runs `sabotage` first."""
-SLOW = "import nanoflow.pipeline.reference_executor as e, time; run = e.ReferenceExecutor._run; "
-SLOW += "e.ReferenceExecutor._run = lambda *a: (time.sleep({}), run(*a))[1]; "
 LIMIT = 30.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -35,43 +24,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("ranks") / "model")
 
 
-class Job:
+class RankJob(Job):
     """Ten requests, greedy ones and sampled ones, and a bad line; three run at a time, on two ranks."""
 
     def __init__(self, folder: Path, model: Path, server: ForkServer) -> None:
-        self.folder, self.server = folder, server
-        self.output = folder / "o.jsonl"
-        lines = request_lines(10)
-        (folder / "in.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, lines)) + "\n")
-        config = {
-            "model": {"path": str(model)},
-            "workload": {"input": "in.jsonl"},
-            "sampling": {"max_tokens": 6, "ignore_eos": True},
-            "engine": {"device": "cpu", "kv_memory": "1MiB", "max_running": 3},
-            "parallel": {"tensor": 2},
-            "output": {"path": str(self.output)},
-        }
-        (folder / "job.yaml").write_text(yaml.safe_dump(config))
+        super().__init__(
+            server,
+            folder,
+            model,
+            ["bad", *map(json.dumps, request_lines(10))],
+            sampling={"max_tokens": 6, "ignore_eos": True},
+            engine={"max_running": 3},
+            parallel={"tensor": 2},
+        )
 
-    def start(self, *arguments: str, before: str = "", sabotage: str = "", fast: bool = True) -> Run:
+    def start(
+        self, *arguments: str, before: str = "", stdin: Path | None = None, sabotage: str = "", fast: bool = True
+    ) -> Run:
         """Start the run; `before` is Python that rank 0 runs first, `sabotage` what the others do."""
         first = (FAST.format(sabotage=sabotage) if fast else "") + before
-        return self.server.start(self.folder, "run", self.folder / "job.yaml", *arguments, before=first)
-
-    def records(self) -> dict[str | None, Any]:
-        """By custom_id, without times; every line must be whole and of a request of its own."""
-        lines = self.output.read_bytes().splitlines() if self.output.exists() else []
-        records = {record["custom_id"]: record for record in map(json.loads, lines)}
-        assert len(records) == len(lines)
-        for record in records.values():
-            if record["response"]:
-                del record["response"]["body"]["created"]
-        return records
+        return super().start(*arguments, before=first, stdin=stdin)
 
 
 @pytest.fixture
-def job(tmp_path: Path, model: Path, server: ForkServer) -> Iterator[Job]:
-    job = Job(tmp_path, model, server)
+def job(tmp_path: Path, model: Path, server: ForkServer) -> Iterator[RankJob]:
+    job = RankJob(tmp_path, model, server)
     yield job
     end = time.monotonic() + LIMIT
     while left := processes_of(job):  # a process that was killed by its line's end may need a moment
@@ -82,14 +59,14 @@ def job(tmp_path: Path, model: Path, server: ForkServer) -> Iterator[Job]:
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory, model: Path, server: ForkServer) -> dict[str | None, Any]:
     """What a run on one rank writes."""
-    job = Job(tmp_path_factory.mktemp("one"), model, server)
+    job = RankJob(tmp_path_factory.mktemp("one"), model, server)
     run = job.start("--set", "parallel.tensor=1", fast=False)
     assert run.wait() == 1, run.stderr
     assert len(job.records()) == 11
     return job.records()
 
 
-def processes_of(job: Job) -> list[int]:
+def processes_of(job: RankJob) -> list[int]:
     """Processes that write to the terminal of the job's run: its ranks, unless they have ended."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -101,7 +78,7 @@ def processes_of(job: Job) -> list[int]:
     return found
 
 
-def workers(run: Run, job: Job) -> list[int]:
+def workers(run: Run, job: RankJob) -> list[int]:
     """The other ranks, once they are there (and, of forks, what forks them: it has no line to rank 0)."""
     end = time.monotonic() + LIMIT
     while True:
@@ -123,18 +100,18 @@ def assert_lost(run: Run, text: str, seconds: float = LIMIT) -> None:
     assert "what was finished is in the output, and the same command goes on" in message
 
 
-def assert_goes_on(job: Job, one_rank: dict[str | None, Any]) -> None:
+def assert_goes_on(job: RankJob, one_rank: dict[str | None, Any]) -> None:
     run = job.start()
     assert run.wait() == 1, run.stderr
     assert job.records() == one_rank
 
 
-def test_ranks_give_the_tokens_of_one(job: Job, one_rank: dict[str | None, Any]) -> None:
+def test_ranks_give_the_tokens_of_one(job: RankJob, one_rank: dict[str | None, Any]) -> None:
     run = job.start(fast=False)
     assert run.wait() == 1, run.stderr
     assert job.records() == one_rank
     assert "Traceback" not in run.stderr and "rank" not in run.stderr
-    report = json.loads(job.output.with_name("o.report.json").read_text())
+    report = job.report
     assert report["parallel"] == {"tensor": 2, "data": 1} and report["device"] == "cpu"
     assert "on cpu, tensor 2, float32" in run.stdout
     assert "GB/s on the wire, on each of 2 devices)" in " ".join(run.stdout.replace("│", " ").split())
@@ -142,7 +119,7 @@ def test_ranks_give_the_tokens_of_one(job: Job, one_rank: dict[str | None, Any])
     assert more.wait() == 1, more.stderr
     assert job.records() == one_rank
     # The same work on twice the devices, but for what all of them do: norms, and key/value heads that two hold.
-    with_four = json.loads(job.output.with_name("o.report.json").read_text())
+    with_four = job.report
     for resource in ("compute", "memory"):
         assert 0.35 < with_four["bound_seconds"][resource] / report["bound_seconds"][resource] < 0.95
     # What they send, and what the link between them was measured to carry.
@@ -150,7 +127,7 @@ def test_ranks_give_the_tokens_of_one(job: Job, one_rank: dict[str | None, Any])
 
 
 @pytest.mark.parametrize("sharding", ["reduce_scatter", "all_gather"])
-def test_plan_files_of_other_shardings(job: Job, one_rank: dict[str | None, Any], sharding: str) -> None:
+def test_plan_files_of_other_shardings(job: RankJob, one_rank: dict[str | None, Any], sharding: str) -> None:
     """For batches of 3 rows and more; the others run in sequence, where the weights allow it with all-reduces."""
     plan = f"{{sharding: {sharding}, capacity: 64, least_rows: 3, "
     plan += "nano_batches: {a: {decode: 1, prefill: 1, rows: 64}}, "
@@ -163,7 +140,7 @@ def test_plan_files_of_other_shardings(job: Job, one_rank: dict[str | None, Any]
 
 
 @pytest.mark.parametrize("lines", [0, 3])
-def test_a_rank_that_is_killed_ends_the_run(job: Job, one_rank: dict[str | None, Any], lines: int) -> None:
+def test_a_rank_that_is_killed_ends_the_run(job: RankJob, one_rank: dict[str | None, Any], lines: int) -> None:
     run = job.start(before=SLOW.format(0.02), fast=lines > 0)
     worker = workers(run, job)[0]
     if lines:
@@ -174,7 +151,7 @@ def test_a_rank_that_is_killed_ends_the_run(job: Job, one_rank: dict[str | None,
     assert_goes_on(job, one_rank)
 
 
-def test_ranks_end_when_rank_0_is_killed(job: Job, one_rank: dict[str | None, Any]) -> None:
+def test_ranks_end_when_rank_0_is_killed(job: RankJob, one_rank: dict[str | None, Any]) -> None:
     run = job.start(before=SLOW.format(0.02), fast=False)
     worker = workers(run, job)[0]
     wait_for_lines(job.output, 2)
@@ -189,14 +166,14 @@ def test_ranks_end_when_rank_0_is_killed(job: Job, one_rank: dict[str | None, An
 
 
 @pytest.mark.slow
-def test_kills_of_any_rank_at_random_moments(job: Job, one_rank: dict[str | None, Any]) -> None:
+def test_kills_of_any_rank_at_random_moments(job: RankJob, one_rank: dict[str | None, Any]) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
     for _ in range(12):
         run = job.start("--set", "parallel.tensor=4", "--restart", before=SLOW.format(0.01))
         victim = run.pid if rng.random() < 0.3 else rng.choice(workers(run, job))
-        time.sleep(rng.uniform(0.0, 3.0))
+        time.sleep(rng.uniform(0.0, 2.0))
         started = time.monotonic()
         try:
             os.kill(victim, signal.SIGKILL)
@@ -238,23 +215,23 @@ w.kv_pages = none
         (NO_MEMORY, "rank 1: engine.kv_memory: 3 GiB are missing; lower it"),
     ],
 )
-def test_what_a_rank_raises_is_the_message(job: Job, sabotage: str, text: str) -> None:
+def test_what_a_rank_raises_is_the_message(job: RankJob, sabotage: str, text: str) -> None:
     run = job.start(sabotage=sabotage)
     assert_lost(run, text)
 
 
-def test_debug_shows_the_traceback_of_a_rank(job: Job) -> None:
+def test_debug_shows_the_traceback_of_a_rank(job: RankJob) -> None:
     run = job.start("--debug", sabotage=FAIL_IN_ITERATION)
     assert run.wait() == 2
     assert "in fail\n" in run.stderr and "ArithmeticError: seven" in run.stderr
 
 
-def test_of_several_ranks_the_one_at_fault_is_named(job: Job) -> None:
+def test_of_several_ranks_the_one_at_fault_is_named(job: RankJob) -> None:
     run = job.start("--set", "parallel.tensor=4", sabotage=f"if rank == 2: exec({FAIL_IN_ITERATION!r}, globals())")
     assert_lost(run, "rank 2 failed: ArithmeticError: seven is no even number")
 
 
-def test_a_rank_that_is_stopped_ends_the_run(job: Job) -> None:
+def test_a_rank_that_is_stopped_ends_the_run(job: RankJob) -> None:
     """Its silence is what tells: rank 0 waits for it in a collective, whose own timeout is far away."""
     run = job.start(before=SLOW.format(0.02) + "import nanoflow.parallel.group as g; g.SILENT_SECONDS = 5.0; ")
     worker = workers(run, job)[0]
@@ -276,7 +253,7 @@ HANG = FAIL_IN_ITERATION.replace('raise ArithmeticError("seven is no even number
         ),
     ],
 )
-def test_a_rank_that_lives_and_takes_no_part(job: Job, limits: str, text: str) -> None:
+def test_a_rank_that_lives_and_takes_no_part(job: RankJob, limits: str, text: str) -> None:
     """Either a collective gives up, or, where none would, the iteration."""
     run = job.start(before=f"import nanoflow.parallel.group as g; {limits}; ", sabotage=HANG)
     assert_lost(run, text)
@@ -296,14 +273,14 @@ x.TensorParallelExecutor.collect = stuck
 """
 
 
-def test_a_run_that_waits_inside_a_library_ends_too(job: Job) -> None:
+def test_a_run_that_waits_inside_a_library_ends_too(job: RankJob) -> None:
     """As on a GPU, where rank 0 would wait for ever."""
     run = job.start(before=STUCK)
     assert_lost(run, "was killed by SIGKILL")
     assert job.records()
 
 
-def test_ctrl_c_once_finishes_what_runs(job: Job, one_rank: dict[str | None, Any]) -> None:
+def test_ctrl_c_once_finishes_what_runs(job: RankJob, one_rank: dict[str | None, Any]) -> None:
     run = job.start(before=SLOW.format(0.02))
     wait_for_lines(job.output, 3)
     run.kill(signal.SIGINT)
@@ -313,7 +290,7 @@ def test_ctrl_c_once_finishes_what_runs(job: Job, one_rank: dict[str | None, Any
     assert_goes_on(job, one_rank)
 
 
-def test_ctrl_c_twice_stops_at_once(job: Job) -> None:
+def test_ctrl_c_twice_stops_at_once(job: RankJob) -> None:
     run = job.start(before=SLOW.format(0.5))
     wait_for_lines(job.output, 1)
     run.kill(signal.SIGINT)
@@ -325,7 +302,7 @@ def test_ctrl_c_twice_stops_at_once(job: Job) -> None:
     assert "error: " not in run.stderr and "Traceback" not in run.stderr
 
 
-def test_ctrl_c_before_requests_run(job: Job) -> None:
+def test_ctrl_c_before_requests_run(job: RankJob) -> None:
     run = job.start(fast=False)  # it takes seconds to import
     workers(run, job)
     run.kill(signal.SIGINT)
@@ -340,7 +317,7 @@ def place(rank: int, size: int, folder: Path) -> str:
     return f"import os; os.environ.update({ {key: str(value) for key, value in found.items()} })"
 
 
-def as_torchrun(job: Job, size: int, *arguments: str, before: str = "") -> list[Run]:
+def as_torchrun(job: RankJob, size: int, *arguments: str, before: str = "") -> list[Run]:
     runs = []
     for rank in range(size):
         folder = job.folder / f"rank{rank}"
@@ -350,7 +327,7 @@ def as_torchrun(job: Job, size: int, *arguments: str, before: str = "") -> list[
     return runs
 
 
-def test_processes_of_torchrun_become_the_ranks(job: Job, one_rank: dict[str | None, Any]) -> None:
+def test_processes_of_torchrun_become_the_ranks(job: RankJob, one_rank: dict[str | None, Any]) -> None:
     runs = as_torchrun(job, 2, before=SLOW.format(0.02))
     wait_for_lines(job.output, 2)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -360,7 +337,7 @@ def test_processes_of_torchrun_become_the_ranks(job: Job, one_rank: dict[str | N
     assert runs[1].stderr == "" and runs[1].stdout == ""
 
 
-def test_a_rank_of_torchrun_that_is_killed(job: Job) -> None:
+def test_a_rank_of_torchrun_that_is_killed(job: RankJob) -> None:
     runs = as_torchrun(job, 2, before=SLOW.format(0.02))
     wait_for_lines(job.output, 2)
     runs[1].kill(signal.SIGKILL)
@@ -368,7 +345,7 @@ def test_a_rank_of_torchrun_that_is_killed(job: Job) -> None:
     assert runs[1].wait() == -signal.SIGKILL
 
 
-def test_torchrun_with_another_number_of_processes(job: Job) -> None:
+def test_torchrun_with_another_number_of_processes(job: RankJob) -> None:
     runs = as_torchrun(job, 3)
     assert runs[0].wait() == 2
     message = "error: parallel.tensor: 2, but torchrun has started 3 processes; set it to 3, or --nproc-per-node to 2\n"
@@ -379,7 +356,7 @@ def test_torchrun_with_another_number_of_processes(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_itself(job: Job, one_rank: dict[str | None, Any]) -> None:
+def test_torchrun_itself(job: RankJob, one_rank: dict[str | None, Any]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nanoflow", "run"]
     done = subprocess.run(
         [*command, str(job.folder / "job.yaml"), "--quiet"], capture_output=True, text=True, timeout=120
@@ -389,7 +366,7 @@ def test_torchrun_itself(job: Job, one_rank: dict[str | None, Any]) -> None:
     assert job.records() == one_rank
 
 
-def test_heads_that_cannot_be_shared_are_refused_before_anything_starts(job: Job) -> None:
+def test_heads_that_cannot_be_shared_are_refused_before_anything_starts(job: RankJob) -> None:
     run = job.start("--set", "parallel.tensor=3", fast=False, before="import nanoflow.parallel.group as g; del g.start")
     assert run.wait() == 2
     assert run.stderr.startswith("error: parallel.tensor: 3 ranks cannot share this model")

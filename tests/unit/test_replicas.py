@@ -12,62 +12,39 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from nanoflow.config_schema import RunConfig
 from nanoflow.errors import ConfigError
 from nanoflow.replicas import start
 from nanoflow.replicas.start import Place, check_replicas, places
-from tests.unit.forks import ForkServer, Run, wait_for_lines
+from tests.unit.forks import FAST, ForkServer, Job, Run, wait_for_lines
 from tests.unit.tiny_model import request_lines, save_tiny_llama
 
 LIMIT = 60.0
 COUNT = 40
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
-
-
-class Job:
+class ReplicaJob(Job):
     """Requests of which some are sampled; each takes some iterations."""
 
     def __init__(self, folder: Path, server: ForkServer, model: Path) -> None:
-        self.folder, self.server, self.output = folder, server, folder / "o.jsonl"
         lines = request_lines(COUNT)
         lines[11]["prompt"] = []
-        (folder / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbad\n")
-        config = {
-            "model": {"path": str(model)},
-            "workload": {"input": "in.jsonl"},
-            "sampling": {"max_tokens": 40, "ignore_eos": True},
-            "engine": {"device": "cpu", "kv_memory": "1MiB", "max_running": 3},
-            "output": {"path": str(self.output), "sort": True},
-            "report": {"series_seconds": 0.1},
-        }
-        (folder / "job.yaml").write_text(yaml.safe_dump(config))
-
-    def start(self, data: int, *arguments: str) -> Run:
-        return self.server.start(
-            self.folder, "run", self.folder / "job.yaml", "--set", f"parallel.data={data}", *arguments
+        super().__init__(
+            server,
+            folder,
+            model,
+            [*map(json.dumps, lines), "bad"],
+            sampling={"max_tokens": 40, "ignore_eos": True},
+            engine={"max_running": 3},
+            output={"sort": True},
+            report={"series_seconds": 0.1},
         )
 
-    def records(self) -> dict[str | None, Any]:
-        """By custom_id, without times; every line must be whole and of a request of its own."""
-        lines = self.output.read_bytes().splitlines()
-        records = {record["custom_id"]: record for record in map(json.loads, lines)}
-        assert len(records) == len(lines)
-        for record in records.values():
-            if record["response"]:
-                del record["response"]["body"]["created"]
-        return records
-
-    @property
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads(self.output.with_name("o.report.json").read_text())
-        return report
+    def run(self, data: int, *arguments: str, fast: bool = False) -> Run:
+        """Start a run of `data` replicas, `fast` ones if they are to be forks."""
+        before = FAST.format(sabotage="") if fast else ""
+        return self.start("--set", f"parallel.data={data}", *arguments, before=before)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +53,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path: Path, server: ForkServer, model: Path) -> Iterator[Job]:
-    yield Job(tmp_path, server, model)
+def job(tmp_path: Path, server: ForkServer, model: Path) -> Iterator[ReplicaJob]:
+    yield ReplicaJob(tmp_path, server, model)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, server: ForkServer, model: Path) -> dict[str | None, Any]:
     """Of a run without replicas."""
-    job = Job(tmp_path_factory.mktemp("undisturbed"), server, model)
-    run = job.start(1)
+    job = ReplicaJob(tmp_path_factory.mktemp("undisturbed"), server, model)
+    run = job.run(1)
     assert run.wait() == 1, run.stderr
     assert len(job.records()) == COUNT + 1
     return job.records()
@@ -93,10 +70,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, server: ForkServer, mo
 def replicas_of(run: Run, count: int) -> list[int]:
     """Their processes, once all are there, in order."""
     end = time.monotonic() + LIMIT
-    while len(found := Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()) < count:
+    while len(found := children(run.pid)) < count:
+        if len(found) == 1:  # of forks, what forks them
+            found = children(found[0])
+            if len(found) == count:
+                break
         assert time.monotonic() < end, "the replicas do not start"
         time.sleep(0.005)
-    return sorted(map(int, found))
+    return sorted(found)
+
+
+def children(pid: int) -> list[int]:
+    with suppress(FileNotFoundError):  # it has ended
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def assert_gone(pids: list[int]) -> None:
@@ -107,8 +94,8 @@ def assert_gone(pids: list[int]) -> None:
             time.sleep(0.01)
 
 
-def test_three_replicas_of_which_one_is_killed(job: Job, undisturbed: dict[str | None, Any]) -> None:
-    run = job.start(3)
+def test_three_replicas_of_which_one_is_killed(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
+    run = job.run(3, fast=True)
     pids = replicas_of(run, 3)
     wait_for_lines(job.output, 8)
     os.kill(pids[1], signal.SIGKILL)
@@ -131,8 +118,8 @@ def test_three_replicas_of_which_one_is_killed(job: Job, undisturbed: dict[str |
     assert "replica 2" in run.stdout
 
 
-def test_all_killed_and_gone_on_with(job: Job, undisturbed: dict[str | None, Any]) -> None:
-    run = job.start(2)
+def test_all_killed_and_gone_on_with(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
+    run = job.run(2)
     pids = replicas_of(run, 2)
     wait_for_lines(job.output, 8)
     for pid in pids:
@@ -143,13 +130,13 @@ def test_all_killed_and_gone_on_with(job: Job, undisturbed: dict[str | None, Any
     )
     assert "Traceback" not in run.stderr
     assert 8 <= len(job.records()) < COUNT
-    again = job.start(1)
+    again = job.run(1)
     assert again.wait() == 1, again.stderr
     assert job.records() == undisturbed
 
 
-def test_ctrl_c_finishes_what_runs_and_leaves_nobody(job: Job, undisturbed: dict[str | None, Any]) -> None:
-    run = job.start(2)
+def test_ctrl_c_finishes_what_runs_and_leaves_nobody(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
+    run = job.run(2)
     pids = replicas_of(run, 2)
     wait_for_lines(job.output, 6)
     began = time.monotonic()
@@ -164,17 +151,17 @@ def test_ctrl_c_finishes_what_runs_and_leaves_nobody(job: Job, undisturbed: dict
 
 
 @pytest.mark.slow
-def test_replicas_killed_at_random_moments(job: Job, undisturbed: dict[str | None, Any]) -> None:
+def test_replicas_killed_at_random_moments(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
     """Also while they load, and several of them: the same command again and again ends with all records."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
     ends = []
     for _ in range(6):
-        run = job.start(2)
+        run = job.run(2, fast=True)
         pids = replicas_of(run, 2)
         for pid in rng.sample(pids, rng.choice([1, 1, 2])):
-            time.sleep(rng.uniform(0.0, 3.0))
+            time.sleep(rng.uniform(0.0, 2.0))
             with suppress(ProcessLookupError):  # it has ended with the run
                 os.kill(pid, signal.SIGKILL)
         ends.append(run.wait())
@@ -184,18 +171,17 @@ def test_replicas_killed_at_random_moments(job: Job, undisturbed: dict[str | Non
             assert job.records() == undisturbed
             for file in job.folder.glob("o.*"):
                 file.unlink()
-    again = job.start(1)
+    again = job.run(1)
     assert again.wait() == 1, again.stderr
     assert job.records() == undisturbed
 
 
 @pytest.mark.slow
-def test_a_rank_of_a_replica_is_killed(job: Job, undisturbed: dict[str | None, Any]) -> None:
-    run = job.start(2, "--set", "parallel.tensor=2")
+def test_a_rank_of_a_replica_is_killed(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
+    run = job.run(2, "--set", "parallel.tensor=2", fast=True)
     pids = replicas_of(run, 2)
     wait_for_lines(job.output, 8)
-    children = Path(f"/proc/{pids[1]}/task/{pids[1]}/children").read_text().split()
-    (rank,) = map(int, children)
+    (rank,) = children(pids[1])
     os.kill(rank, signal.SIGKILL)
     assert run.wait() == 1, run.stderr
     assert job.records() == undisturbed
@@ -208,8 +194,8 @@ def test_a_rank_of_a_replica_is_killed(job: Job, undisturbed: dict[str | None, A
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_replicas_load_ends_all(job: Job, number: int) -> None:
-    run = job.start(2)
+def test_a_signal_while_replicas_load_ends_all(job: ReplicaJob, number: int) -> None:
+    run = job.run(2)
     pids = replicas_of(run, 2)
     run.kill(number)
     assert run.wait() == 128 + number
@@ -218,8 +204,8 @@ def test_a_signal_while_replicas_load_ends_all(job: Job, number: int) -> None:
     assert not job.output.exists()
 
 
-def test_replicas_end_with_the_run_however_it_ends(job: Job) -> None:
-    run = job.start(2)
+def test_replicas_end_with_the_run_however_it_ends(job: ReplicaJob) -> None:
+    run = job.run(2)
     pids = replicas_of(run, 2)
     time.sleep(random.uniform(0.0, 4.0))
     run.kill(signal.SIGKILL)
@@ -227,8 +213,8 @@ def test_replicas_end_with_the_run_however_it_ends(job: Job) -> None:
     assert_gone(pids)
 
 
-def test_what_no_replica_can_do_is_the_runs_message(job: Job) -> None:
-    run = job.start(2, "--set", "engine.kv_memory=1KiB")
+def test_what_no_replica_can_do_is_the_runs_message(job: ReplicaJob) -> None:
+    run = job.run(2, "--set", "engine.kv_memory=1KiB")
     assert run.wait() == 2
     (line,) = run.stderr.splitlines()
     assert line.startswith("error: replica ") and "engine.kv_memory: 1KiB is 1.0 KiB here" in line

@@ -48,12 +48,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("sort") / "model")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
-
-
 @pytest.fixture(scope="module", autouse=True)
 def no_measuring() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,7 @@ from nanoflow.ops.collectives import CTAS, AllGather, AllReduce, LayerAllGather
 from nanoflow.ops.communicator import Communicator, TorchCommunicator
 from nanoflow.ops.operation import NanoContext, Operation
 from nanoflow.ops.peer_all_reduce import PEER_FORMS
-from nanoflow.ops.peer_columns import COLUMN_FORMS
 from nanoflow.ops.peer_memory import PeerMemory
-from nanoflow.ops.peer_rows import ROW_FORMS
 from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
 from nanoflow.ops.row_shares import row_share
 
@@ -29,6 +28,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 ROWS, COLUMNS = 160, 1024
+FORMS = ("copy_engine", "push", "push_128")
+"""Of collectives over rows, or columns; the others are `push` on other numbers of thread blocks."""
 REPLAYS = 1000
 SECONDS = 900
 
@@ -361,24 +362,18 @@ def check_a_kernel_gives_up(rank: int, communicator: Communicator, device: torch
     os._exit(0)  # what is left of the device's context cannot be put away
 
 
-def rank_main(rank: int, port: int, ranks: int) -> None:
-    """One rank: every check, in the same order on all."""
-    from torch.distributed import TCPStore
-
+def checks(rank: int, communicator: Communicator) -> None:
+    """Every check, in the same order on all ranks."""
     device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    store = TCPStore("127.0.0.1", port, ranks, rank == 0, timedelta(seconds=60))
-    communicator = TorchCommunicator(store, rank, ranks, device, timeout=60.0)
     for kernel in ("nccl", "nccl_8", "reference"):
         used = communicator.twin(kernel, 8) if kernel == "nccl_8" else communicator
         check_all_reduce(rank, used, device, kernel)
     for form in PEER_FORMS:
         check_peer_form(rank, communicator, device, form)
     check_peer_forms_at_once(rank, communicator, device)
-    for kernel in ("reference", "nccl", "nccl_8", *ROW_FORMS):
+    for kernel in ("reference", "nccl", "nccl_8", *FORMS):
         for gather in (False, True):
             check_rows(rank, communicator, device, kernel, gather=gather)
-    for kernel in ("reference", "nccl", "nccl_8", *COLUMN_FORMS):
         check_columns(rank, communicator, device, kernel)
     check_all_gather(rank, communicator, device)
     check_two_at_once(rank, communicator, device)
@@ -387,18 +382,29 @@ def rank_main(rank: int, port: int, ranks: int) -> None:
     assert token.item() == 5
     torch.cuda.synchronize(device)
     check_a_kernel_gives_up(rank, communicator, device)
+
+
+def rank_main(rank: int, port: int, ranks: int, function: Callable[[int, Communicator], None]) -> None:
+    from torch.distributed import TCPStore
+
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = TCPStore("127.0.0.1", port, ranks, rank == 0, timedelta(seconds=60))
+    communicator = TorchCommunicator(store, rank, ranks, device, timeout=60.0)
+    function(rank, communicator)
+    torch.cuda.synchronize(device)
     communicator.close()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_collectives_between_gpus(ranks: int) -> None:
+def on_gpus(ranks: int, function: Callable[[int, Communicator], None]) -> None:
+    """Run `function`, a module's own, of every rank in a process of its own; skipped where there are fewer GPUs."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        rank_main, args=(port, ranks), nprocs=ranks, join=False
+        rank_main, args=(port, ranks, function), nprocs=ranks, join=False
     )
     end = time.monotonic() + SECONDS
     try:
@@ -408,3 +414,8 @@ def test_collectives_between_gpus(ranks: int) -> None:
         for process in processes.processes:
             if process.is_alive():
                 process.kill()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_collectives_between_gpus(ranks: int) -> None:
+    on_gpus(ranks, checks)

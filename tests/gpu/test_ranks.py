@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,24 @@ WHOLE_COLUMNS = COLUMNS.replace("attention_all_gather.a, attention_all_gather.b"
     "o_all_gather.a, o_all_gather.b", "o_all_gather"
 )
 """With all-gathers of both nano-batches at once."""
+FUSED = """
+sharding: fused_reduce_scatter
+capacity: 64
+nano_batches: {a: {decode: 1/2, prefill: 1/2, rows: 32}, b: {decode: 1/2, prefill: 1/2, rows: 32}}
+kernels: KERNELS
+period:
+- whole:
+    compute: [qkv.a, decode_attention.a, prefill_attention.a, o.a, qkv.b, decode_attention.b, prefill_attention.b, o.b,
+      gate_up.a, down.a, gate_up.b, down.b]
+    network: [o_add_norm.a, o_add_norm.b, down_add.a, input_layernorm_gather.a@1, down_add.b,
+      input_layernorm_gather.b@1]
+"""
+"""The same of divided rows, in one operation between two products."""
+FUSED_KERNELS = (
+    "{o_add_norm: nccl_4}",
+    "{o_add_norm: push, down_add: copy_engine, input_layernorm_gather: push_64}",
+    "{o_add_norm: copy_engine, down_add: push_128, input_layernorm_gather: copy_engine}",
+)
 IN_SEQUENCE = """
 sharding: reduce_scatter
 capacity: 64
@@ -115,28 +134,68 @@ def answers(folder: Path, model: Path, name: str, **changes: Any) -> dict[str, A
     return {record["custom_id"]: record["response"]["body"]["choices"] for record in records}
 
 
-@pytest.mark.parametrize("kv_heads", [2, 1])
-def test_two_gpus_give_the_tokens_of_one(tmp_path: Path, kv_heads: int) -> None:
-    model = tmp_path / "model"
+def plans() -> dict[str, str]:
+    """Plan files by what they are."""
+    found = {f"all_reduce {n}": NETWORK.replace("KERNELS", kernels) for n, kernels in enumerate(KERNELS)}
+    for sharding in ("reduce_scatter", "fused_reduce_scatter", "all_gather"):
+        found[f"{sharding} in sequence"] = IN_SEQUENCE.replace("reduce_scatter", sharding)
+    for name, text, each in (
+        ("reduce_scatter", ROWS, ROW_KERNELS),
+        ("fused_reduce_scatter", FUSED, FUSED_KERNELS),
+        ("all_gather", COLUMNS, COLUMN_KERNELS),
+    ):
+        found |= {f"{name} {n}": text.replace("KERNELS", kernels) for n, kernels in enumerate(each)}
+    found["all_gather whole"] = WHOLE_COLUMNS.replace("KERNELS", COLUMN_KERNELS[1])
+    for name in ("reduce_scatter 2", "fused_reduce_scatter 2"):  # beside the sequential plan's all-reduces
+        found[f"{name} and all_reduce"] = found[name].replace("capacity", "least_rows: 40\ncapacity", 1)
+    return found
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A model, and what one GPU answers."""
+
+    folder: Path
+    model: Path
+    answers: dict[str, Any]
+
+
+def alone(folder: Path, kv_heads: int) -> Alone:
+    model = folder / "model"
     model.mkdir()
     save_model(model, head_dim=64, num_key_value_heads=kv_heads, vocab_size=VOCAB + 1)
-    one = answers(tmp_path, model, "one")
-    assert len(one) == 24
-    two = {"parallel": {"tensor": 2}}
-    assert answers(tmp_path, model, "two", **two) == one
-    plans = [NETWORK.replace("KERNELS", kernels) for kernels in KERNELS]
-    plans += [
-        IN_SEQUENCE,
-        IN_SEQUENCE.replace("reduce_scatter", "all_gather"),
-        *(ROWS.replace("KERNELS", kernels) for kernels in ROW_KERNELS),
-    ]
-    plans += [COLUMNS.replace("KERNELS", kernels) for kernels in COLUMN_KERNELS]
-    plans.append(WHOLE_COLUMNS.replace("KERNELS", COLUMN_KERNELS[1]))
-    rows = ROWS.replace("KERNELS", ROW_KERNELS[-1])
-    plans.append(rows.replace("capacity", "least_rows: 40\ncapacity"))  # beside the sequential plan's all-reduces
-    for number, text in enumerate(plans):
-        (tmp_path / "network.plan.yaml").write_text(text)
-        plan = {"pipeline": {"plan": str(tmp_path / "network.plan.yaml")}}
-        assert answers(tmp_path, model, f"lanes {number}", **two, **plan) == one
+    found = Alone(folder, model, answers(folder, model, "one"))
+    assert len(found.answers) == 24
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return alone(tmp_path_factory.mktemp("ranks"), 2)
+
+
+TWO: dict[str, Any] = {"parallel": {"tensor": 2}}
+
+
+def check_plan(one: Alone, name: str, text: str) -> None:
+    file = one.folder / f"{name.replace(' ', '_')}.plan.yaml"
+    file.write_text(text)
+    assert answers(one.folder, one.model, file.stem, **TWO, pipeline={"plan": str(file)}) == one.answers
+
+
+def test_two_gpus_give_the_tokens_of_one(one: Alone) -> None:
+    assert answers(one.folder, one.model, "two", **TWO) == one.answers
     engine = {"device": "cuda", "kv_memory": "64MiB", "max_batch_tokens": 48, "max_running": 8, "cuda_graphs": False}
-    assert answers(tmp_path, model, "launched", **two, engine=engine) == one
+    assert answers(one.folder, one.model, "launched", **TWO, engine=engine) == one.answers
+
+
+@pytest.mark.parametrize("name", plans())
+def test_whatever_the_plan(one: Alone, name: str) -> None:
+    check_plan(one, name, plans()[name])
+
+
+def test_ranks_that_have_the_same_key_value_head(tmp_path: Path) -> None:
+    one = alone(tmp_path, 1)
+    assert answers(one.folder, one.model, "two", **TWO) == one.answers
+    for name in ("all_reduce 1", "fused_reduce_scatter 1", "all_gather 1"):
+        check_plan(one, name, plans()[name])

@@ -4,8 +4,8 @@
 of a linear split by output columns side by side, where they are needed whole (the logits).
 
 The slow reference gathers what all ranks have and adds it in float32 or wider, in rank order: every rank computes the
-same bits. Kernels of a library add in their own order, also the same on all ranks. The forms of an all-reduce that meet
-in memory which all ranks reach (`nanoflow.ops.peer_all_reduce`) give the reference's bits. NCCL is what a GPU runs if a
+same bits. Kernels of a library add in their own order, also the same on all ranks. Forms that meet in memory which all
+ranks reach (`nanoflow.ops.peer_all_reduce`, `peer_columns`) give the reference's bits. NCCL is what a GPU runs if a
 plan names nothing else: docs/parallel.md says which form is faster where.
 
 Formulas, for N ranks and a buffer of B bytes (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for
@@ -132,7 +132,7 @@ class LayerCollective(Collective):
         return {**super().kernels, **dict.fromkeys(CTAS, self.nccl), **forms}
 
     def scratch_bytes(self, rows: int, sms: int) -> int:
-        """Of the block that the form has which needs most, for elements of 4 bytes."""
+        """Of the form that needs most, counters and flags included, for elements of 4 bytes."""
         return data_begin(self.ranks) + max(self.peer_room(form, rows, 4) or 0 for form in self.peer_forms)
 
 

@@ -16,7 +16,7 @@ Shape legend: N ranks, T rows, C columns of a rank's share.
 import torch
 
 from nanoflow.ops.peer_memory import PeerMemory
-from nanoflow.ops.peer_rows import PUSH, ROW_FORMS, programs_of
+from nanoflow.ops.peer_rows import PUSH, ROW_FORMS, programs_of, send_rows
 
 __all__ = ["COLUMN_FORMS", "gather_columns"]
 
@@ -52,10 +52,9 @@ def gather_columns(
     if form in PUSH:
         columns_triton.all_gather(source_TC, first, peers, places, programs_of(form, sms))
         return
-    rank, ranks, mine = peers.rank, peers.size, source_TC.view(-1)
-    at = (first * ranks * source_TC.shape[1] + rank * mine.numel()) * mine.element_size()
+    # In rows of C columns, of which one of the buffer has N.
+    begin = first * peers.size + peers.rank * len(source_TC)
     meet(peers)
-    for step in range(1, ranks):  # not all to the same one first
-        places.data((rank + step) % ranks, at, mine.numel(), mine.dtype).copy_(mine)
+    send_rows(source_TC, begin, peers, places)
     meet(peers)
-    columns_triton.side_by_side(source_TC, gathered.view(ranks, *source_TC.shape), target, rank)
+    columns_triton.side_by_side(source_TC, gathered.view(peers.size, *source_TC.shape), target, peers.rank)

@@ -52,7 +52,8 @@ FORMED = [
     ([5, 6], SamplingParams(max_tokens=12, seed=3, structured_outputs=StructuredOutputs(regex="[a-d]{4}-[0-9]{2,6}"))),
     ([9], SamplingParams(max_tokens=6, structured_outputs=StructuredOutputs(choice=("yes", "no", "perhaps")))),
 ]
-MIX = FORMED + [pair for pair in REQUESTS if pair[1].max_tokens <= 30][:14]
+SHORT = [(prompt, p.replace(max_tokens=min(16, p.max_tokens))) for prompt, p in REQUESTS if p.max_tokens <= 30][:14]
+MIX = FORMED + SHORT
 FEW = [pair for pair in REQUESTS if pair[1].max_tokens <= 8 and pair[1].n == 1][:5]
 
 Requests = list[tuple[list[int], SamplingParams]]

@@ -2,6 +2,7 @@
 has stored, plans above all, does not take part."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time: torch must n
 
 settings.register_profile("nanoflow", deadline=None)
 settings.load_profile("nanoflow")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """What is there before a file's tests, modules above all, is not looked through at each of their collections."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

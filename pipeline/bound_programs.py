@@ -33,8 +33,10 @@ from nanoflow.pipeline.program import Program, Step
 __all__ = ["BoundPrograms", "make_caches"]
 
 
-_Key = tuple[int, str, int | None]
-"""Program, operation, and SMs of the lane."""
+_Key = tuple[int, str, int | None, int | None]
+"""Program, operation, nano-batch (None: all rows), and SMs of the lane."""
+_Place = tuple[int, str, int | None, str]
+"""Program, operation, nano-batch, and lane."""
 
 
 class BoundPrograms:
@@ -87,19 +89,19 @@ class BoundPrograms:
         self._prepared: list[list[Step]] = []
         for number, program in enumerate(programs):
             for op in (*program.graph.prologue, *program.graph.epilogue):
-                name = _kernel(op, programs[self.heads[number]].plan, device, dtype, None)
+                name = _kernel(op, None, programs[self.heads[number]].plan, device, dtype, None)
                 self._outer_kernels[number, op.name] = op.kernels[name]
             first: dict[tuple[str, int | None], Step] = {}
             for step in program.steps:
                 first.setdefault((step.nano_op.op, step.nano_op.nano_batch), step)
             self._prepared.append(list(first.values()))
             for step in first.values():
-                op, sms = program.graph.operation(step.nano_op.op), self.sms(number, step)
-                name = _kernel(op, program.plan, device, dtype, sms)
-                self._names[number, op.name, sms], self._kernels[number, op.name, sms] = name, op.kernels[name]
+                op, key = program.graph.operation(step.nano_op.op), self._key(number, step)
+                name = _kernel(op, step.nano_op.nano_batch, program.plan, device, dtype, key[-1])
+                self._names[key], self._kernels[key] = name, op.kernels[name]
         self._communicators = {} if communicator is None else self._twins(communicator)
-        self._peers: dict[tuple[int, str, str], PeerMemory] = {}
-        """Where collectives meet, by program, operation and lane."""
+        self._peers: dict[_Place, PeerMemory] = {}
+        """Where collectives meet."""
         self._places: dict[str, PeerMemory] = {}
         """Buffers that all ranks reach, by the value."""
         self.buffers: dict[str, torch.Tensor] = {}
@@ -140,14 +142,15 @@ class BoundPrograms:
         for step in self._prepared[number]:
             op, context = self._context(batch, step)
             if context.part.has_rows(op.row_class):
-                op.prepare(context, self._names[number, op.name, context.sms])
+                op.prepare(context, self._names[self._key(number, step)])
 
     def step(self, batch: DeviceBatch, index: int) -> None:
         """Run one step of the batch's program, if its nano-batch has rows for it."""
         number = batch.host.program
-        op, context = self._context(batch, self.programs[number].steps[index])
+        step = self.programs[number].steps[index]
+        op, context = self._context(batch, step)
         if context.part.has_rows(op.row_class):
-            self._kernels[number, op.name, context.sms](context)
+            self._kernels[self._key(number, step)](context)
 
     def own(self, host: DenseBatch) -> NDArray[np.bool_]:
         """[T] whether a row of the residual is this rank's behind the last layer: all are, unless ranks divide them."""
@@ -194,8 +197,8 @@ class BoundPrograms:
         nano_op, number = step.nano_op, batch.host.program
         op = self.programs[number].graph.operation(nano_op.op)
         weights: OpWeights = self.weights.layers[nano_op.layer]
-        sms = self.sms(number, step)
-        place = op.peer_buffer(self._names[number, op.name, sms]) if isinstance(op, Collective) else None
+        key, place = self._key(number, step), _place(number, step)
+        shared = op.peer_buffer(self._names[key]) if isinstance(op, Collective) else None
         context = NanoContext(
             batch,
             batch.part(nano_op.nano_batch),
@@ -203,16 +206,19 @@ class BoundPrograms:
             self.buffers,
             weights.get(op.weights_of, {}),
             self.kv[nano_op.layer],
-            sms,
+            key[-1],
             step.lane,
-            self._communicators.get((number, nano_op.op, step.lane)),
-            self._peers.get((number, nano_op.op, step.lane)),
-            None if place is None else self._places[place],
+            self._communicators.get(place),
+            self._peers.get(place),
+            None if shared is None else self._places[shared],
         )
         return op, context
 
-    def _twins(self, communicator: Communicator) -> dict[tuple[int, str, str], Communicator]:
-        """What collectives reach the other ranks with, by program, operation and lane.
+    def _key(self, number: int, step: Step) -> _Key:
+        return number, step.nano_op.op, step.nano_op.nano_batch, self.sms(number, step)
+
+    def _twins(self, communicator: Communicator) -> dict[_Place, Communicator]:
+        """What collectives reach the other ranks with.
 
         Two lanes have two: one communicator's operations would wait for each other. All are made here, in an order that
         follows from the programs and so is the same on every rank.
@@ -222,16 +228,15 @@ class BoundPrograms:
         for number, program in enumerate(self.programs):
             for index in program.collectives:
                 step = program.steps[index]
-                name = step.nano_op.op
                 if self._room(number, step, 1) is not None:
                     continue
-                ctas = CTAS.get(self._names[number, name, self.sms(number, step)])
+                ctas = CTAS.get(self._names[self._key(number, step)])
                 if (step.lane, ctas) not in made:
                     twin = step.lane if ctas is None else f"{step.lane}-{ctas}"
                     # The first lane's can be that of the head, which runs when all lanes are done.
                     first = not made and ctas is None
                     made[step.lane, ctas] = communicator if first else communicator.twin(twin, ctas)
-                found[number, name, step.lane] = made[step.lane, ctas]
+                found[_place(number, step)] = made[step.lane, ctas]
         return found
 
     def _meet(self, communicator: Communicator, dtype: torch.dtype) -> None:
@@ -239,7 +244,7 @@ class BoundPrograms:
 
         A lane has one for each form: the flags of one form do not guard another's data. The programs share them.
         """
-        users: dict[str, list[tuple[int, str, str, int]]] = {}
+        users: dict[str, list[tuple[int, Step, int]]] = {}
         for number, program in enumerate(self.programs):
             for index in program.collectives:
                 step = program.steps[index]
@@ -247,40 +252,40 @@ class BoundPrograms:
                 if room is not None:
                     op, form = self._collective(number, step)
                     name = f"{step.lane}-{form}{op.peer_suffix}"
-                    users.setdefault(name, []).append((number, op.name, step.lane, room))
+                    users.setdefault(name, []).append((number, step, room))
         for name, uses in users.items():
             memory = self._peer_memory(communicator, name, max(room for *_, room in uses), *uses[0][:2])
-            self._peers.update({(number, op, lane): memory for number, op, lane, _ in uses})
+            self._peers.update({_place(number, step): memory for number, step, _ in uses})
 
     def _share_buffers(self, communicator: Communicator, specs: Mapping[str, BufferSpec], dtype: torch.dtype) -> None:
         """Make the buffers that all ranks reach."""
         for number, program in enumerate(self.programs):
             for index in program.collectives:
-                op, form = self._collective(number, program.steps[index])
+                step = program.steps[index]
+                op, form = self._collective(number, step)
                 value = op.peer_buffer(form)
                 if value is not None and value not in self._places:
                     rows, columns = specs[value].rows, specs[value].columns
                     size = rows * columns * dtype.itemsize
-                    memory = self._peer_memory(communicator, f"buffer-{value}", size, number, op.name)
+                    memory = self._peer_memory(communicator, f"buffer-{value}", size, number, step)
                     self._places[value] = memory
                     self.buffers[value] = memory.data(communicator.rank, 0, rows * columns, dtype).view(rows, columns)
 
-    def _peer_memory(self, communicator: Communicator, name: str, room: int, number: int, op: str) -> PeerMemory:
-        """Memory that operation `op` of program `number` asks for. Raises PlanError where it cannot be had."""
+    def _peer_memory(self, communicator: Communicator, name: str, room: int, number: int, step: Step) -> PeerMemory:
+        """Memory that a step of program `number` asks for. Raises PlanError where it cannot be had."""
         try:
             return communicator.peer_memory(name, room)
         except PeerMemoryError as error:
-            form = self.programs[number].plan.kernels[op]
-            collective = self.programs[number].graph.operation(op)
-            assert isinstance(collective, Collective)
+            collective, form = self._collective(number, step)
+            key = self.programs[number].plan.kernel_key(collective.name, step.nano_op.nano_batch)
             can = [kernel for kernel in collective.kernels if collective.peer_room(kernel, 1, 1) is None]
-            raise PlanError(f"kernels.{op}: {form!r} cannot run here: {error}; what can: {', '.join(can)}") from error
+            raise PlanError(f"kernels.{key}: {form!r} cannot run here: {error}; what can: {', '.join(can)}") from error
 
     def _collective(self, number: int, step: Step) -> tuple[Collective, str]:
         """A collective of program `number`, and its kernel."""
         op = self.programs[number].graph.operation(step.nano_op.op)
         assert isinstance(op, Collective)
-        return op, self._names[number, op.name, self.sms(number, step)]
+        return op, self._names[self._key(number, step)]
 
     def _room(self, number: int, step: Step, itemsize: int) -> int | None:
         """Bytes of peer memory that a step of program `number` needs; None if its kernel uses none."""
@@ -322,9 +327,16 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def _kernel(op: Operation, plan: Plan, device: torch.device, dtype: torch.dtype, sms: int | None) -> str:
-    """The kernel that the plan names for `op`, or the one that the device prefers."""
-    name = plan.kernels.get(op.name) or op.preferred_kernel(device, dtype, sms)
+def _place(number: int, step: Step) -> _Place:
+    return number, step.nano_op.op, step.nano_op.nano_batch, step.lane
+
+
+def _kernel(
+    op: Operation, nano_batch: int | None, plan: Plan, device: torch.device, dtype: torch.dtype, sms: int | None
+) -> str:
+    """The kernel that the plan names for `op` on a nano-batch, or the one that the device prefers."""
+    name = plan.kernel(op.name, nano_batch) or op.preferred_kernel(device, dtype, sms)
     if name not in op.kernels:
-        raise PlanError(f"kernels.{op.name}: {name!r} is unknown; {op.name} has {', '.join(op.kernels)}")
+        key = plan.kernel_key(op.name, nano_batch)
+        raise PlanError(f"kernels.{key}: {name!r} is unknown; {op.name} has {', '.join(op.kernels)}")
     return name

@@ -182,7 +182,8 @@ class Plan:
     partitions: FrozenMapping[tuple[int, ...]] = field(default_factory=FrozenMapping)
     """SMs of each lane, by the partition's name. `WHOLE` may be left out: its lanes are then not confined."""
     kernels: FrozenMapping[str] = field(default_factory=FrozenMapping)
-    """Kernel of an operation, where it is not the executor's default."""
+    """Kernel of an operation, or of it on a nano-batch alone (``op.nano_batch``, which goes first), where it is not the
+    executor's default."""
     measured: FrozenMapping[float | int | str] = field(default_factory=FrozenMapping)
     """What was measured when the plan was stored. Says nothing about how it runs."""
     model: str = ""
@@ -243,9 +244,13 @@ class Plan:
             raise PlanError(f"sharding: {error}") from None
 
     def is_sequential(self, graph: Graph) -> bool:
-        """Whether it runs `graph` as the sequential plan does, rows and kernels aside."""
-        alike = len(self.nano_batches) == 1 and len(self.lanes) == 1
-        return alike and self.sharding == _sequential_form(graph, self.capacity)[0]
+        """Whether it runs `graph` as the sequential plan does, rows and kernels aside; but collectives of ranks have
+        forms of that one's."""
+        usual = [_sequential_form(graph, rows) for rows in (1, SMALL_ROWS + 1)]
+        if len(self.nano_batches) > 1 or len(self.lanes) > 1 or self.sharding != usual[0][0]:
+            return False
+        collectives = [op.name for op in with_sharding(graph, self.sharding).layer if isinstance(op, Collective)]
+        return {self.kernel(name, 0) for name in collectives} <= {"", *(form for _, form in usual)}
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -256,6 +261,16 @@ class Plan:
     def rows(self) -> int:
         """Rows that the activation buffers need: every nano-batch full, padding included."""
         return sum(nano_batch.rows for nano_batch in self.nano_batches)
+
+    def kernel(self, op: str, nano_batch: int | None) -> str:
+        """What `kernels` names for an operation on a nano-batch (None: on all rows); empty: nothing."""
+        return self.kernels.get(self.kernel_key(op, nano_batch), "")
+
+    def kernel_key(self, op: str, nano_batch: int | None) -> str:
+        """The key of `kernels` that says it."""
+        if nano_batch is not None and (key := f"{op}.{self.nano_batches[nano_batch].name}") in self.kernels:
+            return key
+        return op
 
     def lane_sms(self, stage: int, lane: str) -> int | None:
         """SMs of `lane` in stage `stage` of the period; None if the lane is not confined."""

@@ -29,7 +29,13 @@ def validate(plan: Plan, graph: Graph, *, sms: int | None = None) -> None:
     _check_partitions(plan)
     graph = plan.graph(graph)
     _check_kernels(plan, graph)
-    compile_program(plan, graph)
+    program = compile_program(plan, graph)
+    whole = {step.nano_op.op for step in program.steps if step.nano_op.nano_batch is None}
+    whole |= {op.name for op in (*graph.prologue, *graph.epilogue)}
+    for key in plan.kernels:
+        name, *nano_batch = key.split(".")
+        if nano_batch and name in whole:
+            raise PlanError(f"kernels.{key}: {name} runs on all rows at once here: write kernels.{name}")
 
 
 def _check_mix(plan: Plan) -> None:
@@ -111,13 +117,17 @@ def _check_partitions(plan: Plan) -> None:
 
 def _check_kernels(plan: Plan, graph: Graph) -> None:
     operations = {op.name: op for op in (*graph.layer, *graph.prologue, *graph.epilogue)}
-    for name, kernel in plan.kernels.items():
+    nano_batches = [nano_batch.name for nano_batch in plan.nano_batches]
+    for key, kernel in plan.kernels.items():
+        name, _, nano_batch = key.partition(".")
         if name not in operations:
             hint = ranks_hint(name, graph) or _hint(name, operations)
-            raise PlanError(f"kernels.{name}: unknown operation {name!r}{hint}")
+            raise PlanError(f"kernels.{key}: unknown operation {name!r}{hint}")
+        if key != name and nano_batch not in nano_batches:
+            raise PlanError(f"kernels.{key}: unknown nano-batch {nano_batch!r}{_hint(nano_batch, nano_batches)}")
         known = operations[name].kernels
         if kernel not in known:
-            raise PlanError(f"kernels.{name}: unknown kernel {kernel!r}{_hint(kernel, known)}")
+            raise PlanError(f"kernels.{key}: unknown kernel {kernel!r}{_hint(kernel, known)}")
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -23,6 +23,8 @@ __all__ = ["favourites"]
 
 FEW_SMS = ("copy_engine", "nccl_8", "two_shot")
 """Forms of collectives that leave products most SMs, the most promising first."""
+ALONE = ("push_64", "two_shot", "copy_engine")
+"""Forms that are fast with nothing beside them, for few rows first."""
 EVEN = 8
 """SMs of a group, whose whole multiples every device can set apart."""
 
@@ -41,7 +43,7 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
     base: dict[str, Any] = {
         "nano_batches": 2, "decode_cut_1": SHARES // 2, "alike": True, "any_whole": False, "all_beside": True,
         "row_unit": 128, "skew": skew, "several_stages": False, "with_attention": companions,
-        "network_lane": True, "network_sms": NETWORK_UNIT,
+        "network_lane": True, "network_sms": NETWORK_UNIT, "forms_apart": False,
     }  # fmt: skip
     shardings = shardings_of(graph)
     base["sharding"] = shardings[0]
@@ -72,8 +74,9 @@ def favourites(graph: Graph, rows: int, sms: int, kernels: Sequence[str] = ()) -
 
 
 def _ranks_first(graph: Graph, base: dict[str, Any], sms: int, kernels: Sequence[str]) -> list[dict[str, Any]]:
-    """Where ranks share the model: halves that take turns, and collectives in a lane of their own; confined and not.
-    The sequential plan of the other sharding first."""
+    """Where ranks share the model: halves that take turns, and collectives in a lane of their own, confined and not;
+    and halves that are apart, not confined.
+    Sequential plans first, in two forms where there are some."""
     shardings = shardings_of(graph) if graph.ranks > 1 else ()
     collectives = {
         sharding: [op for op in with_sharding(graph, sharding).layer if isinstance(op, Collective)]
@@ -81,12 +84,24 @@ def _ranks_first(graph: Graph, base: dict[str, Any], sms: int, kernels: Sequence
     }
     turns = {**base, "all_beside": False, "beside_0": False, "beside_1": False, "skew": 1}
     usual = Plan.sequential(graph, 1).sharding
-    found = [{**turns, "nano_batches": 1, "sharding": sharding} for sharding in shardings if sharding != usual]
-    for form in [form for form in FEW_SMS if form in kernels][:2]:
-        for sharding, ops in collectives.items():
-            if all(form in op.kernels for op in ops):
-                chosen = {**turns, "sharding": sharding, **{f"kernel_{op.name}": form for op in ops}}
-                found += [{**chosen, "confined": False}, *([{**chosen, "confined": True}] if sms else [])]
+
+    def chosen(sharding: str, form: str) -> dict[str, Any]:
+        return {**turns, "sharding": sharding, **{f"kernel_{op.name}": form for op in collectives[sharding]}}
+
+    def known(sharding: str, forms: Sequence[str]) -> list[str]:
+        ops = collectives[sharding]
+        return [form for form in forms if form in kernels and all(form in op.kernels for op in ops)][:2]
+
+    found = [
+        {**chosen(sharding, form), "nano_batches": 1}
+        for sharding in shardings
+        for form in known(sharding, ALONE) or [""] * (sharding != usual)
+    ]
+    for sharding in shardings:
+        for form in known(sharding, FEW_SMS)[:1]:
+            shared = {**chosen(sharding, form), "confined": False}
+            apart = {key: base[key] for key in ("all_beside", "skew")}  # with decode attention in a lane, too
+            found += [shared, {**shared, **apart}, *([{**shared, "confined": True}] if sms else [])]
     return found
 
 

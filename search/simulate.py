@@ -118,13 +118,14 @@ def _running(program: Program, works: Sequence[Work]) -> list[Running]:
 def _form(program: Program, step: Step) -> str:
     """Of a collective, the kernel that the plan names."""
     name = step.nano_op.op
-    return program.plan.kernels.get(name, "") if isinstance(program.graph.operation(name), Collective) else ""
+    named = isinstance(program.graph.operation(name), Collective)
+    return program.plan.kernel(name, step.nano_op.nano_batch) if named else ""
 
 
 def _working_sms(plan: Plan, step: Step) -> int | None:
     """SMs of a step's lane; of decode attention with another number of programs on each, the SMs on which as much is
     under way with the usual ones: more programs than those have half the buffers each."""
-    sms, kernel = plan.lane_sms(step.stage, step.lane), plan.kernels.get(step.nano_op.op, "")
+    sms, kernel = plan.lane_sms(step.stage, step.lane), plan.kernel(step.nano_op.op, step.nano_op.nano_batch)
     programs = OTHER_PROGRAMS.get(kernel)
     if sms is None or programs is None:
         return sms

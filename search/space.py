@@ -7,7 +7,7 @@ every choice builds a plan that `nanoflow.pipeline.validate` accepts. `suggest` 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Literal
 
 from nanoflow.ops.attention import OTHER_PROGRAMS
@@ -80,7 +80,8 @@ class PlanChoice:
     network_sms: int | None = None
     """SMs of the network lane; None: the lanes share the device."""
     kernels: FrozenMapping[str] = field(default_factory=FrozenMapping)
-    """Kernel of a product, of decode attention or of a collective, where it is not the device's default."""
+    """Kernel of a product, of decode attention or of a collective, where it is not the device's default; or, by
+    ``collective.n``, of a collective on the n-th nano-batch of `decode`, from 0 on."""
     sharding: str | None = None
     """Of ranks that share the model, where their weights leave a choice; None: that of the sequential plan."""
 
@@ -165,7 +166,11 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         NanoBatch(NAMES[n], Fraction(decode[n], SHARES), Fraction(prefill[n], SHARES), own)
         for n, own in enumerate(_rows(decode, prefill, mix, rows, choice.row_unit))
     )
-    plan = Plan(rows, nano_batches, (), kernels=choice.kernels, sharding=sequential.sharding)
+    kernels = {}
+    for key, kernel in choice.kernels.items():
+        op, *n = key.split(".")
+        kernels[".".join((op, *(NAMES[ranks.index(int(each))] for each in n)))] = kernel
+    plan = Plan(rows, nano_batches, (), kernels=FrozenMapping(kernels), sharding=sequential.sharding)
     order = Order(
         names=tuple(NAMES[:count]),
         whole=choice.whole,
@@ -177,7 +182,7 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         network=choice.network,
     )
     parts = (sms - sum(apart), memory) if apart else (None, None)
-    seconds = _Seconds(graph, mix_works(plan, mix), rates, parts, choice)
+    seconds = _Seconds(graph, plan, mix_works(plan, mix), rates, parts, choice)
     plan = replace(plan, period=schedule(graph, order, seconds))
     if not apart or all(stage.partition == WHOLE for stage in plan.period):
         return plan
@@ -191,13 +196,13 @@ class _Seconds:
     def __init__(
         self,
         graph: Graph,
+        plan: Plan,
         works: Sequence[Work],
         rates: Rates,
         parts: tuple[int | None, int | None],
         choice: PlanChoice,
     ) -> None:
-        self.graph, self.works, self.rates = graph, works, rates
-        self.kernels = choice.kernels
+        self.graph, self.plan, self.works, self.rates = graph, plan, works, rates
         self.sms = dict(zip((False, True), parts, strict=True))
         self.attention = (ATTENTION, *choice.with_attention)
         chains = chains_of(graph).values() if choice.network else ()
@@ -217,7 +222,7 @@ class _Seconds:
         names = self.attention if op == ATTENTION else [op] if op in self.apart else self.behind[op]
         operations = [self.graph.operation(name) for name in names]
         return sum(
-            self.rates.seconds(each, work, None, self.kernels.get(each.name, ""))
+            self.rates.seconds(each, work, None, self.plan.kernel(each.name, nano_batch))
             if isinstance(each, Collective)
             else self.rates.seconds(each, work, self.apart.get(each.name, self.sms[memory]))
             for each in operations
@@ -274,6 +279,7 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     often: all products cut, all attention beside them, prefill rows shared out as decode rows are.
     """
     chosen: dict[str, str] = {}
+    forms: dict[str, list[str]] = {}
     sharding = None
     if graph.ranks > 1 and len(shardings_of(graph)) > 1:
         sharding = trial.suggest_categorical("sharding", shardings_of(graph))
@@ -283,6 +289,8 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
         free = op.name in PRODUCTS or isinstance(op, Collective)
         own = op.kernels if free else OTHER_PROGRAMS if op.name == ATTENTION else {}
         known = [kernel for kernel in kernels if kernel in own]
+        if known and isinstance(op, Collective):
+            forms[op.name] = known
         if known and (kernel := trial.suggest_categorical(f"kernel_{op.name}", ("", *known))):
             chosen[op.name] = kernel
     most = max(1, min(MOST_NANO_BATCHES, rows // LEAST_ROWS))
@@ -296,6 +304,11 @@ def suggest(trial: "Trial", graph: Graph, rows: int, sms: int, kernels: Sequence
     whole: set[str] = set()
     if trial.suggest_categorical("any_whole", (False, True)):
         whole = {op for op in (*before, *behind) if trial.suggest_categorical(f"whole_{op}", (True, False))}
+    apart = bool(forms) and len(filled) > 1 and not whole and trial.suggest_categorical("forms_apart", (False, True))
+    if apart:
+        for (name, known), n in product(forms.items(), range(len(filled))):
+            if kernel := trial.suggest_categorical(f"kernel_{name}_{n}", ("", *known)):
+                chosen[f"{name}.{n}"] = kernel
     beside = [True] * count
     if not trial.suggest_categorical("all_beside", (True, False)):
         beside = [trial.suggest_categorical(f"beside_{n}", (False, True)) for n in range(count)]

@@ -210,7 +210,7 @@ def step_costs(program: Program, works: Sequence[Work], itemsize: int) -> list[C
             work = total if key[1] is None else works[key[1]]
             op = program.graph.operation(key[0])
             if isinstance(op, Collective):
-                kept[key] = op.cost_with(program.plan.kernels.get(op.name, ""), work, itemsize)
+                kept[key] = op.cost_with(program.plan.kernel(*key), work, itemsize)
             else:
                 kept[key] = op.cost(work, itemsize)
         result.append(kept[key])
@@ -258,7 +258,7 @@ def spans_of(program: Program, costs: Sequence[Cost], times: Sequence[tuple[floa
 def _taken(program: Program, step: Step) -> int | None:
     if not isinstance(program.graph.operation(step.nano_op.op), Collective):
         return None
-    kernel = program.plan.kernels.get(step.nano_op.op, "")
+    kernel = program.plan.kernel(step.nano_op.op, step.nano_op.nano_batch)
     return collective_sms(kernel, program.plan.lane_sms(step.stage, step.lane))
 
 

@@ -25,8 +25,9 @@ import optuna
 from optuna.samplers import TPESampler
 from optuna.trial import Trial, TrialState
 
+from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
-from nanoflow.pipeline.plan import Plan
+from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.pipeline.program import compile_program
 from nanoflow.search.favourites import favourites
 from nanoflow.search.journal import Journal, quiet_optuna
@@ -70,8 +71,12 @@ class Target:
     def plan(self, trial: Trial) -> Plan:
         """Ask `trial` for a plan."""
         choice = suggest(trial, self.graph, self.rows, self.sms, self.kernels)
-        if len(choice.decode) == 1:  # in sequence, with what the device prefers, as what all others are compared with
-            return Plan.sequential(self.graph, self.rows, sharding=choice.sharding)
+        if len(choice.decode) == 1:  # products as the sequential plan has them, which all others are compared with
+            plan = Plan.sequential(self.graph, self.rows, sharding=choice.sharding)
+            layer = plan.graph(self.graph).layer
+            forms = {op.name: choice.kernels.get(op.name, "") for op in layer if isinstance(op, Collective)}
+            forms = {name: form for name, form in forms.items() if form}
+            return replace(plan, kernels=FrozenMapping(forms)) if forms else plan
         return build_plan(choice, self.graph, self.mix, self.rows, self.rates)
 
     def predict(self, plan: Plan) -> float:
@@ -168,6 +173,7 @@ class PlanSearch:
         self.sequential = Plan.sequential(target.graph, target.rows)
         self._sequential_seconds = target.predict(self.sequential)
         compared = {"nano_batches": 1, "sharding": self.sequential.sharding}
+        compared |= {f"kernel_{op.name}": "" for op in self.sequential.graph(target.graph).layer}
         self._first = [compared, *favourites(target.graph, target.rows, target.sms, target.kernels)]
         for parameters in self._first:
             self._study.enqueue_trial(parameters)

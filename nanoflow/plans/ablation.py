@@ -92,7 +92,7 @@ def ablation_plans(plan: Plan, graph: Graph, rows: int) -> dict[str, Plan]:
     if len(names) > 1:
         stage = Stage(WHOLE, FrozenMapping({MAIN_LANE: lane}))
         collectives = {op.name for op in layer if isinstance(op, Collective)}
-        forms = {name: kernel for name, kernel in plan.kernels.items() if name in collectives}
+        forms = {name: kernel for name, kernel in plan.kernels.items() if name.partition(".")[0] in collectives}
         found[CUT] = Plan(
             capacity=plan.capacity,
             nano_batches=plan.nano_batches,

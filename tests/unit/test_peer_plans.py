@@ -80,16 +80,41 @@ def test_each_lane_and_form_has_memory_of_its_own() -> None:
         "two-two_shot": peer_room("two_shot", 32 * columns, 2, 2),
     }
     assert communicator.twins == []
-    assert bound._peers[0, "down_all_reduce", "two"] is communicator.made["two-two_shot"]
-    assert bound._peers[0, "down_all_reduce", "one"] is communicator.made["one-two_shot"]
+    assert bound._peers[0, "down_all_reduce", 1, "two"] is communicator.made["two-two_shot"]
+    assert bound._peers[0, "down_all_reduce", 0, "one"] is communicator.made["one-two_shot"]
     bound.close()
     assert not any(memory.blocks for memory in communicator.made.values())
+
+
+def test_each_nano_batch_may_have_a_form_of_its_own() -> None:
+    communicator = Recording()
+    bound = bind("{o_all_reduce: two_shot, o_all_reduce.a: one_shot, down_all_reduce.b: nccl_4}", communicator)
+    columns = WHOLE.values[RESIDUAL]
+    rooms = {name: memory.room for name, memory in communicator.made.items()}
+    assert rooms == {
+        "one-one_shot": peer_room("one_shot", 16 * columns, 2, 2),
+        "one-two_shot": peer_room("two_shot", 32 * columns, 2, 2),
+    }
+    assert bound._peers[0, "o_all_reduce", 0, "one"] is communicator.made["one-one_shot"]
+    assert bound._peers[0, "o_all_reduce", 1, "one"] is communicator.made["one-two_shot"]
+    assert set(bound._communicators) == {(0, "down_all_reduce", 0, "one"), (0, "down_all_reduce", 1, "two")}
+    assert communicator.twins == ["two-4"]
+
+
+def test_the_nano_batch_whose_form_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(communicator: Recording, name: str, room: int) -> PeerMemory:
+        raise PeerMemoryError("far apart")
+
+    monkeypatch.setattr(Recording, "peer_memory", refuse)
+    with pytest.raises(PlanError, match=r"^kernels\.o_all_reduce\.b: 'two_shot' cannot run here: far apart; what can"):
+        bind("{o_all_reduce.b: two_shot}", Recording())
 
 
 def test_other_forms_have_none() -> None:
     communicator = Recording()
     assert not bind("{o_all_reduce: copy_engine, down_all_reduce: nccl_4}", communicator)._peers.keys() - {
-        (0, "o_all_reduce", "one")
+        (0, "o_all_reduce", 0, "one"),
+        (0, "o_all_reduce", 1, "one"),
     }
     assert list(communicator.made) == ["one-copy_engine"]
     assert communicator.twins == ["one-4", "two-4"]

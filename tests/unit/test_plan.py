@@ -72,6 +72,13 @@ def test_sequential_reads_back_equal():
     assert plan.lane_sms(0, "main") is None
 
 
+def test_a_nano_batch_may_have_another_kernel():
+    plan = Plan.loads(changed("kernels: {o: reference}", "kernels: {o: triton, o.b: reference, qkv.a: triton}"))
+    assert [plan.kernel("o", n) for n in (0, 1, None)] == ["triton", "reference", "triton"]
+    assert [plan.kernel("qkv", n) for n in (0, 1, None)] == ["triton", "", ""]
+    assert Plan.loads(plan.dumps()) == plan
+
+
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -248,6 +255,13 @@ def test_text_that_is_no_plan(text):
         ),
         ("kernels: {o: reference}", "kernels: {oo: reference}", "kernels.oo: unknown operation 'oo'"),
         ("kernels: {o: reference}", "kernels: {o: refrence}", "kernels.o: unknown kernel 'refrence'; did you mean"),
+        ("kernels: {o: reference}", "kernels: {o.c: reference}", "kernels.o.c: unknown nano-batch 'c'; known: a, b"),
+        ("kernels: {o: reference}", "kernels: {o.a: refrence}", "kernels.o.a: unknown kernel 'refrence'; did you mean"),
+        (
+            "kernels: {o: reference}",
+            "kernels: {final_norm.a: reference}",
+            "kernels.final_norm.a: final_norm runs on all rows at once here: write kernels.final_norm",
+        ),
     ],
 )
 def test_numbers_that_cannot_be(old, new, expected):

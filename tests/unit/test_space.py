@@ -240,6 +240,27 @@ def test_what_works_on_a_ranks_rows_runs_with_the_collectives() -> None:
     assert not sequential.is_sequential(RANK) and Plan.sequential(RANK, 64).is_sequential(RANK)
 
 
+def test_nano_batches_may_have_forms_of_their_own() -> None:
+    """By number in a choice: those without prompts come last in the plan."""
+    choice = PlanChoice((12, 4), (0, 16), kernels=FrozenMapping({"o_all_reduce": "nccl_8", "o_all_reduce.1": "nccl_2"}))
+    plan = check(choice, RANK, MIX, 1152)
+    assert [nano_batch.prefill for nano_batch in plan.nano_batches] == [1, 0]
+    assert plan.kernels == {"o_all_reduce": "nccl_8", "o_all_reduce.a": "nccl_2"}
+    found = set()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(1))
+    for _ in range(60):
+        study.enqueue_trial({"nano_batches": 2, "forms_apart": True, "any_whole": False, "sharding": "all_reduce"})
+        chosen = suggest(study.ask(), RANK, 1152, 132, ("nccl_8", "two_shot"))
+        found |= {(key, kernel) for key, kernel in chosen.kernels.items() if "." in key}
+        validate(build_plan(chosen, RANK, MIX, 1152, H100.rates), RANK, sms=132)
+    assert found == {
+        (f"{op}.{n}", kernel)
+        for op in ("o_all_reduce", "down_all_reduce")
+        for n in range(2)
+        for kernel in ("nccl_8", "two_shot")
+    }
+
+
 def test_forms_of_collectives_are_for_ranks() -> None:
     assert {"nccl_8", "two_shot", "push"} <= set(collective_forms(RANK))
     assert "nccl_8" in collective_forms(RANK) and not {"nccl", "reference"} & set(collective_forms(RANK))

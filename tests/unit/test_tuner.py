@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -116,15 +117,23 @@ def test_ranks_begin_with_sums_beside_products_of_the_other_half() -> None:
     rank = shard_graph(open_graph("llama-3-70b", Plan(1, (), ()), "a test")[2], 0, 2)
     target = Target(rank, Mix(500, 768, (512, 12)), 1024, H200.rates, 132, collective_forms(rank))
     search = PlanSearch(target)
-    first = [candidate.plan for candidate in search.propose()]
+    first = [candidate.plan for candidate in search.propose(15)]
     for plan in first:
         validate(plan, rank)
-    assert first[0] == Plan.sequential(rank, 1024, sharding="reduce_scatter")
-    assert {tuple(plan.lanes) for plan in first[1:]} == {("compute", "network")}
-    assert [plan.sharding for plan in first[1:5]] == ["all_reduce"] * 2 + ["reduce_scatter"] * 2
-    assert [plan.partitions.get("split") for plan in first[1:5]] == [None, (124, 8)] * 2
-    assert set(first[1].kernels) == {"o_all_reduce", "down_all_reduce"}
-    assert set(first[3].kernels.values()) == {"copy_engine"} and len(first[3].kernels) == 4
+    shardings = ("all_reduce", "reduce_scatter", "fused_reduce_scatter")
+    sequential, lanes = first[:6], first[6:]
+    assert [plan.sharding for plan in sequential] == [sharding for sharding in shardings for _ in range(2)]
+    forms = ("two_shot", "copy_engine", *("push_64", "copy_engine") * 2)
+    for plan, form in zip(sequential, forms, strict=True):
+        bare = Plan.sequential(rank, 1024, sharding=plan.sharding)
+        assert replace(plan, kernels=bare.kernels) == bare and set(plan.kernels.values()) == {form}
+        assert len(plan.kernels) == (2, 4, 3)[shardings.index(plan.sharding)]
+    turns, apart = ("compute", "network"), ("compute", "memory", "network")
+    assert [plan.lanes for plan in lanes] == [turns, apart, turns] * 3
+    assert [plan.sharding for plan in lanes] == [sharding for sharding in shardings for _ in range(3)]
+    assert [plan.partitions.get("split") for plan in lanes] == [None, None, (124, 8)] * 3
+    assert set(lanes[0].kernels) == {"o_all_reduce", "down_all_reduce"}
+    assert {kernel for plan in lanes for kernel in plan.kernels.values()} == {"copy_engine"}
     later = [candidate.plan for candidate in search.propose()]
     assert any(plan.lanes == ("compute", "memory", "network") for plan in later), "the families of one device"
     told = [step.plan for step in search.steps]

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 import yaml
 
 FAST = "from tests.unit.rank_zygote import install; install({sabotage!r}); "
-"""What a run does first whose ranks and replicas are to be forks, each of which runs `sabotage` first."""
 SLOW = "import nanoflow.pipeline.reference_executor as e, time; run = e.ReferenceExecutor._run; "
 SLOW += "e.ReferenceExecutor._run = lambda *a: (time.sleep({}), run(*a))[1]; "
 """What a run does first whose iterations are to take so many seconds more."""
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+LIMIT = 300.0
+"""Seconds after which a run that is waited for is killed, on any machine."""
 
 SERVER = """
 import json, os, signal, sys
@@ -43,6 +47,7 @@ for line in sys.stdin:
             (2, folder + "/stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
         ):
             os.dup2(os.open(name, flags, 0o666), descriptor)
+        os.environ.update(request["environment"])
         exec(request["before"])
         sys.argv = ["nanoflow", *request["argv"]]
         try:
@@ -58,14 +63,21 @@ for line in sys.stdin:
 class Run:
     """One run, which may be going on."""
 
-    def __init__(self, server: "ForkServer", pid: int, folder: Path) -> None:
+    def __init__(self, server: "ForkServer", pid: int, folder: Path, fast: bool) -> None:
         self._server = server
         self.pid = pid
         self.folder = folder
+        self.fast = fast
+        """Whether its ranks and replicas are forks."""
 
     def wait(self) -> int:
         """Wait for its end; the exit status, or minus the signal that killed it."""
-        return self._server.ask({"wait": self.pid})
+        limit = threading.Timer(LIMIT, self.kill, (signal.SIGKILL,))
+        limit.start()
+        try:
+            return self._server.ask({"wait": self.pid})
+        finally:
+            limit.cancel()
 
     def kill(self, number: int) -> None:
         """Send a signal."""
@@ -90,7 +102,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, **ENVIRONMENT},
             # A terminal's program takes SIGINT; what a script starts in the background would ignore it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
@@ -107,15 +119,31 @@ class ForkServer:
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
-    def start(self, folder: Path, *argv: object, before: str = "", stdin: Path | None = None) -> Run:
-        """Start ``nanoflow ARGV``, its output in files in `folder`; `before` is Python that its process runs first."""
+    def start(
+        self,
+        folder: Path,
+        *argv: object,
+        before: str = "",
+        stdin: Path | None = None,
+        fast: bool = False,
+        sabotage: str = "",
+    ) -> Run:
+        """Start ``nanoflow ARGV`` in this process's environment, its output in files in `folder`.
+
+        Args:
+            before: Python that its process runs first.
+            fast: its ranks and replicas are forks too, each of which runs the Python `sabotage` first.
+        """
         request = {
             "folder": str(folder),
             "argv": [str(argument) for argument in argv],
-            "before": before,
+            "before": (FAST.format(sabotage=sabotage) if fast else "") + before,
             "stdin": str(stdin) if stdin else None,
+            "environment": {**os.environ, **ENVIRONMENT},
         }
-        return Run(self, self.ask(request), folder)
+        for name in ("stdout", "stderr"):
+            (folder / name).write_text("")
+        return Run(self, self.ask(request), folder, fast)
 
 
 class Job:
@@ -142,9 +170,9 @@ class Job:
         self.output = Path(config["output"]["path"])
         (folder / "job.yaml").write_text(yaml.safe_dump(config))
 
-    def start(self, *arguments: str, before: str = "", stdin: Path | None = None) -> Run:
-        """Start a run; `before` is Python that its process runs first."""
-        return self.server.start(self.folder, "run", self.folder / "job.yaml", *arguments, before=before, stdin=stdin)
+    def start(self, *arguments: str, **options: Any) -> Run:
+        """Start a run; `options` are those of `ForkServer.start`."""
+        return self.server.start(self.folder, "run", self.folder / "job.yaml", *arguments, **options)
 
     def records(self) -> dict[str | None, Any]:
         """By custom_id, without times; every line must be whole and of a request of its own."""
@@ -160,6 +188,41 @@ class Job:
     def report(self) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(self.output.with_name("o.report.json").read_text())
         return report
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it has started and that have not been waited for, in order."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == pid:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def started_by(run: Run, count: int, seconds: float = 60.0) -> list[int]:
+    """The ranks or replicas of a run, once they are `count`, in order."""
+    end = time.monotonic() + seconds
+    while True:
+        found = children(run.pid)
+        if run.fast:
+            found = [child for parent in found for child in children(parent)]
+        if len(found) >= count:
+            return found
+        assert time.monotonic() < end, f"it has not started {count} processes in {seconds} s"
+        time.sleep(0.005)
+
+
+def wait_for_text(run: Run, text: str, seconds: float = LIMIT) -> None:
+    """Wait until its standard error has the text; it fails once the run has ended without."""
+    end = time.monotonic() + seconds
+    while text not in run.stderr:
+        state = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        assert time.monotonic() < end and (state != "Z" or text in run.stderr), run.stderr
+        time.sleep(0.01)
 
 
 def wait_for_lines(path: Path, count: int, seconds: float = 60.0) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.forks import FAST, SLOW, ForkServer, Job, Run, wait_for_lines
+from tests.unit.forks import SLOW, ForkServer, Job, Run, wait_for_lines
 from tests.unit.tiny_model import request_lines, save_tiny_llama
 
 LIMIT = 30.0
@@ -38,12 +38,9 @@ class RankJob(Job):
             parallel={"tensor": 2},
         )
 
-    def start(
-        self, *arguments: str, before: str = "", stdin: Path | None = None, sabotage: str = "", fast: bool = True
-    ) -> Run:
-        """Start the run; `before` is Python that rank 0 runs first, `sabotage` what the others do."""
-        first = (FAST.format(sabotage=sabotage) if fast else "") + before
-        return super().start(*arguments, before=first, stdin=stdin)
+    def start(self, *arguments: str, **options: Any) -> Run:
+        """Start the run, its ranks as forks if nothing else is asked."""
+        return super().start(*arguments, **{"fast": True} | options)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ stand-ins."""
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +34,11 @@ from nanoflow.search.profile import Pair, Point, Profile, Solo
 from nanoflow.search.profile_rates import profile_rates
 from nanoflow.search.profiler import Case, PairCase, SoloCase, Unmeasurable
 from nanoflow.search.rates import Running
+from tests.unit.forks import ForkServer, started_by, wait_for_text
 from tests.unit.rank_models import write_job_of_ranks
 from tests.unit.rank_threads import CPU, connect, on_all
-from tests.unit.test_tune_ranks import children
 from tests.unit.tiny_model import save_tiny_llama
 
-LIMIT = 150.0
-ROOT = Path(__file__).parents[2]
 RANK = shard_graph(open_graph("llama-3-70b", Plan(1, (), ()), "test")[2], 0, 2)
 MIXES = [WeightedMix(Mix(1024, 768, (512, 512)), 1.0, 2048.0, 2048, 1.0)]
 
@@ -59,29 +55,10 @@ def job(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_job_of_ranks(model, tmp_path)
 
 
-def started(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "nanoflow", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def finished(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-
-
-def test_a_job_of_two_ranks_is_profiled_and_estimated(job: Path, tmp_path: Path) -> None:
-    process = started("profile", str(job))
-    output, errors = finished(process)
-    assert process.returncode == 0, errors
-    assert "26 cases measured" in output and "o_all_reduce: milliseconds / GB/s that a rank sends" in output
+def test_a_job_of_two_ranks_is_profiled_and_estimated(job: Path, tmp_path: Path, server: ForkServer) -> None:
+    run = server.start(tmp_path, "profile", job)
+    assert run.wait() == 0, run.stderr
+    assert "26 cases measured" in run.stdout and "o_all_reduce: milliseconds / GB/s that a rank sends" in run.stdout
     (path,) = (tmp_path / "cache" / "nanoflow" / "profiles").iterdir()
     profile = Profile.load(path)
     assert ranks_of(str(profile.fingerprint.shape)) == 2 and profile.ceilings.link_bytes_per_second
@@ -91,9 +68,8 @@ def test_a_job_of_two_ranks_is_profiled_and_estimated(job: Path, tmp_path: Path)
     assert {solo.kernel for solo in profile.solos if solo.op == "o_reduce_scatter"} == {"", "nccl"}
     assert profile.solo("lm_head_all_gather", None) is not None and not profile.pairs
 
-    process = started("profile", str(job))
-    again, errors = finished(process)
-    assert process.returncode == 0 and "0 cases measured" in again, errors
+    again = server.start(tmp_path, "profile", job, fast=True)
+    assert again.wait() == 0 and "0 cases measured" in again.stdout, again.stderr
 
     rates = profile_rates(profile, 4)
     (point, *_) = sums[0].points
@@ -102,17 +78,16 @@ def test_a_job_of_two_ranks_is_profiled_and_estimated(job: Path, tmp_path: Path)
         assert rates.seconds(op, Work(prefill_rows=point.at[0]), None, kernel) == pytest.approx(point.seconds)
 
 
-def test_the_layout_of_the_jobs_plan_is_profiled(job: Path, tmp_path: Path) -> None:
+def test_the_layout_of_the_jobs_plan_is_profiled(job: Path, tmp_path: Path, server: ForkServer) -> None:
     plan = tmp_path / "columns.plan.yaml"
     plan.write_text(
         "sharding: all_gather\ncapacity: 160\nnano_batches: {a: {decode: 1, prefill: 1, rows: 160}}\n"
         "period: [whole: {main: [qkv, decode_attention, prefill_attention, o, gate_up, down]}]\n"
     )
     job.write_text(job.read_text() + f"pipeline: {{plan: {plan}}}\n")
-    process = started("profile", str(job))
-    output, errors = finished(process)
-    assert process.returncode == 0, errors
-    assert "o_all_gather: milliseconds / GB/s that a rank sends" in output
+    run = server.start(tmp_path, "profile", job, fast=True)
+    assert run.wait() == 0, run.stderr
+    assert "o_all_gather: milliseconds / GB/s that a rank sends" in run.stdout
     (path,) = (tmp_path / "cache" / "nanoflow" / "profiles").iterdir()
     profile = Profile.load(path)
     assert {solo.kernel for solo in profile.solos if solo.op == "attention_all_gather"} == {"", "nccl"}
@@ -120,23 +95,19 @@ def test_the_layout_of_the_jobs_plan_is_profiled(job: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_ctrl_c_and_a_killed_rank_keep_what_was_measured(job: Path, tmp_path: Path, number: int) -> None:
-    process = started("profile", str(job))
-    assert process.stderr is not None
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if " 7 to go: " in line:
-            break
-    (rank,) = children(process.pid)
-    os.kill(process.pid if number == signal.SIGINT else rank, number)
-    _, rest = finished(process)
-    seen += rest
+def test_ctrl_c_and_a_killed_rank_keep_what_was_measured(
+    job: Path, tmp_path: Path, server: ForkServer, number: int
+) -> None:
+    run = server.start(tmp_path, "profile", job, fast=True)
+    wait_for_text(run, " 7 to go: ")
+    (rank,) = started_by(run, 1)
+    os.kill(run.pid if number == signal.SIGINT else rank, number)
+    status, seen = run.wait(), run.stderr
     assert "Traceback" not in seen
     if number == signal.SIGINT:
-        assert process.returncode == 130 and "are left, to go on: nanoflow profile" in seen
+        assert status == 130 and "are left, to go on: nanoflow profile" in seen
     else:
-        assert process.returncode == 2 and seen.count("error: ") == 1
+        assert status == 2 and seen.count("error: ") == 1
         assert f"rank 1 (process {rank}) was killed by SIGKILL" in seen
         assert "what was measured is in the profile, and the same command goes on" in seen
     end = time.monotonic() + 30

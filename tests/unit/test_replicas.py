@@ -17,7 +17,7 @@ from nanoflow.config_schema import RunConfig
 from nanoflow.errors import ConfigError
 from nanoflow.replicas import start
 from nanoflow.replicas.start import Place, check_replicas, places
-from tests.unit.forks import FAST, ForkServer, Job, Run, wait_for_lines
+from tests.unit.forks import ForkServer, Job, Run, children, started_by, wait_for_lines
 from tests.unit.tiny_model import request_lines, save_tiny_llama
 
 LIMIT = 60.0
@@ -42,9 +42,8 @@ class ReplicaJob(Job):
         )
 
     def run(self, data: int, *arguments: str, fast: bool = False) -> Run:
-        """Start a run of `data` replicas, `fast` ones if they are to be forks."""
-        before = FAST.format(sabotage="") if fast else ""
-        return self.start("--set", f"parallel.data={data}", *arguments, before=before)
+        """Start a run of `data` replicas."""
+        return self.start("--set", f"parallel.data={data}", *arguments, fast=fast)
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +66,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, server: ForkServer, mo
     return job.records()
 
 
-def replicas_of(run: Run, count: int) -> list[int]:
-    """Their processes, once all are there, in order."""
-    end = time.monotonic() + LIMIT
-    while len(found := children(run.pid)) < count:
-        if len(found) == 1:  # of forks, what forks them
-            found = children(found[0])
-            if len(found) == count:
-                break
-        assert time.monotonic() < end, "the replicas do not start"
-        time.sleep(0.005)
-    return sorted(found)
-
-
-def children(pid: int) -> list[int]:
-    with suppress(FileNotFoundError):  # it has ended
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
 def assert_gone(pids: list[int]) -> None:
     end = time.monotonic() + LIMIT
     for pid in pids:
@@ -96,7 +76,7 @@ def assert_gone(pids: list[int]) -> None:
 
 def test_three_replicas_of_which_one_is_killed(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
     run = job.run(3, fast=True)
-    pids = replicas_of(run, 3)
+    pids = started_by(run, 3)
     wait_for_lines(job.output, 8)
     os.kill(pids[1], signal.SIGKILL)
     assert run.wait() == 1, run.stderr
@@ -120,7 +100,7 @@ def test_three_replicas_of_which_one_is_killed(job: ReplicaJob, undisturbed: dic
 
 def test_all_killed_and_gone_on_with(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
     run = job.run(2)
-    pids = replicas_of(run, 2)
+    pids = started_by(run, 2)
     wait_for_lines(job.output, 8)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -137,7 +117,7 @@ def test_all_killed_and_gone_on_with(job: ReplicaJob, undisturbed: dict[str | No
 
 def test_ctrl_c_finishes_what_runs_and_leaves_nobody(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
     run = job.run(2)
-    pids = replicas_of(run, 2)
+    pids = started_by(run, 2)
     wait_for_lines(job.output, 6)
     began = time.monotonic()
     run.kill(signal.SIGINT)
@@ -159,7 +139,7 @@ def test_replicas_killed_at_random_moments(job: ReplicaJob, undisturbed: dict[st
     ends = []
     for _ in range(6):
         run = job.run(2, fast=True)
-        pids = replicas_of(run, 2)
+        pids = started_by(run, 2)
         for pid in rng.sample(pids, rng.choice([1, 1, 2])):
             time.sleep(rng.uniform(0.0, 2.0))
             with suppress(ProcessLookupError):  # it has ended with the run
@@ -179,7 +159,7 @@ def test_replicas_killed_at_random_moments(job: ReplicaJob, undisturbed: dict[st
 @pytest.mark.slow
 def test_a_rank_of_a_replica_is_killed(job: ReplicaJob, undisturbed: dict[str | None, Any]) -> None:
     run = job.run(2, "--set", "parallel.tensor=2", fast=True)
-    pids = replicas_of(run, 2)
+    pids = started_by(run, 2)
     wait_for_lines(job.output, 8)
     (rank,) = children(pids[1])
     os.kill(rank, signal.SIGKILL)
@@ -196,7 +176,7 @@ def test_a_rank_of_a_replica_is_killed(job: ReplicaJob, undisturbed: dict[str | 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_replicas_load_ends_all(job: ReplicaJob, number: int) -> None:
     run = job.run(2)
-    pids = replicas_of(run, 2)
+    pids = started_by(run, 2)
     run.kill(number)
     assert run.wait() == 128 + number
     assert run.stderr == "stopped before any request ran; the output is as it was\n"
@@ -206,7 +186,7 @@ def test_a_signal_while_replicas_load_ends_all(job: ReplicaJob, number: int) -> 
 
 def test_replicas_end_with_the_run_however_it_ends(job: ReplicaJob) -> None:
     run = job.run(2)
-    pids = replicas_of(run, 2)
+    pids = started_by(run, 2)
     time.sleep(random.uniform(0.0, 4.0))
     run.kill(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL

@@ -1,6 +1,6 @@
 """Tuning a model that two ranks share: rounds on both, plans that cannot run, what is stored, how it ends.
 
-Each run is a process of its own with a time limit, and its ranks end with it: nothing can hang.
+Each run is a process of its own with a time limit, and its ranks end with it: nothing can hang. See `forks`.
 """
 
 import json
@@ -15,6 +15,7 @@ import pytest
 from nanoflow.pipeline.plan import Plan
 from nanoflow.search.fingerprint import ranks_of
 from nanoflow.search.journal import Journal
+from tests.unit.forks import ForkServer, Run, started_by, wait_for_text
 from tests.unit.rank_models import write_job_of_ranks
 from tests.unit.tiny_model import save_tiny_llama
 
@@ -34,31 +35,12 @@ def file(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_job_of_ranks(model, tmp_path)
 
 
-def python(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def finished(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-
-
-def test_ranks_are_tuned_and_the_plan_is_theirs(file: Path, tmp_path: Path) -> None:
+def test_ranks_are_tuned_and_the_plan_is_theirs(file: Path, tmp_path: Path, server: ForkServer) -> None:
     kept = tmp_path / "kept"
     arguments = ["--minutes", "0.03", "--trials", "3", "--out", str(kept), "--record", str(tmp_path / "found.json")]
-    process = python("-m", "nanoflow", "tune", str(file), *arguments)
-    output, errors = finished(process)
-    assert process.returncode == 0, errors
-    assert "tuned: " in output and "plans measured" in errors
+    run = server.start(tmp_path, "tune", file, *arguments, fast=True)
+    assert run.wait() == 0, run.stderr
+    assert "tuned: " in run.stdout and "plans measured" in run.stderr
     stored = [Plan.load(path) for path in (tmp_path / "cache").glob("nanoflow/plans/*.yaml")]
     assert stored and all(ranks_of(str(plan.fingerprint["shape"])) == 2 for plan in stored)
     steps = json.loads((tmp_path / "found.json").read_text())["mixes"][0]["steps"]
@@ -101,56 +83,33 @@ print(found[1].why)
 
 def test_a_plan_that_cannot_run_on_the_ranks_fails_alone(file: Path, tmp_path: Path) -> None:
     """Copy engines need a GPU. All ranks say so, and go on to the next plans."""
-    process = python("-c", ROUND, str(file), str(tmp_path))
-    output, errors = finished(process)
-    assert process.returncode == 0, errors
-    first, why = output.splitlines()[-2:]
+    command = [sys.executable, "-c", ROUND, str(file), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    first, why = done.stdout.splitlines()[-2:]
     assert first == "[True, False, True] [True]"
     assert why.startswith("kernels.o_reduce_scatter: 'copy_engine' cannot run here")
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_a_killed_rank_keep_what_was_measured(file: Path, tmp_path: Path) -> None:
+def test_ctrl_c_and_a_killed_rank_keep_what_was_measured(file: Path, tmp_path: Path, server: ForkServer) -> None:
     kept = tmp_path / "kept"
 
-    def started(number: int) -> tuple[int, str]:
-        process = python("-m", "nanoflow", "tune", str(file), "--minutes", "2", "--out", str(kept))
-        assert process.stderr is not None
-        seen = ""
-        try:
-            for line in process.stderr:
-                seen += line
-                if "plans measured" in line:
-                    break
-            if number == signal.SIGINT:
-                process.send_signal(signal.SIGINT)
-            else:
-                (rank,) = children(process.pid)
-                os.kill(rank, number)
-        except BaseException:
-            process.kill()
-            raise
-        _, rest = finished(process)
-        return process.returncode, seen + rest
+    def started() -> Run:
+        run = server.start(tmp_path, "tune", file, "--minutes", "1", "--out", kept, fast=True)
+        wait_for_text(run, "plans measured")
+        return run
 
-    code, errors = started(signal.SIGINT)
-    assert code == 128 + signal.SIGINT and "to go on: nanoflow tune" in errors and "Traceback" not in errors
+    run = started()
+    run.kill(signal.SIGINT)
+    assert run.wait() == 128 + signal.SIGINT, run.stderr
+    assert "to go on: nanoflow tune" in run.stderr and "Traceback" not in run.stderr
     measured = max(len(Journal(path).trials) for path in kept.glob("*.journal"))
     assert measured > 1
-    code, errors = started(signal.SIGKILL)
-    assert code == 2 and "Traceback" not in errors
-    assert "was killed by SIGKILL" in errors and "what was measured is kept, and the same command goes on" in errors
+    run = started()
+    (rank,) = started_by(run, 1)
+    os.kill(rank, signal.SIGKILL)
+    assert run.wait() == 2 and "Traceback" not in run.stderr, run.stderr
+    assert "was killed by SIGKILL" in run.stderr
+    assert "what was measured is kept, and the same command goes on" in run.stderr
     assert max(len(Journal(path).trials) for path in kept.glob("*.journal")) > measured
-
-
-def children(process: int) -> list[int]:
-    """Its own processes: the other rank."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if parent == process:
-            found.append(int(folder.name))
-    return found

@@ -1,6 +1,5 @@
 """`sharding: all_gather` on a CPU: other weights, the tokens of one rank, whatever the plan and the order drawn."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,30 +28,15 @@ from nanoflow.search.fingerprint import Fingerprint, graph_shape, ranks_of
 from nanoflow.search.rates import CeilingRates, Running, wire_share
 from nanoflow.weights import load_weights
 from tests.unit.plan_strategies import full_batch, plans
+from tests.unit.rank_jobs import BASE, FEW, MIX, MODELS, generate, rows_of
 from tests.unit.rank_models import graph_of, save
 from tests.unit.rank_threads import CPU, ThreadRanks, connect, on_all
 from tests.unit.test_engine import assert_same
 from tests.unit.test_sharding import weights_of
-from tests.unit.test_tensor_parallel import BASE, FEW, MIX, MODELS, generate, rows_of
 
 FORMS_ON = (("copy_engine", None, 0), ("copy_engine", 8, 0), ("push", None, 16), ("push_64", None, 64), ("push", 8, 8))
 """Forms on the SMs of a lane, or on a plain stream, and the SMs that they take."""
 COLLECTIVES = ("attention_all_gather", "o_all_gather", "down_all_reduce")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    @functools.cache
-    def made(name: str) -> Path:
-        return save(tmp_path_factory.mktemp(name), **BASE, **MODELS[name])
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Callable[[str], Path]) -> Callable[[str], list[RequestOutput]]:
-    """What one rank generates, by the model's name."""
-    return functools.cache(lambda name: generate(folder(name), MIX))
 
 
 def use_ranks(
@@ -75,28 +59,30 @@ def use_ranks(
     [("llama", 2), ("llama", 4), ("biases", 4), ("shared-heads", 4), ("shared-heads", 8), ("qwen2", 2), ("qwen3", 4)],
 )
 def test_tokens_are_those_of_one_rank(
-    folder: Callable[[str], Path],
-    alone: Callable[[str], list[RequestOutput]],
+    rank_model: Callable[[str], Path],
+    of_one_rank: Callable[[str], list[RequestOutput]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     size: int,
 ) -> None:
-    expected = alone(name)
-    use_ranks(monkeypatch, folder(name), name, size, None, ReferenceExecutor, seed=1)
-    assert_same(generate(folder(name), MIX), expected)
+    expected = of_one_rank(name)
+    use_ranks(monkeypatch, rank_model(name), name, size, None, ReferenceExecutor, seed=1)
+    assert_same(generate(rank_model(name), MIX), expected)
 
 
 def test_launches_of_a_gpu_are_in_one_order(
-    folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+    rank_model: Callable[[str], Path],
+    of_one_rank: Callable[[str], list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = alone("llama")
-    use_ranks(monkeypatch, folder("llama"), "llama", 2, None, CudaExecutor, graphs=False)
-    assert_same(generate(folder("llama"), MIX), expected)
+    expected = of_one_rank("llama")
+    use_ranks(monkeypatch, rank_model("llama"), "llama", 2, None, CudaExecutor, graphs=False)
+    assert_same(generate(rank_model("llama"), MIX), expected)
 
 
-def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_plans_give_the_same_tokens(rank_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Collectives in several lanes, of nano-batches side by side, and an order of its own on every rank."""
-    expected = generate(folder("llama"), FEW)
+    expected = generate(rank_model("llama"), FEW)
     rank = shard_graph(graph_of(**BASE), 0, 2, ALL_GATHER)
     several_lanes = []
 
@@ -108,8 +94,8 @@ def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkey
         program = compile_program(plan, rank)
         assert not check_program(program, full_batch(len(plan.nano_batches)), page_size=2)
         several_lanes.append(len({program.steps[i].lane for i in program.collectives}) > 1)
-        use_ranks(monkeypatch, folder("llama"), "llama", 2, plan, ReferenceExecutor, seed=len(several_lanes))
-        assert_same(generate(folder("llama"), FEW), expected)
+        use_ranks(monkeypatch, rank_model("llama"), "llama", 2, plan, ReferenceExecutor, seed=len(several_lanes))
+        assert_same(generate(rank_model("llama"), FEW), expected)
 
     check()
     assert sum(several_lanes) >= 3

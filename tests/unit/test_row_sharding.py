@@ -3,7 +3,6 @@
 Ranks are threads here: see `rank_threads`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +35,10 @@ from nanoflow.search.fingerprint import Fingerprint, graph_shape
 from nanoflow.weights import load_weights
 from tests.unit.ops_harness import Pages, Piece, dense_batch
 from tests.unit.plan_strategies import full_batch, plans
+from tests.unit.rank_jobs import BASE, FEW, MIX, MODELS, generate, rows_of, shares, step_logits
 from tests.unit.rank_models import graph_of, save
 from tests.unit.rank_threads import CPU, ThreadRanks
 from tests.unit.test_engine import assert_same
-from tests.unit.test_tensor_parallel import BASE, FEW, MIX, MODELS, generate, rows_of, shares, step_logits
 
 REDUCE_SCATTER, FUSED = "reduce_scatter", "fused_reduce_scatter"
 ROWS = ("o_reduce_scatter", "add_norm_all_gather", "down_reduce_scatter", "input_layernorm_all_gather")
@@ -52,21 +51,6 @@ def scattered(graph: Graph, rows: int, kernels: dict[str, str] | None = None, sh
     text = f"{{sharding: {sharding}, capacity: {rows}, nano_batches: {{a: {{decode: 1, prefill: 1, rows: {rows}}}"
     plan = Plan.loads(f"{text}}}, period: [whole: {{main: [{names}]}}]}}", graph)
     return replace(plan, kernels=FrozenMapping(kernels))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    @functools.cache
-    def made(name: str) -> Path:
-        return save(tmp_path_factory.mktemp(name), **BASE, **MODELS[name])
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Callable[[str], Path]) -> Callable[[str], list[RequestOutput]]:
-    """What one rank generates, by the model's name."""
-    return functools.cache(lambda name: generate(folder(name), MIX))
 
 
 def use_plans(
@@ -98,50 +82,56 @@ def use_plans(
     ("name", "size"), [("llama", 2), ("llama", 4), ("biases", 4), ("shared-heads", 4), ("qwen2", 2), ("qwen3", 4)]
 )
 def test_tokens_are_those_of_one_rank(
-    folder: Callable[[str], Path],
-    alone: Callable[[str], list[RequestOutput]],
+    rank_model: Callable[[str], Path],
+    of_one_rank: Callable[[str], list[RequestOutput]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     size: int,
     sharding: str,
     kernel: str,
 ) -> None:
-    expected = alone(name)
+    expected = of_one_rank(name)
     kernels = dict.fromkeys((*COLLECTIVES[sharding], "sampled_all_reduce"), kernel)
     whole = graph_of(**BASE, **MODELS[name])
-    use_plans(monkeypatch, folder(name), whole, size, lambda graph: [scattered(graph, 48, kernels, sharding)], seed=1)
-    assert_same(generate(folder(name), MIX), expected)
+    use_plans(
+        monkeypatch, rank_model(name), whole, size, lambda graph: [scattered(graph, 48, kernels, sharding)], seed=1
+    )
+    assert_same(generate(rank_model(name), MIX), expected)
 
 
 def test_unfused_operations_too(
-    folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+    rank_model: Callable[[str], Path],
+    of_one_rank: Callable[[str], list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = alone("llama")
+    expected = of_one_rank("llama")
     whole = graph_of(fused=False, **BASE)
-    use_plans(monkeypatch, folder("llama"), whole, 2, lambda graph: [scattered(graph, 48)], seed=1)
-    assert_same(generate(folder("llama"), MIX), expected)
+    use_plans(monkeypatch, rank_model("llama"), whole, 2, lambda graph: [scattered(graph, 48)], seed=1)
+    assert_same(generate(rank_model("llama"), MIX), expected)
 
 
 def test_launches_of_a_gpu_are_in_one_order(
-    folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+    rank_model: Callable[[str], Path],
+    of_one_rank: Callable[[str], list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The other executor, with plans of all shardings: batches of fewer than 9 rows have all-reduces."""
-    expected = alone("llama")
+    expected = of_one_rank("llama")
 
     def each(graph: Graph) -> list[Plan]:
         fused = replace(scattered(graph, 48, sharding=FUSED), least_rows=12)
         return [fused, replace(scattered(graph, 48), least_rows=9), Plan.sequential(graph, 48)]
 
-    made = use_plans(monkeypatch, folder("llama"), graph_of(**BASE), 2, each, CudaExecutor, graphs=False)
-    assert_same(generate(folder("llama"), MIX), expected)
+    made = use_plans(monkeypatch, rank_model("llama"), graph_of(**BASE), 2, each, CudaExecutor, graphs=False)
+    assert_same(generate(rank_model("llama"), MIX), expected)
     bound = made[0].ranks[0].bound
     assert bound.heads == (0, 1, 2) and not bound.buffers["x"][-1].any()
     assert len({id(program.graph) for program in bound.programs}) == 3
 
 
-def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_plans_give_the_same_tokens(rank_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Collectives in several lanes, and an order of its own on every rank."""
-    expected = generate(folder("llama"), FEW)
+    expected = generate(rank_model("llama"), FEW)
     rank = shard_graph(graph_of(**BASE), 0, 2)
     several_lanes = []
 
@@ -154,8 +144,8 @@ def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkey
         program = compile_program(plan, rank)
         assert not check_program(program, full_batch(len(plan.nano_batches)), page_size=2)
         several_lanes.append(len({program.steps[i].lane for i in program.collectives}) > 1)
-        use_plans(monkeypatch, folder("llama"), graph_of(**BASE), 2, lambda _: [plan], seed=len(several_lanes))
-        assert_same(generate(folder("llama"), FEW), expected)
+        use_plans(monkeypatch, rank_model("llama"), graph_of(**BASE), 2, lambda _: [plan], seed=len(several_lanes))
+        assert_same(generate(rank_model("llama"), FEW), expected)
 
     for sharding in COLLECTIVES:
         check(sharding)
@@ -164,11 +154,11 @@ def test_random_plans_give_the_same_tokens(folder: Callable[[str], Path], monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 4])
-def test_all_ranks_have_the_same_bits(folder: Callable[[str], Path], size: int, dtype: torch.dtype) -> None:
+def test_all_ranks_have_the_same_bits(rank_model: Callable[[str], Path], size: int, dtype: torch.dtype) -> None:
     """Logits of prompts and decode rows: the bits of the plan with all-reduces, also where a nano-batch has one row or
     none, where rows do not divide, and where an operation is left whole."""
     whole = graph_of(**BASE)
-    source = open_checkpoint(str(folder("llama")))
+    source = open_checkpoint(str(rank_model("llama")))
     pages = Pages(page_size=8, requests=2, columns=4)
     batches = [
         dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(6))]], pages),

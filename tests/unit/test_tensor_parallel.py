@@ -3,28 +3,23 @@
 Ranks are threads here: see `rank_threads`.
 """
 
-import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from torch.distributed import HashStore
 
-from nanoflow import LLM, RequestOutput, SamplingParams, loading
+from nanoflow import RequestOutput, loading
 from nanoflow.checkpoints import open_checkpoint
-from nanoflow.ops.batch import DenseBatch
 from nanoflow.ops.collectives import CTAS, sum_in_rank_order
 from nanoflow.ops.communicator import CommunicatorError, TorchCommunicator
-from nanoflow.ops.device_batch import DeviceBatch
-from nanoflow.ops.graph import RESIDUAL, Graph
+from nanoflow.ops.graph import RESIDUAL
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.checker import check_program
 from nanoflow.pipeline.cuda_executor import CudaExecutor
@@ -32,58 +27,13 @@ from nanoflow.pipeline.executor import KVLayout, Weights
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.structured_outputs import StructuredOutputs
 from nanoflow.weights import load_weights
 from tests.unit.ops_harness import Pages, Piece, dense_batch
 from tests.unit.plan_strategies import full_batch, plans
-from tests.unit.rank_models import graph_of, save
+from tests.unit.rank_jobs import BASE, FEW, MIX, generate, rows_of, shares, step_logits
+from tests.unit.rank_models import graph_of
 from tests.unit.rank_threads import CPU, ThreadRanks, connect, on_all
-from tests.unit.test_engine import REQUESTS, assert_same
-
-BASE: dict[str, Any] = {"vocab_size": 301, "max_position_embeddings": 160}  # that 301 columns divide by nothing
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "shared-heads": {"num_key_value_heads": 2},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
-}
-FORMED = [
-    ([5, 6], SamplingParams(max_tokens=12, seed=3, structured_outputs=StructuredOutputs(regex="[a-d]{4}-[0-9]{2,6}"))),
-    ([9], SamplingParams(max_tokens=6, structured_outputs=StructuredOutputs(choice=("yes", "no", "perhaps")))),
-]
-SHORT = [(prompt, p.replace(max_tokens=min(16, p.max_tokens))) for prompt, p in REQUESTS if p.max_tokens <= 30][:14]
-MIX = FORMED + SHORT
-FEW = [pair for pair in REQUESTS if pair[1].max_tokens <= 8 and pair[1].n == 1][:5]
-
-Requests = list[tuple[list[int], SamplingParams]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    @functools.cache
-    def made(name: str) -> Path:
-        return save(tmp_path_factory.mktemp(name), **BASE, **MODELS[name])
-
-    return made
-
-
-def generate(folder: Path, requests: Requests) -> list[RequestOutput]:
-    with LLM(model=folder, dtype="float32", device="cpu", kv_memory="1MiB", page_size=8, max_batch_tokens=48) as llm:
-        params = [one if one.seed is not None else one.replace(seed=5) for _, one in requests]
-        return llm.generate([prompt for prompt, _ in requests], params)
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Callable[[str], Path]) -> Callable[[str], list[RequestOutput]]:
-    """What one rank generates, by the model's name."""
-    return functools.cache(lambda name: generate(folder(name), MIX))
-
-
-def shares(folder: Path, whole: Graph, size: int) -> tuple[list[Graph], list[Weights]]:
-    graphs = [shard_graph(whole, rank, size) for rank in range(size)]
-    source = open_checkpoint(str(folder))
-    return graphs, [load_weights(graph, source, torch.float32, "cpu") for graph in graphs]
+from tests.unit.test_engine import assert_same
 
 
 def use_ranks(
@@ -107,33 +57,29 @@ def use_ranks(
     [("llama", 2), ("llama", 4), ("biases", 4), ("shared-heads", 4), ("shared-heads", 8), ("qwen2", 2), ("qwen3", 4)],
 )
 def test_tokens_are_those_of_one_rank(
-    folder: Callable[[str], Path],
-    alone: Callable[[str], list[RequestOutput]],
+    rank_model: Callable[[str], Path],
+    of_one_rank: Callable[[str], list[RequestOutput]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     size: int,
 ) -> None:
-    expected = alone(name)
-    made = use_ranks(monkeypatch, folder(name), size, seed=1)
-    assert_same(generate(folder(name), MIX), expected)
+    expected = of_one_rank(name)
+    made = use_ranks(monkeypatch, rank_model(name), size, seed=1)
+    assert_same(generate(rank_model(name), MIX), expected)
     (executor,) = made
     kv_heads = 2 if name == "shared-heads" else 4
     assert {bound.kv[0].shape[2] for bound in (rank.bound for rank in executor.ranks)} == {max(1, kv_heads // size)}
 
 
 def test_launches_of_a_gpu_are_in_one_order(
-    folder: Callable[[str], Path], alone: Callable[[str], list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+    rank_model: Callable[[str], Path],
+    of_one_rank: Callable[[str], list[RequestOutput]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The other executor, whose head and sampling wait for masks on rank 0 alone."""
-    expected = alone("llama")
-    use_ranks(monkeypatch, folder("llama"), 2, CudaExecutor, graphs=False)
-    assert_same(generate(folder("llama"), MIX), expected)
-
-
-def rows_of(plan: Plan, rows: int) -> Plan:
-    """`plan` with nano-batches of `rows` rows: its own may be so small that a prompt takes for ever."""
-    nano_batches = tuple(replace(nano_batch, rows=rows) for nano_batch in plan.nano_batches)
-    return replace(plan, nano_batches=nano_batches, capacity=rows * len(nano_batches))
+    expected = of_one_rank("llama")
+    use_ranks(monkeypatch, rank_model("llama"), 2, CudaExecutor, graphs=False)
+    assert_same(generate(rank_model("llama"), MIX), expected)
 
 
 def forms_of(plan: Plan) -> dict[str, str]:
@@ -147,10 +93,10 @@ def forms_of(plan: Plan) -> dict[str, str]:
 
 
 def test_random_plans_give_the_same_tokens(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    rank_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Collectives in several lanes, and an order of its own on every rank."""
-    expected = generate(folder("llama"), FEW)
+    expected = generate(rank_model("llama"), FEW)
     sharded = shard_graph(graph_of(**BASE), 0, 2)
     several_lanes = []
 
@@ -165,13 +111,13 @@ def test_random_plans_give_the_same_tokens(
         made: list[ThreadRanks] = []
 
         def executor(_: Any, weights: Weights, kv: KVLayout, **sizes: Any) -> ThreadRanks:
-            graphs, each = shares(folder("llama"), graph_of(**BASE), 2)
+            graphs, each = shares(rank_model("llama"), graph_of(**BASE), 2)
             ranks = [[compile_program(programs[0].plan, graph)] for graph in graphs]
             made.append(ThreadRanks(ReferenceExecutor, ranks, each, kv, **sizes, seed=len(several_lanes)))
             return made[-1]
 
         monkeypatch.setattr(loading, "ReferenceExecutor", executor)
-        assert_same(generate(folder("llama"), FEW), expected)
+        assert_same(generate(rank_model("llama"), FEW), expected)
         (ranks,) = made
         twins = [len(dict.fromkeys(rank.bound._communicators.values())) for rank in ranks.ranks]
         collectives = [programs[0].steps[i] for i in programs[0].collectives]
@@ -182,31 +128,12 @@ def test_random_plans_give_the_same_tokens(
     assert sum(several_lanes) >= 3
 
 
-def step_logits(ranks: list[Any], batch: DenseBatch) -> list[torch.Tensor]:
-    """The logits of all rows, on each rank, of a batch that samples nothing."""
-    for executor in ranks:
-        executor.launch(batch)
-    for executor in ranks:
-        executor.collect()
-
-    all_rows: Any = SimpleNamespace(rows=np.arange(batch.rows))
-
-    def head(rank: int) -> torch.Tensor:
-        bound = ranks[rank].bound
-        with torch.inference_mode():
-            device_batch = DeviceBatch(replace(batch, sampling=all_rows), CPU, bound.kv_layout.page_size)
-            logits: torch.Tensor = bound.head(device_batch, bound.sampled(device_batch))
-            return logits.clone()
-
-    return on_all(head, len(ranks))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 4])
-def test_all_ranks_have_the_same_bits(folder: Callable[[str], Path], size: int, dtype: torch.dtype) -> None:
+def test_all_ranks_have_the_same_bits(rank_model: Callable[[str], Path], size: int, dtype: torch.dtype) -> None:
     """Residual and logits, in prompts and decode rows; near those of one rank."""
     whole = graph_of(**BASE)
-    source = open_checkpoint(str(folder("llama")))
+    source = open_checkpoint(str(rank_model("llama")))
     pages = Pages(page_size=8, requests=2, columns=4)
     batches = [
         dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(7))]], pages, padding=1),
@@ -302,8 +229,8 @@ def test_ranks_that_do_not_come_are_missed_in_time() -> None:
         TorchCommunicator(HashStore(), 2, 2, CPU)
 
 
-def test_an_executor_needs_the_ranks_that_its_graph_was_split_for(folder: Callable[[str], Path]) -> None:
-    graphs, weights = shares(folder("llama"), graph_of(**BASE), 2)
+def test_an_executor_needs_the_ranks_that_its_graph_was_split_for(rank_model: Callable[[str], Path]) -> None:
+    graphs, weights = shares(rank_model("llama"), graph_of(**BASE), 2)
     program = compile_program(Plan.sequential(graphs[0], 8), graphs[0])
     with pytest.raises(ValueError, match="split for 2 ranks, and the communicator joins 1"):
         ReferenceExecutor([program], weights[0], KVLayout(4, 8), slots=1, dtype=torch.float32, device=CPU)

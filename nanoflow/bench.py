@@ -33,12 +33,12 @@ from nanoflow.parallel.group import TensorGroup, check_ranks, tensor_ranks
 from nanoflow.power import EnergyMeter
 from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
-from nanoflow.report import make_report
 from nanoflow.runner import LOOK_AHEAD_SECONDS, engine_for
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.search.files import check_writable
 from nanoflow.serving import Serving
 from nanoflow.steady_state import EngineLog
+from nanoflow.summing_up import make_report
 from nanoflow.workload import read_workload
 from nanoflow.writer import encode
 

@@ -1,7 +1,7 @@
 """Numbers of a run as it goes on, in bounded memory: a million requests take 48 MB, the rest does not grow.
 
 The engine tells its observers of every iteration it collects; the runner tells the `Recorder` of every finished request
-and of every error record. `nanoflow.report.make_report` reads the totals when the run is over.
+and of every error record. `nanoflow.summing_up.make_report` reads the totals when the run is over.
 """
 
 import math

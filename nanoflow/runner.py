@@ -31,10 +31,11 @@ from nanoflow.progress import RunProgress
 from nanoflow.recording import Recorder
 from nanoflow.replicas.pool import Pool
 from nanoflow.replicas.start import check_replicas, start_replicas
-from nanoflow.report import RunReport, make_report
+from nanoflow.report import RunReport
 from nanoflow.resume import Fingerprint, check_same_run, fingerprint, read_output, save_state
 from nanoflow.search.ceilings import measure_ceilings
 from nanoflow.serving import Serving
+from nanoflow.summing_up import make_report
 from nanoflow.workload import read_workload
 from nanoflow.writer import OutputWriter
 

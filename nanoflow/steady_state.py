@@ -18,8 +18,8 @@ from nanoflow.engine import Engine
 from nanoflow.ops.operation import Cost
 from nanoflow.power import EnergyMeter
 from nanoflow.recording import IterationRecord
-from nanoflow.report import idle_share
 from nanoflow.search.cost_model import Ceilings, bounds
+from nanoflow.summing_up import idle_share
 
 __all__ = ["EngineLog", "Stretch", "steady_state"]
 

@@ -19,9 +19,9 @@ from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import BatchCutter
-from nanoflow.report import idle_share
 from nanoflow.search.cost_model import work_of
 from nanoflow.search.store import store_plan
+from nanoflow.summing_up import idle_share
 from tests.unit.tiny_model import VOCAB, save_tiny_llama
 
 PAGE_BYTES = 2 * 2 * 2 * 16 * 4

@@ -21,7 +21,7 @@ from nanoflow.pipeline.plan_text import parse_plan
 from nanoflow.power import Energy
 from nanoflow.recording import Recorder
 from nanoflow.replicas.figures import ReplicaFigures
-from nanoflow.report import SCHEMA_VERSION, RunReport, make_report
+from nanoflow.report import SCHEMA_VERSION, RunReport
 from nanoflow.reports.charts import Line, Scale, chart, time_scale
 from nanoflow.reports.figures import SUMMARY, difference, write_number
 from nanoflow.reports.load import load_runs
@@ -29,6 +29,7 @@ from nanoflow.reports.page import as_html
 from nanoflow.reports.text import as_json, as_markdown
 from nanoflow.sampling_params import SamplingParams
 from nanoflow.search.cost_model import Ceilings
+from nanoflow.summing_up import make_report
 from tests.unit.tiny_model import save_tiny_llama
 
 cli = CliRunner()

@@ -105,6 +105,10 @@ class Collective(Operation):
         """What `work` takes with `kernel`, where that sends more than others do; empty: the preferred one."""
         return self.cost(work, itemsize)
 
+    def ways(self, kernel: str) -> int:
+        """How many times bytes go from rank to rank, each after the others' have come: 1 or 2."""
+        return 1
+
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return "nccl" if device.type == "cuda" else "reference"
 
@@ -170,6 +174,9 @@ class AllReduce(CollectiveInPlace):
             return self.cost(work, itemsize)
         others = float((self.ranks - 1) * work.rows * self.columns)
         return Cost(flops=others, bytes=2 * others * itemsize, wire_bytes=others * itemsize)
+
+    def ways(self, kernel: str) -> int:
+        return 1 if kernel == "one_shot" else 2
 
     def reference(self, context: NanoContext) -> None:
         sum_in_rank_order(self.communicator(context), context.rows(self.buffer))

@@ -88,6 +88,9 @@ class FusedRows(LayerCollective):
             summed = float(share_rows(work.rows, self.ranks) * self.scatter.columns * itemsize)
         return Cost(total.flops, total.bytes - sent - summed, total.wire_bytes)
 
+    def ways(self, kernel: str) -> int:
+        return (self.scatter is not None) + (self.gather is not None)
+
     def reference(self, context: NanoContext) -> None:
         for part in self.parts:
             part.reference(context)

@@ -19,6 +19,7 @@ from nanoflow.search.cost_model import Ceilings
 
 __all__ = [
     "H100_ENERGY",
+    "H200_ENERGY",
     "CeilingRates",
     "Energy",
     "Rates",
@@ -26,6 +27,7 @@ __all__ = [
     "bandwidth_on",
     "collective_sms",
     "shared_sms",
+    "waiting_seconds",
     "wire_share",
 ]
 
@@ -68,14 +70,27 @@ def wire_share(sms: int) -> float:
 
         share = x / (1 + x ** 3) ** (1 / 3)
 
-    and all of it from `LINK_SMS` on. Fitted to all-reduces of 32 MiB in bfloat16 between two H200s (NV18, torch 2.11,
-    NCCL): 41, 80, 148 and 213 GB/s on at most 2, 4, 8 and 16 thread blocks, and 238 on as many as NCCL likes, which it
-    meets within 2%. A profile has them measured.
+    and all of it from `LINK_SMS` on. Fitted to all-reduces in bfloat16 between two H200s (NV18, torch 2.11, NCCL): the
+    bytes by which they grow in a second, from 1 to 64 MiB, are 46, 90, 167 and 240 GB on at most 2, 4, 8 and 16 thread
+    blocks, and 265 on as many as NCCL likes, which it meets within 2% (benchmarks/results/collectives.json). A profile
+    has them measured.
     """
     if not sms or sms >= LINK_SMS:
         return 1.0
     x = sms / 11.6
     return float(x / (1 + x**3) ** (1 / 3))
+
+
+def waiting_seconds(op: Collective, kernel: str) -> float:
+    """What a collective takes between GPUs of one host beyond what its bytes take; `kernel` as in `Running`.
+
+    All-reduces of 1 to 64 MiB between two H200s (benchmarks/results/collectives.json) take so long and what their bytes
+    take at one rate, within a few per cent for own forms and a sixth for NCCL: 17 us with NCCL, 20 with copy engines, 4
+    in one shot and 8 in two. Halves of them are taken to wait half as long, but with NCCL.
+    """
+    if kernel in CTAS or kernel in ("", "nccl", "reference"):
+        return 17e-6
+    return op.ways(kernel) * (10e-6 if kernel == "copy_engine" else 4e-6)
 
 
 def shared_sms(device_sms: int, taken: Sequence[int | None]) -> float:
@@ -136,6 +151,12 @@ others are solved from the joules, FLOPs and bytes of the steady state of two re
 there.
 """
 
+H200_ENERGY = Energy(joules_per_flop=0.82e-12, joules_per_byte=51e-12, watts=200.0)
+"""Of an H200 in bfloat16: least squares over what a card drew in 33 plans of Llama-3-70B on two of them
+(benchmarks/results/network_lanes.json), all under the power limit; they come out within 5%. The watts are an H100's.
+Its memory takes fewer joules a byte: plans that read all weights twice draw hardly more than those that read them once.
+"""
+
 
 def bandwidth_on(sms: float, device_sms: int, ceiling: float) -> float:
     """Bytes/s that `sms` of a device's `device_sms` SMs read, if all of them read `ceiling`.
@@ -166,7 +187,7 @@ class CeilingRates:
     that its SMs fill (`wire_share`), all of it for copy engines, and its bytes at what memory gives; where the link is
     not known, only its bytes. Side by side, lanes that are not confined share the SMs that collectives leave, evenly;
     where all together would move more bytes than memory or the link gives, each gets an even share, and what one leaves
-    over goes to the others. Launching costs nothing. Joules are
+    over goes to the others. Launching costs nothing, but for what collectives wait, with `waits`. Joules are
     ``joules_per_flop * FLOPs + joules_per_byte * bytes``, whatever the SMs.
     """
 
@@ -176,6 +197,8 @@ class CeilingRates:
     tiles: bool = False
     """Lengthen products by the share of the tensor cores' cycles that their tiles leave unused; only for devices that
     `nanoflow.ops.gemm_waves` counts for: sm_90 in 16-bit types."""
+    waits: bool = False
+    """Add what ranks wait for each other in a collective; for GPUs of one host (`waiting_seconds`)."""
     energy: Energy | None = None
     _costs: dict[tuple[Operation, Work, str], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -217,7 +240,8 @@ class CeilingRates:
         if isinstance(op, Collective):
             link = ceilings.link_bytes_per_second
             wire = cost.wire_bytes / (link * wire_share(int(sms))) if link else 0.0
-            return max(wire, cost.bytes / ceilings.bytes_per_second, 1e-12)
+            waited = waiting_seconds(op, kernel) if self.waits and link else 0.0
+            return max(wire, cost.bytes / ceilings.bytes_per_second, 1e-12) + waited
         used = 1.0
         if self.tiles and work.rows and isinstance(op, Linear | LinearSilu):
             linear = op.linear if isinstance(op, LinearSilu) else op

@@ -22,7 +22,7 @@ from nanoflow.search.fingerprint import ranks_of
 from nanoflow.search.mix import Mix, mix_works
 from nanoflow.search.profile import Profile, find_profile, layer_shape
 from nanoflow.search.profile_rates import profile_rates
-from nanoflow.search.rates import H100_ENERGY, CeilingRates, Energy, Rates
+from nanoflow.search.rates import H100_ENERGY, H200_ENERGY, CeilingRates, Energy, Rates
 from nanoflow.search.simulate import Simulation, simulate
 from nanoflow.search.timeline import Timeline
 
@@ -51,7 +51,7 @@ class Device:
     def rates(self) -> Rates:
         """By the profile; without one, by the ceilings of sm_90 in bfloat16."""
         if self.profile is None:
-            return CeilingRates(self.ceilings, self.sms, ITEMSIZE, tiles=True, energy=self.energy)
+            return CeilingRates(self.ceilings, self.sms, ITEMSIZE, tiles=True, waits=True, energy=self.energy)
         itemsize = ITEMSIZES.get(str(self.profile.fingerprint.dtype), ITEMSIZE)
         return profile_rates(replace(self.profile, ceilings=self.rates_ceilings), itemsize, self.energy)
 
@@ -64,10 +64,11 @@ class Device:
         return replace(own, link_bytes_per_second=own.link_bytes_per_second or self.ceilings.link_bytes_per_second)
 
 
-NVLINK4 = 238e9
-"""Bytes/s that a rank sends in a large all-reduce over the 18 NVLink 4 links of an H100 or H200, by NCCL without
-multicast: two H200s (NV18, torch 2.11), bfloat16, 32 MiB; 215 of 16 MiB and 169 of 8. The links' own rate is 450 GB/s
-in each direction (NVIDIA, "H100 Tensor Core GPU Architecture": 900 GB/s in both)."""
+NVLINK4 = 265e9
+"""Bytes that a rank sends in each second that a larger all-reduce takes longer, over the 18 NVLink 4 links of an H100
+or H200, by NCCL without multicast: two H200s (NV18, torch 2.11), bfloat16, 1 to 64 MiB
+(benchmarks/results/collectives.json; 230 GB/s of 32 MiB, what ranks wait included). The links' own rate is 450 GB/s in
+each direction (NVIDIA, "H100 Tensor Core GPU Architecture": 900 GB/s in both)."""
 H100 = Device(
     "NVIDIA H100 80GB HBM3",
     132,
@@ -78,10 +79,9 @@ H200 = Device(
     "NVIDIA H200",
     132,
     # Of a layer of Llama-3-70B on two of them: the products of 2,048 rows took 2.57 ms, which is what 746 TFLOP/s give
-    # with their tiles, and decode attention of 1,024 requests of 768 tokens 0.39 ms. The chip is an H100's, and so are
-    # the joules, in want of better: its memory takes fewer a byte.
+    # with their tiles, and decode attention of 1,024 requests of 768 tokens 0.39 ms.
     Ceilings(flops=746e12, bytes_per_second=4130e9, link_bytes_per_second=NVLINK4, power_limit_watts=700.0),
-    H100_ENERGY,
+    H200_ENERGY,
 )
 DEVICES = {H100.name: H100, H200.name: H200}
 

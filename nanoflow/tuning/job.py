@@ -134,7 +134,7 @@ def rates_of(model: Model, folder: Path) -> tuple[Rates, Ceilings]:
     if known.profile is not None:
         return known.rates, ceilings
     tiles = on_gpu and model.dtype.itemsize == 2 and torch.cuda.get_device_capability(model.device)[0] == 9
-    return CeilingRates(ceilings, sms, model.dtype.itemsize, tiles=tiles), ceilings
+    return CeilingRates(ceilings, sms, model.dtype.itemsize, tiles=tiles, waits=on_gpu), ceilings
 
 
 def deal(seconds: float, mixes: Sequence[WeightedMix], least_seconds: float) -> list[float]:

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from benchmarks.network_lanes import candidates, in_sequence
 from nanoflow.cli import app
+from nanoflow.ops.collectives import AllReduce
 from nanoflow.ops.operation import Operation, Work
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.plan import FrozenMapping, Plan, PlanError
@@ -25,7 +28,9 @@ from nanoflow.search.rates import LINK_SMS, CeilingRates, Running, collective_sm
 from nanoflow.search.simulate import Simulation, simulate
 from nanoflow.search.space import PlanChoice, build_plan
 from nanoflow.search.timeline import measured_timeline
+from nanoflow.search.tuner import Target
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WHOLE = replace(open_graph("llama-3-70b", Plan(1, (), ()), "test")[2], layers=4)
 RANK = shard_graph(WHOLE, 0, 2)
 WORK = Work(decode_rows=1024, prefill_rows=1024, decode_context=1024 * 768)
@@ -57,11 +62,28 @@ def test_a_collective_takes_its_bytes_on_the_wire_at_the_link() -> None:
 
 
 def test_few_sms_fill_the_share_of_the_link_that_was_measured() -> None:
-    measured = {2: 41, 4: 80, 8: 148, 16: 213, LINK_SMS: 238}
+    measured = {2: 46.5, 4: 90, 8: 167.3, 16: 239.8, LINK_SMS: 264.6}
     for sms, rate in measured.items():
-        assert wire_share(sms) == pytest.approx(rate / 238, rel=0.02)
+        assert wire_share(sms) == pytest.approx(rate / 264.6, rel=0.025)
     assert wire_share(0) == 1.0, "copy engines take none"
     assert all(wire_share(sms) < wire_share(sms + 1) for sms in range(1, LINK_SMS))
+
+
+def test_all_reduces_take_what_was_measured() -> None:
+    """Of 1 to 64 MiB between two H200s, in each form; NCCL jumps where it changes its ways."""
+    recorded = json.loads((RESULTS / "collectives.json").read_text())["alone"]
+    op = AllReduce("sum", "x", 8192, 2)
+    for size, forms in recorded.items():
+        work = Work(prefill_rows=int(size.split()[0]) * 64)
+        for form, limit in {
+            "nccl": 0.25,
+            "nccl_8": 0.25,
+            "nccl_16": 0.25,
+            "copy_engine": 0.15,
+            "two_shot": 0.2,
+        }.items():
+            predicted = H200.rates.seconds(op, work, None, form)
+            assert predicted == pytest.approx(forms[form]["milliseconds"] / 1e3, rel=limit), (size, form)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +165,32 @@ def test_h200s_of_the_shape_that_was_measured_take_what_was_measured() -> None:
     seconds = {op.name: H200.rates.seconds(op, WORK, None) for op in RANK.layer}
     assert sum(seconds[name] for name in ("qkv", "o", "gate_up", "down")) == pytest.approx(2.57e-3, rel=0.01)
     assert seconds["decode_attention"] == pytest.approx(0.39e-3, rel=0.02)
-    assert seconds["o_all_reduce"] + seconds["down_all_reduce"] == pytest.approx(0.282e-3, rel=0.01)
+    assert seconds["o_all_reduce"] + seconds["down_all_reduce"] == pytest.approx(0.282e-3, rel=0.02)
+
+
+def test_plans_of_two_h200s_are_predicted_as_they_were_measured() -> None:
+    """Whole iterations of Llama-3-70B: all a little too fast, and their ratios right."""
+    recorded = json.loads((RESULTS / "network_lanes.json").read_text())
+    mixed = {label: each["milliseconds"] for label, each in recorded["mixed"]["printed"].items()}
+    middle = {
+        label: median(block["seconds"] for block in each["blocks"]) * 1e3
+        for label, each in recorded["512-512"]["final"].items()
+    }
+    ratios = []
+    for name, measured, base, label in (
+        ("mixed", mixed, "sequential rs copy_engine", "turns ar copy_engine shared light"),
+        ("512-512", middle, "sequential rs push", "turns ar copy_engine shared light"),
+    ):
+        mix = Mix(**{**recorded[name]["mix"], "prompts": tuple(recorded[name]["mix"]["prompts"])})
+        plans = {**in_sequence(RANK, mix.rows, True), **candidates(mix.rows, True, True)}
+        found = {}
+        for each in (base, label):
+            target = Target(RANK, mix, mix.rows, H200.rates, 132)
+            found[each] = target.predict(plans[each]) * 80e3
+            assert 0.92 < found[each] / measured[each] < 1.0, (name, each)
+        ratios.append((found[base] / found[label], measured[base] / measured[label]))
+    for predicted, ratio in ratios:
+        assert predicted == pytest.approx(ratio, abs=0.02)
 
 
 # Whose plan it is.
@@ -188,7 +235,7 @@ def test_show_takes_the_plans_ranks(plan: str) -> None:
     assert shown.exit_code == 0, shown.output
     assert "llama-3-70b, 4 layers on 2 ranks: " in shown.output
     assert re.search(r"\n +network +\|.*oar\.a.*\|", shown.output)
-    assert "746 TFLOP/s, 4,130 GB/s, 238 GB/s on the wire, 132 SMs" in shown.output
+    assert "746 TFLOP/s, 4,130 GB/s, 265 GB/s on the wire, 132 SMs" in shown.output
     assert shown.output == run("show", "any.yaml", "--tensor", "2", "--layers", "4").output.replace("any", "net")
     four = run("show", plan, "--tensor", "4", "--layers", "4")
     assert "4 layers on 4 ranks: " in four.output, "what if"
@@ -225,7 +272,7 @@ def test_plot_draws_the_wire(plan: str, tmp_path: Path) -> None:
     drawn = run("plot", plan, "--layers", "4", "--compare", "--out", "net.svg")
     assert drawn.exit_code == 0, drawn.output
     text = (tmp_path / "net.svg").read_text()
-    assert "wire GB/s" in text and "238" in text
+    assert "wire GB/s" in text and "265" in text
     assert run("plot", plan, "--layers", "4", "--model", "llama-3-70b", "--out", "again.svg").exit_code == 0
     alone = open_case(plan, layers=4).sequential()
     (tmp_path / "one.yaml").write_text(Plan.sequential(WHOLE, 2048, model="llama-3-70b").dumps())

@@ -36,9 +36,6 @@ from nanoflow.ops.peer_memory import PROGRAMS as MOST_PROGRAMS, PeerMemory
 
 __all__ = ["fused_rows", "own_rows"]
 
-WARPS = 16
-"""Of programs that have many bytes to send: so many are in flight at once that few programs fill a link."""
-
 
 @triton.jit
 def _own_row(
@@ -62,7 +59,7 @@ def _own_row(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def own_rows_kernel(
     branch, residual, weight, out, blocks, counters, rows, stride, eps, SUM: tl.constexpr, NORM: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, BEGIN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,7 +78,7 @@ def own_rows_kernel(
         _tell(blocks, counters, RANK, RANKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share", "each", "first"])
 def fused_rows_kernel(
     branch, residual, weight, out, blocks, places, counters, rows, share, each, first, stride, half, eps,
     SUM: tl.constexpr, GATHER: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, BEGIN: tl.constexpr,
@@ -166,7 +163,7 @@ def fused_rows(
         *pointers, peers.addresses, (places or peers).addresses, _counters(peers), rows, share, each, first, stride,
         peers.room // 2, norm.eps if norm else 0.0, GATHER=norm is not None, LIMIT=_limit(peers),
         TILE=min(LARGE[0], triton.next_power_of_2(each * columns)),
-        num_warps=WARPS if each * columns >= LARGE[0] else warps_for(columns), **constants,
+        num_warps=warps_for(columns), **constants,
     )  # fmt: skip
 
 

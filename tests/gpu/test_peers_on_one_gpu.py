@@ -173,10 +173,10 @@ def test_collectives(kind: str, kernel: str) -> None:
                 outputs.append(out)
                 steps.append(step)
             memories.one_by_one(steps)
-            found.append((sources, outputs, captured(steps, streams)))
+            found.append((sources, outputs, captured(steps, streams), steps))  # steps: graphs hold no buffer
     drawn = random.Random(10)
     for number in range(REPLAYS):
-        sources, outputs, graphs = found[drawn.randrange(len(found))]
+        sources, outputs, graphs, _ = found[drawn.randrange(len(found))]
         rows, dtype = sources[0].shape[0], sources[0].dtype
         each = inputs(number, RANKS, torch.device("cuda"), dtype, rows)
         for source, part in zip(sources, each, strict=True):

@@ -162,18 +162,18 @@ def bandwidth_on(sms: float, device_sms: int, ceiling: float) -> float:
     """Bytes/s that `sms` of a device's `device_sms` SMs read, if all of them read `ceiling`.
 
     Few SMs have too few loads in flight: the rate grows with them and then saturates.
-    With x = 6.6 * sms / device_sms::
+    With x = 3.7 * sms / device_sms::
 
-        rate = ceiling * x / (1 + x ** 4) ** (1 / 4)
+        rate = ceiling * x / (1 + x ** 8) ** (1 / 8)
 
-    fitted to decode attention on an H100 (132 SMs): 2,610, 2,720, 2,840, 2,840 and 2,890 GB/s on 24, 28, 32, 36 and 40
-    SMs and 2,930 on all, which it meets within 2% (the shipped profile; on 40 SMs
-    benchmarks/results/decode_partitions.json). A measured profile of the device may take its place.
+    fitted to decode attention on an H100 (132 SMs): 45, 67, 86, 95 and 98% of the rate of all SMs on 16, 24, 32, 40 and
+    48, which it meets within 2% (benchmarks/results/profile_parts.json). Parts of other sizes, which have SMs of no
+    group of 8, read less. A measured profile of the device may take its place.
     """
 
     def saturating(share: float) -> float:
-        x = 6.6 * share
-        return float(x / (1 + x**4) ** (1 / 4))
+        x = 3.7 * share
+        return float(x / (1 + x**8) ** (1 / 8))
 
     return ceiling * min(1.0, saturating(sms / device_sms) / saturating(1.0))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from nanoflow.ops.operation import device_sms
-from nanoflow.pipeline.partitions import Partition
+from nanoflow.pipeline.partitions import Partition, PartitionError
 
 __all__ = ["Candidate", "EnergyCounter", "Replays", "Timing", "capture", "on_sms", "time_interleaved", "time_together"]
 
@@ -41,16 +41,24 @@ EnergyCounter = Callable[[], float | None]
 def on_sms(sms: int | None, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
     """The current stream has `sms` SMs of a GPU and no others, which stay idle; None for all of them, and on a CPU.
 
+    They are those that a plan of two lanes would give: a part of less than half of the device is its last. On an H100
+    the last 28 SMs read 6% more than the first.
+
     Raises PartitionError if the device does not give a part of that size.
     """
     if device.type != "cuda" or sms in (None, device_sms(device)):
         yield None
         return
-    partition = Partition((sms,), device)
+    others = device_sms(device) - sms
+    try:
+        partition = Partition((others, sms), device) if sms < others else Partition((sms,), device)
+    except PartitionError:  # the others are no part
+        partition = Partition((sms,), device)
+    stream = partition.streams[-1]
     try:
         torch.cuda.synchronize(device)
-        with torch.cuda.stream(partition.streams[0]):  # which gives none of its own accord
-            yield partition.streams[0]
+        with torch.cuda.stream(stream):  # which gives none of its own accord
+            yield stream
         torch.cuda.synchronize(device)
     finally:
         partition.close()

@@ -54,7 +54,7 @@ measured   ratio: 1.02
 split, layer 1
   compute 92 SMs |o.a|an.a|gate_up.a|down.a|add.a|il.a@1|qkv.a@1|ra.a@1|pa.a@1|o.b|an.b|gate_up.b|down.b|add.b|il.b@1|
                  <- da.a                                                      <- da.b
-  memory 40 SMs  …da.b~~~~~~~~~~~~~~~~~~~~~~~~~~~|                     |da.a@1~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~|
+  memory 40 SMs  …da.b~~~~~~~~~~~~~~|                                  |da.a@1~~~~~~~~~~~~~~~~~~~|
                                                                        <- ra.a@1
 """
 

@@ -409,7 +409,7 @@ def test_what_cannot_be_built_is_refused() -> None:
         build_plan(replace(two, memory_sms=8), replace(LLAMA, layer=LLAMA.layer[4:]), MIX, 1152, H100.rates)
 
 
-@pytest.mark.parametrize(("goal", "within"), [("limited_seconds", 1.01), ("seconds", 1.0)])
+@pytest.mark.parametrize(("goal", "within"), [("limited_seconds", 1.01), ("seconds", 1.001)])
 def test_a_search_finds_what_people_found(goal: str, within: float) -> None:
     """On the simulator, and without the sequential plan. Under the power limit many plans are nearly as good. The best
     overlap without it is in few of the choices, and so short a search needs some luck; hence the seed."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanoflow.pipeline.partitions import PartitionError
 from nanoflow.search import timing
 from nanoflow.search.timing import capture, on_sms, time_interleaved
 
@@ -128,10 +129,11 @@ def test_a_part_of_the_sms_is_the_current_stream_and_given(monkeypatch: pytest.M
     seen: list[object] = []
 
     class MadeUpPartition:
-        streams = ("its stream",)
-
         def __init__(self, sms: tuple[int, ...], device: torch.device) -> None:
+            if min(sms) < 8:
+                raise PartitionError("too few")
             seen.append(sms)
+            self.streams = tuple(f"{count} SMs" for count in sms)
 
         def close(self) -> None:
             seen.append("closed")
@@ -140,6 +142,8 @@ def test_a_part_of_the_sms_is_the_current_stream_and_given(monkeypatch: pytest.M
     monkeypatch.setattr(timing, "device_sms", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(seen.append(stream)))
-    with on_sms(24, CUDA) as stream:
-        assert stream == "its stream"
-    assert seen == [(24,), "its stream", "closed"]
+    for sms, parts in ((24, (108, 24)), (100, (100,)), (128, (128,))):
+        seen.clear()
+        with on_sms(sms, CUDA) as stream:
+            assert stream == f"{sms} SMs"
+        assert seen == [parts, f"{sms} SMs", "closed"], "the last part of two, or the first"

@@ -1,7 +1,7 @@
 """Several ranks in the threads of one process, joined by gloo: what takes processes to run takes none to test."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,7 +22,11 @@ Result = TypeVar("Result")
 def on_all(function: Callable[[int], Result], size: int) -> list[Result]:
     """`function` of every rank, each in a thread of its own; raises what the first that failed raised."""
     with ThreadPoolExecutor(max_workers=size) as pool:
-        return [future.result(timeout=LIMIT) for future in [pool.submit(function, rank) for rank in range(size)]]
+        futures = [pool.submit(function, rank) for rank in range(size)]
+        done, _ = wait(futures, LIMIT, FIRST_EXCEPTION)
+        for future in done:  # what the others raise then is that it does not answer
+            future.result()
+        return [future.result(timeout=0) for future in futures]
 
 
 def connect(size: int, timeout: float = 60.0) -> list[TorchCommunicator]:

@@ -65,9 +65,6 @@ class FusedRows(LayerCollective):
     def weights(self) -> tuple[Weight, ...]:
         return self.own.weights
 
-    def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return self.own.pack(name, weight)
-
     def peer_room(self, kernel: str, rows: int, itemsize: int) -> int | None:
         if kernel not in ROW_FORMS:
             return None
@@ -106,19 +103,22 @@ class FusedRows(LayerCollective):
         peers = self.peers(context)
         places = None if self.gather is None else self.places(context, form)
         for rows in context.part.nano_batch_rows:
-            (self._push if form in PUSH else self._by_copies)(form, context, rows, peers, places)
+            if form in PUSH:
+                self._push(programs_of(form, context.sms), context, rows, peers, places)
+            else:
+                self._by_copies(context, rows, peers, places)
 
-    def _push(self, form: str, context: NanoContext, rows: slice, peers: PeerMemory, places: PeerMemory | None) -> None:
+    def _push(
+        self, programs: int, context: NanoContext, rows: slice, peers: PeerMemory, places: PeerMemory | None
+    ) -> None:
         from nanoflow.ops.fused_rows_triton import fused_rows
 
         residual_TE, branch_TE, norm = self._tensors(context, rows)
         share = share_rows(len(residual_TE), self.ranks)
-        stride, programs = whole_grains(share * residual_TE.shape[1]), programs_of(form, context.sms)
+        stride = whole_grains(share * residual_TE.shape[1])
         fused_rows(residual_TE, branch_TE, norm, peers, share, stride, programs, first=rows.start, places=places)
 
-    def _by_copies(
-        self, form: str, context: NanoContext, rows: slice, peers: PeerMemory, places: PeerMemory | None
-    ) -> None:
+    def _by_copies(self, context: NanoContext, rows: slice, peers: PeerMemory, places: PeerMemory | None) -> None:
         """The ranks meet once their parts have been sent, or before the first of them sends normed rows: what they had
         to read of the old ones they have read then."""
         from nanoflow.ops.all_reduce_triton import meet, wait_for_readers

@@ -57,9 +57,6 @@ class OwnRows(Operation):
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return self.op.preferred_kernel(device, dtype, sms)
 
-    def pack(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return self.op.pack(name, weight)
-
     def _on_own(self, kernel: Kernel, context: NanoContext) -> None:
         for rows in context.part.nano_batch_rows:
             own = row_share(rows, self.rank, self.ranks)

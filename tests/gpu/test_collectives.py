@@ -62,6 +62,17 @@ def inputs(
     return [torch.randn(rows, columns, generator=generator, device=device).to(dtype) for _ in range(ranks)]
 
 
+def captured(step: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """A graph of `step` on the current stream, which ran once before: kernels are compiled and loaded by then."""
+    step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    step()
+    graph.capture_end()
+    return graph
+
+
 def in_rank_order(each: list[torch.Tensor]) -> torch.Tensor:
     total = each[0].float()
     for part in each[1:]:
@@ -95,13 +106,7 @@ def check_peer_form(rank: int, communicator: Communicator, device: torch.device,
                         torch.mul(source, number + 1, out=out)
                         run(op, form, {"x": out}, len(out), communicator, peers, sms)
 
-                step()  # kernels are compiled and loaded before the capture
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(capture_error_mode="thread_local")
-                step()
-                graph.capture_end()
-                cases.append((source, outputs, step, graph))
+                cases.append((source, outputs, step, captured(step, stream)))
         for number in range(REPLAYS):
             source, outputs, step, graph = cases[together.randrange(len(cases))]
             each = inputs(number, ranks, device, source.dtype, len(source))
@@ -153,12 +158,7 @@ def check_all_reduce(rank: int, communicator: Communicator, device: torch.device
 
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        step()  # kernels are loaded before the capture
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        step()
-        graph.capture_end()
+        graph = captured(step, stream)
         drawn = random.Random(rank)
         for number in range(REPLAYS):
             each = inputs(number, ranks, device, torch.bfloat16)
@@ -234,13 +234,7 @@ def check_rows(rank: int, communicator: Communicator, device: torch.device, kern
                         run(op, kernel, {"x": x}, len(x), used, peers, sms, places)
                         out.copy_(x)
 
-                step()  # kernels are compiled and loaded before the capture
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(capture_error_mode="thread_local")
-                step()
-                graph.capture_end()
-                cases.append((source, own, outputs, step, graph))
+                cases.append((source, own, outputs, step, captured(step, stream)))
         for number in range(REPLAYS):
             source, own, outputs, step, graph = cases[together.randrange(len(cases))]
             each = inputs(number, ranks, device, source.dtype, len(source))
@@ -306,13 +300,7 @@ def check_columns(rank: int, communicator: Communicator, device: torch.device, k
                         run(op, kernel, buffers, len(source), used, peers, sms, places, first)
                         out.copy_(buffers["target"][first:])
 
-                step()  # kernels are compiled and loaded before the capture
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(capture_error_mode="thread_local")
-                step()
-                graph.capture_end()
-                cases.append((source, outputs, step, graph))
+                cases.append((source, outputs, step, captured(step, stream)))
         for number in range(REPLAYS):
             source, outputs, step, graph = cases[together.randrange(len(cases))]
             each = inputs(number, ranks, device, source.dtype, *source.shape)

@@ -18,7 +18,7 @@ from nanoflow.ops.peer_memory import PeerMemory
 from nanoflow.ops.row_sharding import FUSED, with_sharding
 from nanoflow.ops.row_shares import row_share
 from nanoflow.ops.sharding import shard_graph
-from tests.gpu.test_collectives import COLUMNS, REPLAYS, ROWS, in_rank_order, inputs, on_gpus
+from tests.gpu.test_collectives import COLUMNS, REPLAYS, ROWS, captured, in_rank_order, inputs, on_gpus
 from tests.unit.rank_models import graph_of
 
 pytestmark = [
@@ -117,15 +117,9 @@ def check_fused(rank: int, communicator: Communicator, kernel: str) -> None:
         for rows in sizes:
             for dtype, sms in ((torch.bfloat16, None), (torch.float32, 8)):
                 case = Case(ops, kernel, rows, dtype, sms, used, peers, places, device)
-                case.step()  # kernels are compiled and loaded before the capture
-                stream.synchronize()
-                captured = torch.cuda.CUDAGraph()
-                captured.capture_begin(capture_error_mode="thread_local")
-                case.step()
-                captured.capture_end()
-                cases.append((case, captured))
+                cases.append((case, captured(case.step, stream)))
         for number in range(REPLAYS):
-            case, captured = cases[together.randrange(len(cases))]
+            case, recorded = cases[together.randrange(len(cases))]
             rows, dtype = len(case.residual), case.residual.dtype
             parts = inputs(number, ranks, device, dtype, rows)
             residual, weight = inputs(REPLAYS + number, 2, device, dtype, rows)
@@ -133,10 +127,10 @@ def check_fused(rank: int, communicator: Communicator, kernel: str) -> None:
             case.residual.copy_(residual)
             case.weight.copy_(weight)
             torch.cuda._sleep(apart.randrange(200_000))
-            captured.replay() if together.random() < 0.9 else case.step()
+            recorded.replay() if together.random() < 0.9 else case.step()
             case.check(parts, peers is not None or kernel == "reference", (kernel, number))
         stream.synchronize()
-        del cases, captured, case
+        del cases, recorded, case
 
 
 def checks(rank: int, communicator: Communicator) -> None:

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import FileStore
 
-from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops import fused_rows_triton
 from nanoflow.ops.fused_rows import FusedRows
 from nanoflow.ops.norm import rms_norm
@@ -21,13 +19,9 @@ from nanoflow.ops.peer_memory import FLAGS, PeerMemory, data_begin
 from nanoflow.ops.row_sharding import FUSED, with_sharding
 from nanoflow.ops.row_shares import row_share
 from nanoflow.ops.sharding import shard_graph
-from nanoflow.pipeline.executor import KVLayout
 from nanoflow.pipeline.plan import Plan
-from nanoflow.pipeline.program import compile_program
-from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.weights import load_weights
-from tests.unit.interpreter.test_peer_all_reduce import TILE, Shared, at_odds, blocks, expected, on_ranks, parts
-from tests.unit.ops_harness import Pages, Piece, dense_batch
+from tests.unit.interpreter.peer_runs import RankRuns
+from tests.unit.interpreter.test_peer_all_reduce import TILE, at_odds, blocks, expected, on_ranks, parts
 from tests.unit.rank_models import graph_of, save
 
 COLUMNS, ROWS = 40, 21
@@ -163,13 +157,6 @@ period:
 def test_plans_give_what_the_parts_give(tmp_path: Path) -> None:
     """Whole iterations of two ranks on two lanes whose nano-ops run in random orders, one of them whole: the bits of
     the reference in what the residual adds up, and those of the parts one after the other in all."""
-    graph = graph_of()
-    pages = Pages(page_size=8, requests=2, columns=4)
-    batches = [
-        dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(6))]], pages),
-        dense_batch([[Piece(0, 11, [77], decode=True)], [Piece(1, 6, [8, 9, 10, 11])]], pages, padding=1),
-        dense_batch([[], [Piece(0, 12, [78], decode=True)]], pages),
-    ]
     (tmp_path / "model").mkdir()
     save(tmp_path / "model")
     forms = ("copy_engine", "push_32")
@@ -178,25 +165,8 @@ def test_plans_give_what_the_parts_give(tmp_path: Path) -> None:
     memory = {name: blocks(2, 2**17) for name in names}
 
     def rank_main(rank: int) -> None:
-        share = shard_graph(graph, rank, 2)
-        weights = load_weights(share, open_checkpoint(str(tmp_path / "model")), torch.float32, "cpu")
-        store = FileStore(str(tmp_path / "store"), 2)
-
-        def run(plan: Plan, name: str, memory: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
-            communicator = Shared(store, rank, 2, torch.device("cpu"), timeout=60.0, name=name)
-            communicator.memory = memory
-            executor = ReferenceExecutor(
-                [compile_program(plan, share)], weights, KVLayout(pages.pool, pages.page_size), slots=2,
-                dtype=torch.float32, device=torch.device("cpu"), seed=rank, communicator=communicator,
-            )  # fmt: skip
-            found = []
-            for batch in batches:
-                executor.launch(batch)
-                executor.collect()
-                found.append(executor.bound.buffers["x"][: batch.rows][executor.bound.own(batch)].clone())
-            executor.close()
-            communicator.close()
-            return found
+        runs = RankRuns(rank, tmp_path)
+        share, run = runs.graph, runs.residuals
 
         reference = LANES.replace("FIRST", "reference").replace("SECOND", "reference")
         wanted = run(Plan.loads(reference, share), "reference", {})

@@ -16,23 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import FileStore
 from triton.runtime import interpreter
 
-from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops import all_reduce_triton, peer_all_reduce as forms
-from nanoflow.ops.communicator import TorchCommunicator
-from nanoflow.ops.graph import RESIDUAL
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_room
 from nanoflow.ops.peer_memory import FLAGS, PeerMemory, data_begin
-from nanoflow.ops.sharding import shard_graph
-from nanoflow.pipeline.executor import KVLayout
 from nanoflow.pipeline.plan import Plan
-from nanoflow.pipeline.program import compile_program
-from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.weights import load_weights
-from tests.unit.ops_harness import Pages, Piece, dense_batch
-from tests.unit.rank_models import graph_of, save
+from tests.unit.interpreter.peer_runs import PAGES, RankRuns
+from tests.unit.ops_harness import Piece, dense_batch
+from tests.unit.rank_models import save
 
 SECONDS = 120
 """Until processes that wait for each other are given up, on any machine."""
@@ -186,24 +178,12 @@ period:
 """
 
 
-class Shared(TorchCommunicator):
-    """Joined by gloo; and what it has in common of its memory was there before the ranks."""
-
-    memory: dict[str, list[torch.Tensor]]
-
-    def peer_memory(self, name: str, room: int) -> PeerMemory:
-        begin = data_begin(self.size)
-        return PeerMemory(self.rank, [block[: begin + room] for block in self.memory[name]], 60.0)
-
-
 def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     """Whole iterations of two ranks, the forms on two lanes whose nano-ops run in random orders."""
-    graph = graph_of()
-    pages = Pages(page_size=8, requests=2, columns=4)
     batches = [
-        dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(7))]], pages, padding=1),
-        dense_batch([[Piece(0, 11, [77], decode=True)], [Piece(1, 7, [8, 9, 10])]], pages, padding=1),
-        dense_batch([[Piece(0, 12, [78], decode=True)], [Piece(1, 10, [11], decode=True)]], pages),
+        dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(7))]], PAGES, padding=1),
+        dense_batch([[Piece(0, 11, [77], decode=True)], [Piece(1, 7, [8, 9, 10])]], PAGES, padding=1),
+        dense_batch([[Piece(0, 12, [78], decode=True)], [Piece(1, 10, [11], decode=True)]], PAGES),
     ]
     (tmp_path / "model").mkdir()
     save(tmp_path / "model")
@@ -211,26 +191,11 @@ def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     memory = [{f"{lane}-{form}": blocks(2, 2**18) for lane in ("one", "two") for form in PEER_FORMS} for _ in plans]
 
     def rank_main(rank: int) -> None:
-        share = shard_graph(graph, rank, 2)
-        weights = load_weights(share, open_checkpoint(str(tmp_path / "model")), torch.float32, "cpu")
-        store = FileStore(str(tmp_path / "store"), 2)
+        runs = RankRuns(rank, tmp_path)
 
         def residuals(first: str, second: str, name: str, memory: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
-            communicator = Shared(store, rank, 2, torch.device("cpu"), timeout=60.0, name=name)
-            communicator.memory = memory
-            plan = Plan.loads(LANES.replace("FIRST", first).replace("SECOND", second), share)
-            executor = ReferenceExecutor(
-                [compile_program(plan, share)], weights, KVLayout(pages.pool, pages.page_size), slots=2,
-                dtype=torch.float32, device=torch.device("cpu"), seed=rank, communicator=communicator,
-            )  # fmt: skip
-            found = []
-            for batch in batches:
-                executor.launch(batch)
-                executor.collect()
-                found.append(executor.bound.buffers[RESIDUAL][: batch.rows].clone())
-            executor.close()
-            communicator.close()
-            return found
+            plan = Plan.loads(LANES.replace("FIRST", first).replace("SECOND", second), runs.graph)
+            return runs.residuals(plan, name, memory, batches)
 
         expected = residuals("reference", "reference", "reference", {})
         at_odds(rank)

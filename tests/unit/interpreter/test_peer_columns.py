@@ -9,24 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import FileStore
 
-from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops import columns_triton
 from nanoflow.ops.collectives import LayerAllGather
 from nanoflow.ops.operation import NanoContext
 from nanoflow.ops.peer_memory import FLAGS, PeerMemory
 from nanoflow.ops.row_sharding import ALL_GATHER
-from nanoflow.ops.sharding import shard_graph
-from nanoflow.pipeline.executor import KVLayout
 from nanoflow.pipeline.plan import Plan
-from nanoflow.pipeline.program import compile_program
-from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.weights import load_weights
-from tests.unit.interpreter.test_peer_all_reduce import TILE, Shared, blocks, on_ranks
+from tests.unit.interpreter.peer_runs import RankRuns
+from tests.unit.interpreter.test_peer_all_reduce import TILE, blocks, on_ranks
 from tests.unit.interpreter.test_peer_rows import late
-from tests.unit.ops_harness import Pages, Piece, dense_batch
-from tests.unit.rank_models import graph_of, save
+from tests.unit.rank_models import save
 
 FORMS = ("copy_engine", "push")
 COLUMNS, ROWS = (24, 8, 5), 21
@@ -128,13 +121,6 @@ WHOLE = LANES.replace("ONE", "[attention_all_gather, down_all_reduce.b]").replac
 
 def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     """Whole iterations of two ranks, the forms on two lanes whose nano-ops run in random orders."""
-    graph = graph_of()
-    pages = Pages(page_size=8, requests=2, columns=4)
-    batches = [
-        dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(6))]], pages),
-        dense_batch([[Piece(0, 11, [77], decode=True)], [Piece(1, 6, [8, 9, 10, 11])]], pages, padding=1),
-        dense_batch([[], [Piece(0, 12, [78], decode=True)]], pages),
-    ]
     (tmp_path / "model").mkdir()
     save(tmp_path / "model")
     reference = ("reference", "reference", "reference")
@@ -150,29 +136,14 @@ def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     memory = [{name: blocks(2, 2**17) for name in names} for _ in plans]
 
     def rank_main(rank: int) -> None:
-        share = shard_graph(graph, rank, 2, ALL_GATHER)
-        weights = load_weights(share, open_checkpoint(str(tmp_path / "model")), torch.float32, "cpu")
-        store = FileStore(str(tmp_path / "store"), 2)
+        runs = RankRuns(rank, tmp_path, ALL_GATHER)
 
         def residuals(
             text: str, kernels: tuple[str, str, str], name: str, memory: dict[str, list[torch.Tensor]]
         ) -> list[torch.Tensor]:
-            communicator = Shared(store, rank, 2, torch.device("cpu"), timeout=60.0, name=name)
-            communicator.memory = memory
             for place, kernel in zip(("FIRST", "SECOND", "THIRD"), kernels, strict=True):
                 text = text.replace(place, kernel)
-            executor = ReferenceExecutor(
-                [compile_program(Plan.loads(text, share), share)], weights, KVLayout(pages.pool, pages.page_size),
-                slots=2, dtype=torch.float32, device=torch.device("cpu"), seed=rank, communicator=communicator,
-            )  # fmt: skip
-            found = []
-            for batch in batches:
-                executor.launch(batch)
-                executor.collect()
-                found.append(executor.bound.buffers["x"][: batch.rows].clone())
-            executor.close()
-            communicator.close()
-            return found
+            return runs.residuals(Plan.loads(text, runs.graph), name, memory)
 
         expected = residuals(CUT, reference, "reference", {})
         at_odds(rank)

@@ -7,22 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import FileStore
 
-from nanoflow.checkpoints import open_checkpoint
 from nanoflow.ops import rows_triton
 from nanoflow.ops.peer_memory import FLAGS, PeerMemory, data_begin
 from nanoflow.ops.peer_rows import gather_rows, programs_of, scatter_room, scatter_sums
 from nanoflow.ops.row_shares import row_share
-from nanoflow.ops.sharding import shard_graph
-from nanoflow.pipeline.executor import KVLayout
 from nanoflow.pipeline.plan import Plan
-from nanoflow.pipeline.program import compile_program
-from nanoflow.pipeline.reference_executor import ReferenceExecutor
-from nanoflow.weights import load_weights
-from tests.unit.interpreter.test_peer_all_reduce import TILE, Shared, at_odds, blocks, expected, on_ranks, parts
-from tests.unit.ops_harness import Pages, Piece, dense_batch
-from tests.unit.rank_models import graph_of, save
+from tests.unit.interpreter.peer_runs import BATCHES, RankRuns
+from tests.unit.interpreter.test_peer_all_reduce import TILE, at_odds, blocks, expected, on_ranks, parts
+from tests.unit.rank_models import save
 
 COLUMNS, ROWS = 40, 21
 FORMS = ("copy_engine", "push")
@@ -147,13 +140,6 @@ period:
 
 def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     """Whole iterations of two ranks, the forms on two lanes whose nano-ops run in random orders, one of them whole."""
-    graph = graph_of()
-    pages = Pages(page_size=8, requests=2, columns=4)
-    batches = [
-        dense_batch([[Piece(0, 0, range(20, 31))], [Piece(1, 0, range(6))]], pages),
-        dense_batch([[Piece(0, 11, [77], decode=True)], [Piece(1, 6, [8, 9, 10, 11])]], pages, padding=1),
-        dense_batch([[], [Piece(0, 12, [78], decode=True)]], pages),
-    ]
     (tmp_path / "model").mkdir()
     save(tmp_path / "model")
     plans = [("copy_engine", "push"), ("push", "copy_engine")]
@@ -162,30 +148,13 @@ def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     memory = [{name: blocks(2, 2**17) for name in names} for _ in plans]
 
     def rank_main(rank: int) -> None:
-        share = shard_graph(graph, rank, 2)
-        weights = load_weights(share, open_checkpoint(str(tmp_path / "model")), torch.float32, "cpu")
-        store = FileStore(str(tmp_path / "store"), 2)
-
-        def run(plan: Plan, name: str, memory: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
-            communicator = Shared(store, rank, 2, torch.device("cpu"), timeout=60.0, name=name)
-            communicator.memory = memory
-            executor = ReferenceExecutor(
-                [compile_program(plan, share)], weights, KVLayout(pages.pool, pages.page_size), slots=2,
-                dtype=torch.float32, device=torch.device("cpu"), seed=rank, communicator=communicator,
-            )  # fmt: skip
-            found = []
-            for batch in batches:
-                executor.launch(batch)
-                executor.collect()
-                found.append(executor.bound.buffers["x"][: batch.rows][executor.bound.own(batch)].clone())
-            executor.close()
-            communicator.close()
-            return found
+        runs = RankRuns(rank, tmp_path)
+        share, run = runs.graph, runs.residuals
 
         text = LANES.replace("FIRST", "reference").replace("SECOND", "reference")
         wanted = run(Plan.loads(text, share), "reference", {})
         whole = run(Plan.sequential(share, 32), "all-reduce", {})
-        for batch, own, all_rows in zip(batches, wanted, whole, strict=True):
+        for batch, own, all_rows in zip(BATCHES, wanted, whole, strict=True):
             mine: Any = torch.zeros(batch.rows, dtype=torch.bool)
             for each in batch.nano_batches:
                 mine[row_share(slice(each.start, each.end), rank, 2)] = True

@@ -13,7 +13,8 @@ from nanoflow.ops.row_sharding import ALL_GATHER, ALL_REDUCE
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.profiling.rank_bench import RankBench, collectives_in
 from nanoflow.search.profiler import Case, SoloCase
-from tests.unit.interpreter.test_peer_all_reduce import Shared, blocks, on_ranks
+from tests.unit.interpreter.peer_runs import Shared
+from tests.unit.interpreter.test_peer_all_reduce import blocks, on_ranks
 from tests.unit.rank_models import graph_of
 
 ROWS = 8

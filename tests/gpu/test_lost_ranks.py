@@ -1,4 +1,4 @@
-"""Ranks and replicas on two GPUs that are killed in the middle of a run, and replicas that are not."""
+"""Ranks and replicas that are killed in the middle of a run, and replicas that are not."""
 
 import json
 import os
@@ -15,11 +15,12 @@ import torch
 import yaml
 
 from tests.gpu.checkpoints import save_model
+from tests.gpu.two_ranks import ROOT, environment
 from tests.unit.tiny_model import VOCAB
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 START_SECONDS = 120.0
 """Kernels are compiled, graphs captured."""
@@ -53,8 +54,9 @@ class Job:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "nanoflow", "run", str(self.folder / "job.yaml"), "--quiet", *arguments]
-        root = Path(__file__).parents[2]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, start_new_session=True)
+        return subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(), start_new_session=True
+        )
 
     def answers(self) -> dict[str, Any]:
         lines = self.output.read_text().splitlines() if self.output.exists() else []
@@ -121,6 +123,7 @@ def test_a_killed_rank_0_takes_the_other_with_it(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_replicas_answer_as_one_engine_and_the_death_of_one_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

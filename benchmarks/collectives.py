@@ -251,7 +251,7 @@ def gpu_rank(rank: int, ranks: int, port: int, folder: str, mib: Sequence[int], 
 
     torch.cuda.set_device(rank)
     store = TCPStore("127.0.0.1", port, ranks, rank == 0, timedelta(seconds=120))
-    record = measure(rank, ranks, store, torch.device("cuda", rank), mib, with_products)
+    record = measure(rank, ranks, store, torch.device("cuda", torch.cuda.current_device()), mib, with_products)
     Path(folder, f"{rank}.json").write_text(json.dumps(record))
     store.add("done", 1)
     while rank == 0 and store.add("done", 0) < ranks:

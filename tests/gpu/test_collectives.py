@@ -1,6 +1,6 @@
 """Collectives between GPUs: against float64 sums of fresh inputs, launched and replayed, ranks at odds in time.
 
-A process for each of two GPUs, and once more for each of four; skipped with fewer.
+A process for each of two GPUs, or of two ranks that share one, and once more for each of four GPUs.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from nanoflow.ops.peer_all_reduce import PEER_FORMS
 from nanoflow.ops.peer_memory import PeerMemory
 from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
 from nanoflow.ops.row_shares import row_share
+from tests.gpu.two_ranks import AT_ONCE, WHY_NOT, environment
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(not AT_ONCE, reason=WHY_NOT),
 ]
 ROWS, COLUMNS = 160, 1024
 FORMS = ("copy_engine", "push", "push_128")
@@ -341,7 +343,7 @@ def check_a_kernel_gives_up(rank: int, communicator: Communicator, device: torch
     torch.cuda.synchronize(device)
     if rank == 0:
         time.sleep(10)  # it stays, so that its memory does
-        return
+        os._exit(0)  # on a GPU of both ranks its kernels fail too
     began = time.monotonic()
     run(op, "two_shot", {"x": x}, ROWS, communicator, peers)
     with pytest.raises(RuntimeError, match="CUDA"):
@@ -352,7 +354,7 @@ def check_a_kernel_gives_up(rank: int, communicator: Communicator, device: torch
 
 def checks(rank: int, communicator: Communicator) -> None:
     """Every check, in the same order on all ranks."""
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", torch.cuda.current_device())
     for kernel in ("nccl", "nccl_8", "reference"):
         used = communicator.twin(kernel, 8) if kernel == "nccl_8" else communicator
         check_all_reduce(rank, used, device, kernel)
@@ -375,8 +377,8 @@ def checks(rank: int, communicator: Communicator) -> None:
 def rank_main(rank: int, port: int, ranks: int, function: Callable[[int, Communicator], None]) -> None:
     from torch.distributed import TCPStore
 
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", torch.cuda.current_device())
     store = TCPStore("127.0.0.1", port, ranks, rank == 0, timedelta(seconds=60))
     communicator = TorchCommunicator(store, rank, ranks, device, timeout=60.0)
     function(rank, communicator)
@@ -385,15 +387,16 @@ def rank_main(rank: int, port: int, ranks: int, function: Callable[[int, Communi
 
 
 def on_gpus(ranks: int, function: Callable[[int, Communicator], None]) -> None:
-    """Run `function`, a module's own, of every rank in a process of its own; skipped where there are fewer GPUs."""
-    if torch.cuda.device_count() < ranks:
+    """Run `function`, a module's own, of every rank in a process of its own. Two may share a GPU."""
+    if ranks > 2 and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        rank_main, args=(port, ranks, function), nprocs=ranks, join=False
-    )
+    with patch.dict(os.environ, environment()):
+        processes = torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+            rank_main, args=(port, ranks, function), nprocs=ranks, join=False
+        )
     end = time.monotonic() + SECONDS
     try:
         while not processes.join(timeout=1):

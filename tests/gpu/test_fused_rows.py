@@ -1,6 +1,6 @@
 """Fused sums, norms and all-gathers of rows between GPUs, as `test_collectives` has their parts.
 
-A process for each of two GPUs, and once more for each of four; skipped with fewer.
+A process for each of two GPUs, or of two ranks that share one, and once more for each of four GPUs.
 """
 
 import random
@@ -19,11 +19,12 @@ from nanoflow.ops.row_sharding import FUSED, with_sharding
 from nanoflow.ops.row_shares import row_share
 from nanoflow.ops.sharding import shard_graph
 from tests.gpu.test_collectives import COLUMNS, REPLAYS, ROWS, captured, in_rank_order, inputs, on_gpus
+from tests.gpu.two_ranks import AT_ONCE, WHY_NOT
 from tests.unit.rank_models import graph_of
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(not AT_ONCE, reason=WHY_NOT),
 ]
 NAMES = ("o_add_norm", "down_add", "input_layernorm_gather")
 """In the order of a layer and the begin of the next."""
@@ -100,7 +101,7 @@ class Case:
 def check_fused(rank: int, communicator: Communicator, kernel: str) -> None:
     """A thousand replays of graphs of several sizes and types in a random order, some launched in their place, the
     ranks at odds in time; also where rows do not divide, and where ranks have none."""
-    ranks, device = communicator.size, torch.device("cuda", rank)
+    ranks, device = communicator.size, torch.device("cuda", torch.cuda.current_device())
     graph = with_sharding(shard_graph(graph_of(hidden_size=COLUMNS), rank, ranks), FUSED)
     ops = {op.name: op for op in graph.layer if isinstance(op, FusedRows)}
     assert set(ops) == set(NAMES)

@@ -55,7 +55,7 @@ class Job:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "nanoflow", "run", str(self.folder / "job.yaml"), "--quiet", *arguments]
         return subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(), start_new_session=True
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(mps=False), start_new_session=True
         )
 
     def answers(self) -> dict[str, Any]:

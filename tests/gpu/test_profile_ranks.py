@@ -1,4 +1,4 @@
-"""`nanoflow profile` with `parallel.tensor: 2`: forms of the collectives, alone and beside products."""
+"""`nanoflow profile` with `parallel.tensor: 2` on two GPUs: forms of the collectives, alone and beside products."""
 
 import subprocess
 import sys
@@ -12,12 +12,11 @@ from nanoflow.ops.collectives import CTAS
 from nanoflow.ops.peer_all_reduce import PEER_FORMS
 from nanoflow.search.profile import Profile
 from tests.gpu.checkpoints import save_model
-from tests.gpu.two_ranks import ROOT, environment
 from tests.unit.tiny_model import VOCAB
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 MINUTES = 2.5
 """In which nothing but the whole device, and the beginning of the network lanes, may be measured."""
@@ -41,8 +40,7 @@ def test_forms_are_measured_alone_and_beside_products(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=60 * MINUTES + 120,
-        cwd=ROOT,
-        env=environment(),
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     profile = Profile.load(path)

@@ -1,9 +1,9 @@
 """Ranks that share one GPU, for a machine with no more: Python imports this at its start from a folder in PYTHONPATH.
 
 Every process then takes this machine for one of eight GPUs that reach each other, and computes on the first. Kernels,
-plans, graphs and the memory in common are what they are between GPUs; but processes have a GPU in turn, a few
-milliseconds each, so nothing runs at once here, and times say nothing. NCCL refuses a GPU that another rank has: copies
-do what is asked of it.
+plans, graphs and the memory in common are what they are between GPUs; times are not. Without NVIDIA's Multi-Process
+Service processes have the GPU in turn, a few milliseconds each, and nothing of two ranks runs at once. NCCL refuses a
+GPU that another rank has: copies do what is asked of it.
 """
 
 import os
@@ -82,8 +82,8 @@ class Library:
 
 
 def gpus(found: Callable[[], int] = torch.cuda.device_count) -> int:
-    """As many as are there while torch looks at each of them."""
-    return GPUS if torch.cuda.is_initialized() else found()
+    """As many as are there while torch begins, which looks at each of them."""
+    return found() if hasattr(torch.cuda._tls, "is_initializing") else GPUS
 
 
 def in_rank_order(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -99,6 +99,7 @@ for owner, name, value in (
     (RankSettings, "of_rank", lambda self, rank: replace(self, rank=rank)),
     (torch.cuda, "device_count", gpus),
     (torch.cuda, "can_device_access_peer", lambda *_: True),
+    (torch.cuda, "set_device", lambda _, really=torch.cuda.set_device: really(0)),
     (power, "_open_nvml", lambda _: None),  # one card's energy is not two cards'
     (ceilings, "LINK_CALLS", {**ceilings.LINK_CALLS, "cuda": (1, 2)}),
 ):

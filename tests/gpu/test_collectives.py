@@ -1,6 +1,6 @@
 """Collectives between GPUs: against float64 sums of fresh inputs, launched and replayed, ranks at odds in time.
 
-A process for each of two GPUs, or of two ranks that share one, and once more for each of four GPUs.
+Ranks are processes, two and four of them, each on a GPU of its own, or all on one.
 """
 
 import os
@@ -23,17 +23,18 @@ from nanoflow.ops.peer_all_reduce import PEER_FORMS
 from nanoflow.ops.peer_memory import PeerMemory
 from nanoflow.ops.row_collectives import ReduceScatter, RowsAllGather
 from nanoflow.ops.row_shares import row_share
-from tests.gpu.two_ranks import AT_ONCE, WHY_NOT, environment
+from tests.gpu.sharing import environment, why_not, widest
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not AT_ONCE, reason=WHY_NOT),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 ROWS, COLUMNS = 160, 1024
-FORMS = ("copy_engine", "push", "push_128")
+FORMS = ("copy_engine", "push")
 """Of collectives over rows, or columns; the others are `push` on other numbers of thread blocks."""
 REPLAYS = 1000
 SECONDS = 900
+Check = Callable[[int, Communicator, str], None]
 
 
 def run(
@@ -352,7 +353,7 @@ def check_a_kernel_gives_up(rank: int, communicator: Communicator, device: torch
     os._exit(0)  # what is left of the device's context cannot be put away
 
 
-def checks(rank: int, communicator: Communicator) -> None:
+def checks(rank: int, communicator: Communicator, most_blocks: str) -> None:
     """Every check, in the same order on all ranks."""
     device = torch.device("cuda", torch.cuda.current_device())
     for kernel in ("nccl", "nccl_8", "reference"):
@@ -361,7 +362,7 @@ def checks(rank: int, communicator: Communicator) -> None:
     for form in PEER_FORMS:
         check_peer_form(rank, communicator, device, form)
     check_peer_forms_at_once(rank, communicator, device)
-    for kernel in ("reference", "nccl", "nccl_8", *FORMS):
+    for kernel in ("reference", "nccl", "nccl_8", *FORMS, most_blocks):
         for gather in (False, True):
             check_rows(rank, communicator, device, kernel, gather=gather)
         check_columns(rank, communicator, device, kernel)
@@ -374,28 +375,28 @@ def checks(rank: int, communicator: Communicator) -> None:
     check_a_kernel_gives_up(rank, communicator, device)
 
 
-def rank_main(rank: int, port: int, ranks: int, function: Callable[[int, Communicator], None]) -> None:
+def rank_main(rank: int, port: int, ranks: int, function: Check, most_blocks: str) -> None:
     from torch.distributed import TCPStore
 
     torch.cuda.set_device(rank)
     device = torch.device("cuda", torch.cuda.current_device())
     store = TCPStore("127.0.0.1", port, ranks, rank == 0, timedelta(seconds=60))
     communicator = TorchCommunicator(store, rank, ranks, device, timeout=60.0)
-    function(rank, communicator)
+    function(rank, communicator, most_blocks)
     torch.cuda.synchronize(device)
     communicator.close()
 
 
-def on_gpus(ranks: int, function: Callable[[int, Communicator], None]) -> None:
-    """Run `function`, a module's own, of every rank in a process of its own. Two may share a GPU."""
-    if ranks > 2 and torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
+def on_gpus(ranks: int, function: Check) -> None:
+    """Run `function`, a module's own, of every rank in a process of its own, with the form on most thread blocks."""
+    if reason := why_not(ranks):
+        pytest.skip(reason)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with patch.dict(os.environ, environment()):
         processes = torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-            rank_main, args=(port, ranks, function), nprocs=ranks, join=False
+            rank_main, args=(port, ranks, function, widest(ranks)), nprocs=ranks, join=False
         )
     end = time.monotonic() + SECONDS
     try:

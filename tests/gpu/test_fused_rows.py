@@ -1,6 +1,6 @@
 """Fused sums, norms and all-gathers of rows between GPUs, as `test_collectives` has their parts.
 
-A process for each of two GPUs, or of two ranks that share one, and once more for each of four GPUs.
+Ranks are processes, two and four of them, each on a GPU of its own, or all on one.
 """
 
 import random
@@ -19,16 +19,15 @@ from nanoflow.ops.row_sharding import FUSED, with_sharding
 from nanoflow.ops.row_shares import row_share
 from nanoflow.ops.sharding import shard_graph
 from tests.gpu.test_collectives import COLUMNS, REPLAYS, ROWS, captured, in_rank_order, inputs, on_gpus
-from tests.gpu.two_ranks import AT_ONCE, WHY_NOT
 from tests.unit.rank_models import graph_of
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not AT_ONCE, reason=WHY_NOT),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 NAMES = ("o_add_norm", "down_add", "input_layernorm_gather")
 """In the order of a layer and the begin of the next."""
-KERNELS = ("reference", "nccl", "nccl_8", "copy_engine", "push", "push_128")
+KERNELS = ("reference", "nccl", "nccl_8", "copy_engine", "push")
 
 
 class Case:
@@ -134,8 +133,8 @@ def check_fused(rank: int, communicator: Communicator, kernel: str) -> None:
         del cases, recorded, case
 
 
-def checks(rank: int, communicator: Communicator) -> None:
-    for kernel in KERNELS:
+def checks(rank: int, communicator: Communicator, most_blocks: str) -> None:
+    for kernel in (*KERNELS, most_blocks):
         check_fused(rank, communicator, kernel)
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tests.gpu.checkpoints import save_model
-from tests.gpu.two_ranks import ROOT, environment
+from tests.gpu.sharing import ROOT, environment
 from tests.unit.tiny_model import VOCAB
 
 pytestmark = [

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from tests.gpu.checkpoints import save_model
-from tests.gpu.two_ranks import ROOT, environment
+from tests.gpu.sharing import ROOT, environment
 from tests.unit.tiny_model import VOCAB
 
 pytestmark = [
@@ -175,29 +175,30 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return alone(tmp_path_factory.mktemp("ranks"), 2)
 
 
-TWO: dict[str, Any] = {"parallel": {"tensor": 2}}
-
-
-def check_plan(one: Alone, name: str, text: str) -> None:
-    name = name.replace(" ", "_")
-    file = one.folder / f"{name}.plan.yaml"
-    file.write_text(text)
-    assert answers(one.folder, one.model, name, **TWO, pipeline={"plan": str(file)}) == one.answers
+def check_plan(one: Alone, name: str, ranks: int = 2) -> None:
+    file = one.folder / f"{name.replace(' ', '_')}.plan.yaml"
+    file.write_text(plans()[name])
+    changes = {"parallel": {"tensor": ranks}, "pipeline": {"plan": str(file)}}
+    assert answers(one.folder, one.model, f"{ranks} {name}", **changes) == one.answers
 
 
 def test_two_ranks_give_the_tokens_of_one(one: Alone) -> None:
-    assert answers(one.folder, one.model, "two", **TWO) == one.answers
+    two = {"parallel": {"tensor": 2}}
+    assert answers(one.folder, one.model, "two", **two) == one.answers
     engine = {"device": "cuda", "kv_memory": "64MiB", "max_batch_tokens": 48, "max_running": 8, "cuda_graphs": False}
-    assert answers(one.folder, one.model, "launched", **TWO, engine=engine) == one.answers
+    assert answers(one.folder, one.model, "launched", **two, engine=engine) == one.answers
 
 
 @pytest.mark.parametrize("name", plans())
 def test_whatever_the_plan(one: Alone, name: str) -> None:
-    check_plan(one, name, plans()[name])
+    check_plan(one, name)
 
 
-def test_ranks_that_have_the_same_key_value_head(tmp_path: Path) -> None:
-    one = alone(tmp_path, 1)
-    assert answers(one.folder, one.model, "two", **TWO) == one.answers
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_have_the_same_key_value_head(tmp_path: Path, ranks: int) -> None:
+    if 1 < torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs, or one")
+    one = alone(tmp_path, ranks // 2)
+    assert answers(one.folder, one.model, "ranks", parallel={"tensor": ranks}) == one.answers
     for name in ("all_reduce 1", "fused_reduce_scatter 1", "all_gather 1"):
-        check_plan(one, name, plans()[name])
+        check_plan(one, name, ranks)

@@ -39,7 +39,8 @@ def tune(
         bool, typer.Option("--simulate", help="Estimate instead of measuring; needs no GPU, and stores nothing.")
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="With --simulate: the GPU; by default an H100.")
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="With --simulate: h100, h200; by default h100."),
     ] = None,
     out: Annotated[
         Path | None,

@@ -78,7 +78,7 @@ def simulate_job(
     """Search for plans for the job of `config` on paper.
 
     Args:
-        gpu: one that is known; None: an H100.
+        gpu: one that is known, or a part of its name that no other has, such as h200; None: an H100.
         minutes: of all mixes together; None: until there were enough plans.
         trials: plans for each mix; None: `TRIALS`, unless `minutes` are given.
         out: folder for the best plans of every mix, and a picture of the best beside sequence; None: nothing is
@@ -86,9 +86,7 @@ def simulate_job(
 
     Raises UserError.
     """
-    name = gpu or H100.name
-    if name not in DEVICES:
-        raise InputError(f"--gpu {name}: nothing is known of it; give {' or '.join(DEVICES)}")
+    name = _known(gpu or H100.name)
     # Opened where this runs, for its shapes; what is on the GPU follows from the configuration.
     section = config.model.model_copy(update={"weights": "random"})
     engine = config.engine.model_copy(update={"device": "cpu"})
@@ -128,13 +126,17 @@ def simulate_job(
         )
         plans, tried = _search(target, seed, limit, ends)
         sequential = target.simulate(Plan.sequential(target.graph, target.rows))
-        estimated = []
+        different: dict[tuple[float, float], Estimated] = {}
         for plan in plans:
             validate(plan, model.graph)
             simulation = target.simulate(plan)
             ratio = sequential.limited_seconds / simulation.limited_seconds
-            estimated.append(Estimated(_stamped(plan, mix, here), simulation, ratio))
-        estimated.sort(key=lambda each: -each.ratio)  # of the whole model; the search looks at a layer in steady state
+            estimate = simulation.seconds, simulation.limited_seconds
+            different.setdefault(estimate, Estimated(_stamped(plan, mix, here), simulation, ratio))
+            if len(different) == BEST:
+                break
+        # Of the whole model; the search looks at a layer in steady state.
+        estimated = sorted(different.values(), key=lambda each: -each.ratio)
         files: list[Path] = []
         if out is not None:
             files = _write(estimated, out, number)
@@ -149,7 +151,7 @@ def simulate_job(
 
 
 def _search(target: Target, seed: int, trials: int | None, ends: float | None) -> tuple[list[Plan], int]:
-    """The best plans, and how many were tried."""
+    """All plans that were tried, the best first, and how many there were."""
     plans = PlanSearch(target, seed=seed)
     sequential = target.predict(plans.sequential)
     search(
@@ -158,7 +160,15 @@ def _search(target: Target, seed: int, trials: int | None, ends: float | None) -
         trials=trials,
         goes_on=lambda: ends is None or not plans.measured or time.monotonic() < ends,
     )
-    return [tried.plan for tried in plans.best(BEST)], plans.measured
+    return [tried.plan for tried in plans.best(plans.measured)], plans.measured
+
+
+def _known(gpu: str) -> str:
+    """The name of a GPU, of which `gpu` may be a part. Raises InputError unless it is one's alone."""
+    found = [name for name in DEVICES if gpu.lower() in name.lower()]
+    if len(found) != 1:
+        raise InputError(f"--gpu {gpu}: nothing is known of it; give {' or '.join(DEVICES)}")
+    return found[0]
 
 
 def _stamped(plan: Plan, mix: WeightedMix, here: Fingerprint) -> Plan:
@@ -184,17 +194,20 @@ def print_simulated(found: Sequence[SimulatedMix], console: Console) -> None:
         title = f"mix {number}, {each.mix.weight:.0%} of the job: {each.mix.mix}"
         console.print(title, highlight=False, markup=False, soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for heading in ("", "nano-batches", "SMs"):
+        sharded = ("sharding",) if each.ranks > 1 else ()
+        for heading in ("", "nano-batches", "SMs", *sharded):
             table.add_column(heading, no_wrap=True)
-        for heading in ("ms", "under the limit", "mJ/row", "ratio"):
+        for heading in ("ms", "at limit", "mJ/row", "ratio"):
             table.add_column(heading, justify="right", no_wrap=True)
         rows = each.mix.mix.rows
-        table.add_row("", "sequential", "", *_figures(each.sequential, rows), "1.000")
+        table.add_row("", "sequential", *("" for _ in (0, *sharded)), *_figures(each.sequential, rows), "1.000")
         for place, best in enumerate(each.best, start=1):
             cut = " + ".join(f"{nano_batch.rows:,}" for nano_batch in best.plan.nano_batches)
             parts = "; ".join(" + ".join(map(str, sizes)) for sizes in best.plan.partitions.values())
-            parts = parts or ("shared" if each.ranks == 1 else f"shared by {len(best.plan.lanes)}")
-            table.add_row(str(place), cut, parts, *_figures(best.found, rows), f"{best.ratio:.3f}")
+            lanes = len(best.plan.lanes)
+            parts = parts or ("all" if lanes == 1 else f"shared by {lanes}")
+            sharding = (best.plan.sharding,) if sharded else ()
+            table.add_row(str(place), cut, parts, *sharding, *_figures(best.found, rows), f"{best.ratio:.3f}")
         console.print(table)
         for file in each.files:
             console.print(f"saved {file}", highlight=False, markup=False, soft_wrap=True)

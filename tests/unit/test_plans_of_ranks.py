@@ -29,6 +29,7 @@ from nanoflow.search.simulate import Simulation, simulate
 from nanoflow.search.space import PlanChoice, build_plan
 from nanoflow.search.timeline import measured_timeline
 from nanoflow.search.tuner import Target
+from nanoflow.tuning import simulated as simulated_jobs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WHOLE = replace(open_graph("llama-3-70b", Plan(1, (), ()), "test")[2], layers=4)
@@ -294,7 +295,7 @@ def test_tune_simulates_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     model = Path(__file__).parents[2] / "configs" / "models" / "llama-3-8b"
     Path("job.yaml").write_text(JOB.replace("MODEL", str(model)))
-    arguments = ["tune", "job.yaml", "--simulate", "--gpu", "NVIDIA H200", "--trials", "2", "--out", "best"]
+    arguments = ["tune", "job.yaml", "--simulate", "--gpu", "h200", "--trials", "2", "--out", "best"]
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     assert "plans estimated for each of 2 NVIDIA H200; nothing was measured" in found.output
@@ -302,6 +303,19 @@ def test_tune_simulates_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ranks_of(str(best.fingerprint["shape"])) == 2
     case = open_case("best/mix-1-plan-01.yaml", str(model))
     assert case.graph.ranks == 2 and best.model == "llama-3-8b"
+
+
+def test_plans_that_are_estimated_alike_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alike(target: Target, *_: object) -> tuple[list[Plan], int]:
+        return [Plan.sequential(target.graph, target.rows)] * 2, 2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(simulated_jobs, "_search", alike)
+    model = Path(__file__).parents[2] / "configs" / "models" / "llama-3-8b"
+    Path("job.yaml").write_text(JOB.replace("MODEL", str(model)))
+    found = CliRunner().invoke(app, ["tune", "job.yaml", "--simulate", "--out", "best"])
+    assert found.exit_code == 0, found.output
+    assert [path.name for path in Path("best").glob("mix-1-*.yaml")] == ["mix-1-plan-01.yaml"]
 
 
 def test_nothing_but_collectives_goes_over_the_wire() -> None:

@@ -330,6 +330,7 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(file: Path, tmp_pa
         (["--device", "tpu"], "--device tpu: it must be auto, cpu, cuda or cuda:N"),
         (["--gpu", "x"], "--gpu x: it is what --simulate estimates; use --device"),
         (["--simulate", "--gpu", "x"], "--gpu x: nothing is known of it; give NVIDIA H100"),
+        (["--simulate", "--gpu", "nvidia"], "--gpu nvidia: nothing is known of it; give NVIDIA H100"),
         (["--simulate", "--device", "cpu"], "--device cpu: --simulate runs on no device; use --gpu"),
         (["--out", "job.yaml"], "job.yaml"),
         (["--record", "found.txt"], "--record found.txt: give a name that ends in .json"),

@@ -102,7 +102,10 @@ class FusedRows(LayerCollective):
     def among_peers(self, form: str, context: NanoContext) -> None:
         peers = self.peers(context)
         places = None if self.gather is None else self.places(context, form)
+        itemsize = context.buffers[self.residual].element_size()
         for rows in context.part.nano_batch_rows:
+            count = rows.stop - rows.start
+            peers.check_room(self.peer_room(form, count, itemsize) or 0, f"{self.name} by {form} of {count} rows")
             if form in PUSH:
                 self._push(programs_of(form, context.sms), context, rows, peers, places)
             else:

@@ -39,9 +39,7 @@ def peer_all_reduce(form: str, tensor: torch.Tensor, peers: PeerMemory, sms: int
     from nanoflow.ops import all_reduce_triton
 
     x = tensor.view(-1)
-    needed = peer_room(form, x.numel(), peers.size, x.element_size())
-    if needed > peers.room:
-        raise ValueError(f"{form} of {x.numel()} elements needs {needed} bytes of peer memory, and has {peers.room}")
+    peers.check_room(peer_room(form, x.numel(), peers.size, x.element_size()), f"{form} of {x.numel()} elements")
     programs = min(UNCONFINED if sms is None else sms, PROGRAMS)
     if not x.numel():
         return

@@ -73,6 +73,11 @@ class PeerMemory:
         begin = self.begin + offset
         return self.blocks[rank][begin : begin + count * dtype.itemsize].view(dtype)
 
+    def check_room(self, needed: int, what: str) -> None:
+        """Raise ValueError unless there are `needed` bytes of data: beyond a block is the memory of something else."""
+        if needed > self.room:
+            raise ValueError(f"{what} needs {needed} bytes of peer memory, and has {self.room}")
+
     def close(self) -> None:
         """Give this rank's end back. Nothing on its device may be using it; other ranks may go on with theirs."""
         self.blocks = ()

@@ -58,9 +58,7 @@ def scatter_sums(form: str, x_TE: torch.Tensor, peers: PeerMemory, sms: int | No
     from nanoflow.ops.all_reduce_triton import add_arrived, meet, wait_for_readers
 
     rows, columns = x_TE.shape
-    needed = scatter_room(form, rows, columns, peers.size, x_TE.element_size())
-    if needed > peers.room:
-        raise ValueError(f"{form} of {rows} rows needs {needed} bytes of peer memory, and has {peers.room}")
+    peers.check_room(scatter_room(form, rows, columns, peers.size, x_TE.element_size()), f"{form} of {rows} rows")
     share = share_rows(rows, peers.size) * columns
     stride = whole_grains(share)
     if form in PUSH:

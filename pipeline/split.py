@@ -19,7 +19,8 @@ from nanoflow.pipeline.plan_mix import NEAR_MIX, PlanMix
 __all__ = ["BatchCutter", "Cut", "nano_batch_rows", "split_rows"]
 
 UNITS = (128, 64, 32, 16, 8)
-"""Multiples that the rows of padded nano-batches are kept to, the largest that leaves each of them one."""
+"""Multiples that the rows of padded nano-batches are kept to, the largest that leaves each of them one, and none more
+than the plan gives it."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def nano_batch_rows(plan: Plan, rows: int) -> list[int]:
     """Rows of each nano-batch in a batch that is padded to `rows`, at most the plan's capacity.
 
     At the capacity they are what the plan says. Below it they are in the same proportions, in multiples of 128 if each
-    nano-batch gets one, else of 64 and so on; what is left over goes to the last.
+    nano-batch gets one and none more rows than the plan gives it, else of 64 and so on; what is left over goes to the
+    last.
     """
     capacities = [nano_batch.rows for nano_batch in plan.nano_batches]
     if rows == plan.capacity:
@@ -112,14 +114,12 @@ def nano_batch_rows(plan: Plan, rows: int) -> list[int]:
     if len(capacities) == 1:
         return [rows]
     for unit in UNITS:
-        units = _largest_remainder(rows // unit, capacities)
-        if min(units) > 0:
-            break
-    else:
-        unit, units = 1, _largest_remainder(rows, capacities)
-    result = [count * unit for count in units]
-    result[-1] += rows - sum(result)
-    return result
+        result = [units * unit for units in _largest_remainder(rows // unit, capacities)]
+        if min(result) > 0:
+            result[-1] += rows - sum(result)
+            if all(count <= most for count, most in zip(result, capacities, strict=True)):
+                return result
+    return _largest_remainder(rows, capacities)
 
 
 def split_rows(

@@ -64,7 +64,10 @@ def test_rows_beyond_the_capacity_are_refused(decode, prefill):
         ((896, 384), 1024, [768, 256]),
         ((896, 384), 128, [64, 64]),
         ((1000, 200, 80), 1280, [1000, 200, 80]),
-        ((1000, 200, 80), 1152, [896, 128, 128]),
+        ((1000, 200, 80), 1152, [896, 192, 64]),
+        ((1000, 1000), 1920, [960, 960]),
+        ((100, 100), 192, [96, 96]),
+        ((192, 208), 384, [192, 192]),
         ((600, 500), 1000, [512, 488]),
         ((1280,), 777, [777]),
     ],
@@ -74,6 +77,17 @@ def test_rows_of_padded_nano_batches(capacities: tuple[int, ...], rows: int, exp
         NanoBatch(name, Fraction(0), Fraction(0), count) for name, count in zip("abc", capacities, strict=False)
     )
     assert nano_batch_rows(Plan(sum(capacities), parts, ()), rows) == expected
+
+
+@given(st.lists(st.integers(1, 1100), min_size=1, max_size=4), st.data())
+def test_no_padded_nano_batch_has_more_rows_than_the_plan_gives_it(capacities: list[int], data: st.DataObject):
+    """Buffers, arrays of graphs and what ranks meet in are sized by that."""
+    parts = tuple(NanoBatch(str(n), Fraction(0), Fraction(0), rows) for n, rows in enumerate(capacities))
+    capacity = data.draw(st.integers(max(1, sum(capacities) - 100), sum(capacities)))
+    rows = data.draw(st.integers(1, capacity))
+    found = nano_batch_rows(Plan(capacity, parts, ()), rows)
+    assert sum(found) == rows or found == capacities
+    assert all(0 <= count <= most for count, most in zip(found, capacities, strict=True))
 
 
 def test_a_batch_takes_the_first_plan_that_is_meant_for_it():

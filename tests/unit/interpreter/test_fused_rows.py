@@ -3,6 +3,7 @@ they share, at odds in time, each running the kernel in the interpreter."""
 
 import random
 import time
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,13 +132,21 @@ def test_own_rows_get_sums_and_all_rows_norms_whoever_is_late(form: str, ranks: 
 
 def test_memory_in_common_is_needed() -> None:
     op = operations(2)["o_add_norm"]
-    peers = PeerMemory(0, [torch.zeros(data_begin(2) + 2**14, dtype=torch.uint8) for _ in range(2)], 60.0)
+    peers, few = (
+        PeerMemory(0, [torch.zeros(data_begin(2) + room, dtype=torch.uint8) for _ in range(2)], 60.0)
+        for room in (2**14, 64)
+    )
     part: Any = SimpleNamespace(rows=slice(0, 2), nano_batch_rows=(slice(0, 2),))
     nothing: Any = None
     buffers = {name: torch.zeros(2, COLUMNS) for name in ("x", "o", "post_attention_layernorm")}
     context = NanoContext(nothing, part, 0, buffers, {"weight": torch.ones(COLUMNS)}, nothing, peers=peers)
     with pytest.raises(ValueError, match="o_add_norm needs post_attention_layernorm in memory that all ranks reach"):
         op.kernels["push"](context)
+    for form in ("push", "copy_engine"):
+        with pytest.raises(
+            ValueError, match=rf"o_add_norm by {form} of 2 rows needs \d+ bytes of peer memory"
+        ):
+            op.kernels[form](replace(context, peers=few, places=peers))
 
 
 LANES = """

@@ -143,9 +143,7 @@ def test_memory_in_common_is_needed() -> None:
     with pytest.raises(ValueError, match="o_add_norm needs post_attention_layernorm in memory that all ranks reach"):
         op.kernels["push"](context)
     for form in ("push", "copy_engine"):
-        with pytest.raises(
-            ValueError, match=rf"o_add_norm by {form} of 2 rows needs \d+ bytes of peer memory"
-        ):
+        with pytest.raises(ValueError, match=rf"o_add_norm by {form} of 2 rows needs \d+ bytes of peer memory"):
             op.kernels[form](replace(context, peers=few, places=peers))
 
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from nanoflow.ops.peer_memory import FLAGS as FIRST_FLAG, PROGRAMS as MOST_PROGRAMS, PeerMemory
+from nanoflow.ops.peer_memory import FLAGS as FIRST_FLAG, PROGRAMS as MOST_PROGRAMS, SLACK, PeerMemory
 
 __all__ = ["add_arrived", "meet", "one_shot", "two_shot", "wait_for_readers"]
 
@@ -38,8 +38,6 @@ LARGE, SMALL = (16384, 16), (2048, 8)
 """Elements of a tile, and warps: four loads of 16 bytes in flight in each thread hide the way to the memory; where that
 would leave programs without a tile, one."""
 ADD_BLOCK, ADD_WARPS = 2048, 8
-SLACK = 1.5
-"""A kernel waits longer than the host does, by this factor: the host's message says more."""
 
 
 @triton.jit

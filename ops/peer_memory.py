@@ -9,14 +9,16 @@ All flags are zero when the ranks have met.
 """
 
 import ctypes
+import faulthandler
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 import torch
 
-__all__ = ["FLAGS", "PROGRAMS", "PeerMemory", "PeerMemoryError", "data_begin", "symmetric_memory"]
+__all__ = ["FLAGS", "PROGRAMS", "SLACK", "PeerMemory", "PeerMemoryError", "data_begin", "symmetric_memory"]
 
 FLAGS = 32
 """Where in a block its flags begin, in int32: behind the counters."""
@@ -26,6 +28,9 @@ PHASES = 2
 """Flags that a program has for every other rank."""
 ALIGNMENT = 1024
 """Bytes that data begin at a multiple of."""
+SLACK = 1.5
+"""What waits for other ranks and cannot be interrupted does so longer than the host, by this factor: its message says
+more."""
 
 _numbers = count()
 
@@ -89,41 +94,32 @@ def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, roo
     """Allocate a block with `room` bytes of data on this GPU, and meet the other ranks, who do the same.
 
     Not while a graph is captured. Every rank calls it as often as the others, with a `store` that nothing else uses.
-    What is not closed stays until the process ends. torch hands the mappings over without a timeout: whoever watches
-    the processes has to notice a rank that is lost in the middle of it.
+    What is not closed stays until the process ends.
 
-    Raises:
-        PeerMemoryError: the devices do not reach each other, or this build of torch or the driver has no such memory;
-            on all ranks, with one message, unless a rank fails for a reason of its own.
+    Raises on all ranks, with one message:
+        PeerMemoryError: the devices do not reach each other, or this build of torch or the driver has no such memory.
+        torch.OutOfMemoryError: a device has too little left.
     """
-    _check_reach(store, rank, size, device)
+    _agree(store, rank, size, "reach", _out_of_reach(store, rank, size, device))
     # Multicast through the switches stays off, as in `nanoflow.ops.communicator`: nothing here uses it.
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    name: Any = f"nanoflow-{next(_numbers)}"
+    whole = data_begin(size) + room
     try:
-        from torch._C._distributed_c10d import ProcessGroup, _register_process_group, _SymmetricMemory
-
-        # Another backend that the environment asks for may not map the memory of other ranks. Where this one is the
-        # default, it cannot be asked for.
-        if _SymmetricMemory.get_backend(device) != "CUDA":
-            _SymmetricMemory.set_backend("CUDA")
-        begin = data_begin(size)
-        block = _SymmetricMemory.empty_strided_p2p((begin + room,), (1,), torch.uint8, device)
-        block.zero_()
-        torch.cuda.synchronize(device)  # before any rank can have come out of the rendezvous
-        # Which of the two the rendezvous looks the group up in depends on torch's version.
-        group = ProcessGroup(store, rank, size)
-        group._set_group_name(name)
-        _register_process_group(name, group)
-        _SymmetricMemory.set_group_info(name, rank, size, store)
-        handle = _SymmetricMemory.rendezvous(block, name)
-        shape = (begin + room,)
-        blocks = [block if r == rank else handle.get_buffer(r, shape, torch.uint8) for r in range(size)]
+        block, reason = _block(whole, device), ""
     except (ImportError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        reason = _without(rank, error)
+    # Said before any rank waits where nothing can interrupt it.
+    _agree(store, rank, size, "block", reason)
+    from torch.distributed import DistError
+
+    try:
+        with _ended_after(SLACK * timeout):
+            handle, group = _rendezvous(block, store, rank, size)
+        blocks = [block if r == rank else handle.get_buffer(r, (whole,), torch.uint8) for r in range(size)]
+    except (AttributeError, RuntimeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, DistError)):  # the latter: other ranks did not come
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PeerMemoryError(f"rank {rank} has no memory in common with the others ({reason})") from error
+        raise PeerMemoryError(_without(rank, error)) from error
     keep = [block, handle, group]
     # Never collected: torch waits for the device before it frees such memory, and where that fails, because a kernel
     # has failed on it, the process is aborted and its message lost.
@@ -131,21 +127,68 @@ def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, roo
     return PeerMemory(rank, blocks, timeout, keep.clear)
 
 
-def _check_reach(store: Any, rank: int, size: int, device: torch.device) -> None:
-    """Raise PeerMemoryError on all ranks if one of them does not reach all others' devices."""
+def _block(size: int, device: torch.device) -> torch.Tensor:
+    """Zeroed bytes that other processes can map."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    # Another backend that the environment asks for may not map the memory of other ranks. Where this one is the
+    # default, it cannot be asked for.
+    if _SymmetricMemory.get_backend(device) != "CUDA":
+        _SymmetricMemory.set_backend("CUDA")
+    block: torch.Tensor = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
+    block.zero_()
+    torch.cuda.synchronize(device)  # before any rank can have come out of the rendezvous
+    return block
+
+
+def _rendezvous(block: torch.Tensor, store: Any, rank: int, size: int) -> tuple[Any, Any]:
+    """What maps all ranks' blocks, and what must live as long."""
+    from torch._C._distributed_c10d import ProcessGroup, _register_process_group, _SymmetricMemory
+
+    name: Any = f"nanoflow-{next(_numbers)}"
+    # Which of the two the rendezvous looks the group up in depends on torch's version.
+    group = ProcessGroup(store, rank, size)
+    group._set_group_name(name)
+    _register_process_group(name, group)
+    _SymmetricMemory.set_group_info(name, rank, size, store)
+    return _SymmetricMemory.rendezvous(block, name), group
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """End the process, with where it is on the terminal, if this takes longer: torch hands mappings over with Python's
+    lock held and without a timeout, so that no other thread could tell of a rank that is lost in the middle of it."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _without(rank: int, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"rank {rank} has no memory in common with the others ({reason})"
+
+
+def _out_of_reach(store: Any, rank: int, size: int, device: torch.device) -> str:
+    """Which of the others' devices this rank does not reach; empty if it reaches all."""
     index = torch.cuda.current_device() if device.index is None else device.index
     store.set(f"device/{rank}", str(index))
     others = {r: int(store.get(f"device/{r}").decode()) for r in range(size) if r != rank}
-    reason = ""
     for other, theirs in others.items():
         if theirs == index:
-            reason = reason or f"ranks {rank} and {other} have the same GPU, cuda:{index}"
-        elif theirs >= torch.cuda.device_count():
-            reason = reason or f"rank {rank} does not see the GPU of rank {other}"
-        elif not torch.cuda.can_device_access_peer(index, theirs):
-            reason = reason or f"cuda:{index} does not reach the memory of cuda:{theirs}"
-    store.set(f"reach/{rank}", reason or "all")
+            return f"ranks {rank} and {other} have the same GPU, cuda:{index}"
+        if theirs >= torch.cuda.device_count():
+            return f"rank {rank} does not see the GPU of rank {other}"
+        if not torch.cuda.can_device_access_peer(index, theirs):
+            return f"cuda:{index} does not reach the memory of cuda:{theirs}"
+    return ""
+
+
+def _agree(store: Any, rank: int, size: int, what: str, reason: str) -> None:
+    """Raise what one of the ranks has a reason for, the first one's, on all of them."""
+    store.set(f"{what}/{rank}", reason or "none")
     for other in range(size):
-        found = store.get(f"reach/{other}").decode()
-        if found != "all":
-            raise PeerMemoryError(found)
+        found = store.get(f"{what}/{other}").decode()
+        if found != "none":
+            raise torch.OutOfMemoryError(found) if "out of memory" in found else PeerMemoryError(found)

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
 
 from nanoflow.ops.graph import RESIDUAL
 from nanoflow.ops.peer_all_reduce import PEER_FORMS, peer_room
-from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError, data_begin, symmetric_memory
+from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError, data_begin
 from nanoflow.ops.sharding import shard_graph
 from nanoflow.pipeline.bound_programs import BoundPrograms
 from nanoflow.pipeline.checker import check_program
@@ -151,42 +150,6 @@ period: [whole: {main: [qkv]}]
 """
     with pytest.raises(PlanError, match=r"kernels\.o_all_reduce: unknown operation.*parallel\.tensor"):
         validate(Plan.loads(plan, WHOLE), WHOLE)
-
-
-@pytest.mark.parametrize(
-    "devices, reached, message",
-    [
-        ((0, 1, 1), 8, "ranks 1 and 2 have the same GPU, cuda:1"),
-        ((0, 1, 2), 2, "rank 0 does not see the GPU of rank 2"),
-        ((0, 1, 3), 8, "cuda:0 does not reach the memory of cuda:3"),
-    ],
-)
-def test_devices_out_of_reach_are_named_alike_on_all_ranks(
-    devices: tuple[int, ...], reached: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: reached)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: 3 not in (one, other))
-    store = HashStore()
-
-    def refused(rank: int) -> str:
-        with pytest.raises(PeerMemoryError) as error:
-            symmetric_memory(store, rank, 3, torch.device("cuda", devices[rank]), 1024, 1.0)
-        return str(error.value)
-
-    assert on_all(refused, 3) == [message] * 3
-
-
-def test_without_symmetric_memory_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build of torch without CUDA stands for what has no such memory."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
-    store = HashStore()
-
-    def refused(rank: int) -> None:
-        with pytest.raises(PeerMemoryError, match=f"rank {rank} has no memory in common with the others \\("):
-            symmetric_memory(store, rank, 2, torch.device("cuda", rank), 1024, 1.0)
-
-    on_all(refused, 2)
 
 
 def test_rooms() -> None:

@@ -95,7 +95,7 @@ def in_rank_order(parts: list[torch.Tensor]) -> torch.Tensor:
 
 for owner, name, value in (
     (communicator, "_nccl", Library),
-    (peer_memory, "_check_reach", lambda *_: None),
+    (peer_memory, "_out_of_reach", lambda *_: ""),
     (RankSettings, "of_rank", lambda self, rank: replace(self, rank=rank)),
     (torch.cuda, "device_count", gpus),
     (torch.cuda, "can_device_access_peer", lambda *_: True),

@@ -246,14 +246,19 @@ def two_shot(x: torch.Tensor, peers: PeerMemory, share: int, programs: int) -> N
 
 def _launch(kernel, x: torch.Tensor, peers: PeerMemory, each: int, programs: int) -> None:
     """`each` elements of a slot, which the programs divide among them."""
-    programs = min(programs, MOST_PROGRAMS)
-    block, warps = LARGE if each >= programs * LARGE[0] else SMALL
-    grid = (min(programs, triton.cdiv(each, block)),)
+    grid, block, warps = _sizes(each, programs)
     half = peers.room // 2
     kernel[grid](
         x, peers.addresses, _counters(peers), x.numel(), each, half, RANK=peers.rank, RANKS=peers.size,
         BEGIN=peers.begin, LIMIT=_limit(peers), BLOCK=block, num_warps=warps,
     )  # fmt: skip
+
+
+def _sizes(each: int, programs: int) -> tuple[tuple[int], int, int]:
+    """Grid, tile and warps for `each` elements that at most so many programs divide among them, of those with flags."""
+    programs = min(programs, MOST_PROGRAMS)
+    block, warps = LARGE if each >= programs * LARGE[0] else SMALL
+    return (min(programs, triton.cdiv(each, block)),), block, warps
 
 
 def meet(peers: PeerMemory) -> None:

@@ -24,9 +24,9 @@ from nanoflow.ops.all_reduce_triton import (
     _is_last,
     _limit,
     _raise_flags,
+    _sizes,
 )
 from nanoflow.ops.peer_memory import PeerMemory
-from nanoflow.ops.rows_triton import _sizes
 
 __all__ = ["all_gather", "side_by_side"]
 

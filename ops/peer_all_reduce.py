@@ -12,7 +12,7 @@ CUDA graph. `nanoflow.ops.all_reduce_triton` has the kernels and says why nothin
 
 import torch
 
-from nanoflow.ops.peer_memory import PROGRAMS, PeerMemory
+from nanoflow.ops.peer_memory import PeerMemory
 
 __all__ = ["PEER_FORMS", "UNCONFINED", "peer_all_reduce", "peer_room", "whole_grains"]
 
@@ -40,7 +40,7 @@ def peer_all_reduce(form: str, tensor: torch.Tensor, peers: PeerMemory, sms: int
 
     x = tensor.view(-1)
     peers.check_room(peer_room(form, x.numel(), peers.size, x.element_size()), f"{form} of {x.numel()} elements")
-    programs = min(UNCONFINED if sms is None else sms, PROGRAMS)
+    programs = UNCONFINED if sms is None else sms
     if not x.numel():
         return
     if form == "one_shot":

@@ -11,17 +11,16 @@ import triton
 import triton.language as tl
 
 from nanoflow.ops.all_reduce_triton import (
-    LARGE,
-    SMALL,
     _await_flags,
     _counters,
     _data,
     _is_last,
     _limit,
     _raise_flags,
+    _sizes,
     _sum,
 )
-from nanoflow.ops.peer_memory import PROGRAMS as MOST_PROGRAMS, PeerMemory
+from nanoflow.ops.peer_memory import PeerMemory
 
 __all__ = ["all_gather", "reduce_scatter"]
 
@@ -110,10 +109,3 @@ def all_gather(x: torch.Tensor, first: int, peers: PeerMemory, places: PeerMemor
         x, peers.addresses, places.addresses, _counters(peers), x.numel(), share, first, RANK=peers.rank,
         RANKS=peers.size, BEGIN=places.begin, LIMIT=_limit(peers), BLOCK=block, num_warps=warps,
     )  # fmt: skip
-
-
-def _sizes(each: int, programs: int) -> tuple[tuple[int], int, int]:
-    """Grid, tile and warps for `each` elements that the programs divide among them."""
-    programs = min(programs, MOST_PROGRAMS)
-    block, warps = LARGE if each >= programs * LARGE[0] else SMALL
-    return (min(programs, triton.cdiv(each, block)),), block, warps

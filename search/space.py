@@ -148,7 +148,7 @@ def build_plan(choice: PlanChoice, graph: Graph, mix: Mix, rows: int, rates: Rat
         raise ValueError(f"rows: {rows} cannot be cut into {count} nano-batches; choose fewer")
     sequential = Plan.sequential(graph, rows, sharding=choice.sharding)
     if count == 1:
-        return replace(sequential, kernels=choice.kernels)
+        return replace(sequential, kernels=choice.kernels or sequential.kernels)
     graph = sequential.graph(graph)
     sms = rates.device_sms
     memory = choice.memory_sms if any(choice.beside) else None

@@ -27,6 +27,7 @@ from optuna.trial import Trial, TrialState
 
 from nanoflow.ops.collectives import Collective
 from nanoflow.ops.graph import Graph
+from nanoflow.ops.row_sharding import with_sharding
 from nanoflow.pipeline.plan import FrozenMapping, Plan
 from nanoflow.pipeline.program import compile_program
 from nanoflow.search.favourites import favourites
@@ -72,11 +73,9 @@ class Target:
         """Ask `trial` for a plan."""
         choice = suggest(trial, self.graph, self.rows, self.sms, self.kernels)
         if len(choice.decode) == 1:  # products as the sequential plan has them, which all others are compared with
-            plan = Plan.sequential(self.graph, self.rows, sharding=choice.sharding)
-            layer = plan.graph(self.graph).layer
-            forms = {op.name: choice.kernels.get(op.name, "") for op in layer if isinstance(op, Collective)}
-            forms = {name: form for name, form in forms.items() if form}
-            return replace(plan, kernels=FrozenMapping(forms)) if forms else plan
+            graph = with_sharding(self.graph, choice.sharding) if choice.sharding else self.graph
+            forms = {op.name: choice.kernels.get(op.name, "") for op in graph.layer if isinstance(op, Collective)}
+            choice = replace(choice, kernels=FrozenMapping({name: form for name, form in forms.items() if form}))
         return build_plan(choice, self.graph, self.mix, self.rows, self.rates)
 
     def predict(self, plan: Plan) -> float:

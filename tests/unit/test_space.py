@@ -268,7 +268,8 @@ def test_forms_of_collectives_are_for_ranks() -> None:
 
 
 def test_the_sequential_plan_is_a_choice() -> None:
-    assert build_plan(PlanChoice(), LLAMA, MIX, 1152, H100.rates) == Plan.sequential(LLAMA, 1152)
+    for graph in (LLAMA, replace(RANK, peers=True)):
+        assert build_plan(PlanChoice(), graph, MIX, 1152, H100.rates) == Plan.sequential(graph, 1152)
     study = optuna.create_study()
     study.enqueue_trial({"nano_batches": 1})
     assert suggest(study.ask(), LLAMA, 1152, 132) == PlanChoice()

@@ -74,7 +74,8 @@ def on_ranks(ranks: int, function: Callable[[int], None]) -> None:
 
 
 def at_odds(rank: int) -> None:
-    """From now on, this process sleeps for random whiles where the order between ranks matters."""
+    """From now on, this process sleeps for random whiles where the order between ranks matters, and tiles are so small
+    that a few rows are several of them."""
     drawn = random.Random(rank)
 
     def late(function: Callable[..., Any]) -> Callable[..., Any]:

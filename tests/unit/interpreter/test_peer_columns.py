@@ -17,8 +17,7 @@ from nanoflow.ops.peer_memory import FLAGS, PeerMemory
 from nanoflow.ops.row_sharding import ALL_GATHER
 from nanoflow.pipeline.plan import Plan
 from tests.unit.interpreter.peer_runs import RankRuns
-from tests.unit.interpreter.test_peer_all_reduce import TILE, blocks, on_ranks
-from tests.unit.interpreter.test_peer_rows import late
+from tests.unit.interpreter.test_peer_all_reduce import TILE, at_odds, blocks, on_ranks
 from tests.unit.rank_models import save
 
 FORMS = ("copy_engine", "push")
@@ -27,9 +26,9 @@ COLUMNS, ROWS = (24, 8, 5), 21
 DTYPES = (torch.float32, torch.float16)
 
 
-def at_odds(rank: int) -> None:
-    """`late`, also with the kernel that puts shares side by side, which has small tiles."""
-    late(rank)
+def late(rank: int) -> None:
+    """`at_odds`, also with the kernel that puts shares side by side, which has small tiles."""
+    at_odds(rank)
     drawn, kernel = random.Random(rank), columns_triton.side_by_side
 
     def called(*arguments: Any) -> None:
@@ -53,7 +52,7 @@ def test_columns_come_side_by_side_whoever_is_late(form: str, ranks: int) -> Non
     steps += [(ROWS, columns, 2) for columns in COLUMNS]
 
     def rank_main(rank: int) -> None:
-        at_odds(rank)
+        late(rank)
         apart = random.Random(rank)
         peers, places = PeerMemory(rank, flags, 60.0), PeerMemory(rank, memory, 60.0)
         for step, (rows, columns, sms) in enumerate(steps):
@@ -146,7 +145,7 @@ def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
             return runs.residuals(Plan.loads(text, runs.graph), name, memory)
 
         expected = residuals(CUT, reference, "reference", {})
-        at_odds(rank)
+        late(rank)
         for number, (text, kernels) in enumerate(plans):
             found = residuals(text, kernels, str(number), memory[number])
             assert all(map(torch.equal, found, expected)), kernels

@@ -8,25 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from nanoflow.ops import rows_triton
 from nanoflow.ops.peer_memory import FLAGS, PeerMemory, data_begin
 from nanoflow.ops.peer_rows import gather_rows, programs_of, scatter_room, scatter_sums
 from nanoflow.ops.row_shares import row_share
 from nanoflow.pipeline.plan import Plan
 from tests.unit.interpreter.peer_runs import BATCHES, RankRuns
-from tests.unit.interpreter.test_peer_all_reduce import TILE, at_odds, blocks, expected, on_ranks, parts
+from tests.unit.interpreter.test_peer_all_reduce import at_odds, blocks, expected, on_ranks, parts
 from tests.unit.rank_models import save
 
 COLUMNS, ROWS = 40, 21
 FORMS = ("copy_engine", "push")
 """Others are `push` on more thread blocks."""
 DTYPES = (torch.float32, torch.float16)
-
-
-def late(rank: int) -> None:
-    """`at_odds`, and tiles so small that a few rows are several of them."""
-    at_odds(rank)
-    rows_triton.LARGE = rows_triton.SMALL = TILE
 
 
 def drawn_steps(ranks: int) -> list[tuple[int, int]]:
@@ -42,7 +35,7 @@ def test_sums_of_own_rows_in_rank_order_whoever_is_late(form: str, ranks: int) -
     steps = drawn_steps(ranks)
 
     def rank_main(rank: int) -> None:
-        late(rank)
+        at_odds(rank)
         peers = PeerMemory(rank, memory, 60.0)
         for step, (rows, sms) in enumerate(steps):
             each = parts(ranks, step, DTYPES[step % 2], rows * COLUMNS)
@@ -68,7 +61,7 @@ def test_rows_come_to_their_places_whoever_is_late(form: str, ranks: int) -> Non
     steps = drawn_steps(ranks)
 
     def rank_main(rank: int) -> None:
-        late(rank)
+        at_odds(rank)
         drawn = random.Random(rank)
         peers, places = PeerMemory(rank, flags, 60.0), PeerMemory(rank, memory, 60.0)
         for step, (rows, sms) in enumerate(steps):
@@ -96,7 +89,7 @@ def test_numbers_wrap_around(form: str) -> None:
         block[4 * FLAGS : data_begin(2)].view(torch.int32).fill_(2**31 - 3)
 
     def rank_main(rank: int) -> None:
-        late(rank)
+        at_odds(rank)
         scatter, gather, places = (PeerMemory(rank, each, 60.0) for each in (memory, flags, values))
         for step in range(5):
             each = parts(2, step, torch.float32, ROWS * COLUMNS)
@@ -159,7 +152,7 @@ def test_plans_give_the_bits_of_the_reference(tmp_path: Path) -> None:
             for each in batch.nano_batches:
                 mine[row_share(slice(each.start, each.end), rank, 2)] = True
             assert torch.equal(own, all_rows[mine]), "what all-reduces give"
-        late(rank)
+        at_odds(rank)
         for number, (first, second) in enumerate(plans):
             plan = Plan.loads(LANES.replace("FIRST", first).replace("SECOND", second), share)
             found = run(plan, str(number), memory[number])

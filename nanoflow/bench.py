@@ -180,7 +180,7 @@ def bench(
     report = None
     with interrupts_of_a_bench(quiet=quiet) as interrupts:
         started = time.perf_counter()
-        check_ranks(config.engine, config.parallel.tensor)
+        check_ranks(config.engine, config.parallel.tensor, torchrun=True)
         model = open_model(config.model, config.engine)
         total = _count(config, model, requests)
         with (

@@ -123,7 +123,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
     where = f"--set {plain(override)}"
     if not equals or not all(names):
         raise ConfigError(f"{where}: it must be section.key=value, such as --set engine.max_running=64")
-    value = _parse(text, where)
+    value = "-" if text.strip() == "-" else _parse(text, where)  # in YAML a list of nothing
     section = data
     for name in names[:-1]:
         inner = section.get(name)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ from nanoflow.parallel.messages import KVNeeds, Load
 from nanoflow.pipeline.cuda_executor import CudaExecutor
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.partitions import PartitionError
-from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan import Plan, PlanError, blamed_on
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.plan_choice import asked_layout, choose_plans
@@ -169,7 +170,8 @@ def build_engine(
             lambda communicator: make_executor(share, engine, programs, loaded, layout, communicator),
         )
 
-    executor = build(chosen.plans)
+    with nullcontext() if asked.plan in ("sequential", "auto") else blamed_on(asked.plan):
+        executor = build(chosen.plans)
     if chosen.doubtful:
         from nanoflow.plan_recheck import recheck, without  # which needs this module
 

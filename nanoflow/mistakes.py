@@ -35,7 +35,8 @@ def mistakes_as_messages(debug: bool) -> Iterator[None]:
         if debug or not mistake:
             traceback.print_exc()
         if mistake:
-            typer.echo(f"error: {error}", err=True)
+            if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+                typer.echo(f"error: {error}", err=True)  # of torchrun's processes, the first one says it
             if isinstance(error, ParallelError):
                 # Threads may wait inside a library for a process that is gone, and the interpreter's end for them.
                 exit_at_once(EXIT_FAILED)

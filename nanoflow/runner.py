@@ -101,7 +101,7 @@ def run(
         if config.parallel.data > 1:
             check_replicas(config.engine, config.parallel)
         else:
-            check_ranks(config.engine, config.parallel.tensor)
+            check_ranks(config.engine, config.parallel.tensor, torchrun=True)
         model = open_model(config.model, config.engine, use=config.parallel.data == 1)
         identity = fingerprint(config, model)
         ledger = Ledger()

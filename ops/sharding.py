@@ -59,27 +59,39 @@ def shard_graph(graph: Graph, rank: int, size: int, layout: str = ALL_REDUCE) ->
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} is not one of 0 to {size - 1}")
+    try:
+        return _share(graph, rank, size, layout)
+    except _Indivisible as error:
+        fits = [n for n in range(1, graph.heads + 1) if _fits(graph, n, layout)]
+        raise ShardError(
+            f"parallel.tensor: {size} ranks cannot share this model: {error}. "
+            f"Use {'one of ' if len(fits) > 1 else ''}{', '.join(map(str, fits))}; more GPUs can serve as replicas "
+            "(parallel.data)"
+        ) from None
+
+
+class _Indivisible(ValueError):
+    """Why."""
+
+
+def _share(graph: Graph, rank: int, size: int, layout: str) -> Graph:
+    """See `shard_graph`. Raises _Indivisible."""
     if size == 1:
         return graph
-    check_heads(graph, size)
+    heads, kv_heads = graph.heads, graph.kv_heads
+    if heads % size:
+        raise _Indivisible(f"there are {heads} query heads, which {size} does not divide")
+    if kv_heads % size and size % kv_heads:
+        raise _Indivisible(f"there are {kv_heads} key/value heads, which {size} neither divides nor is a multiple of")
     return _Sharding(graph, rank, size, layout).graph()
 
 
-def check_heads(graph: Graph, size: int) -> None:
-    """Raise ShardError unless the heads of `graph` can be dealt to `size` ranks."""
-    heads, kv_heads = graph.heads, graph.kv_heads
-    if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0):
-        return
-    fits = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-    why = (
-        f"there are {heads} query heads, which {size} does not divide"
-        if heads % size
-        else f"there are {kv_heads} key/value heads, which {size} neither divides nor is a multiple of"
-    )
-    raise ShardError(
-        f"parallel.tensor: {size} ranks cannot share this model: {why}. "
-        f"Use one of {', '.join(map(str, fits))}; more GPUs can serve as replicas (parallel.data)"
-    )
+def _fits(graph: Graph, size: int, layout: str) -> bool:
+    try:
+        _share(graph, 0, size, layout)
+    except _Indivisible:
+        return False
+    return True
 
 
 class _Sharding:
@@ -227,10 +239,7 @@ class _Sharding:
 
     def divided(self, op: Linear, columns: int, what: str) -> int:
         if columns % self.size:
-            raise ShardError(
-                f"parallel.tensor: {self.size} ranks cannot share this model: the {columns} {what} of {op.name} do "
-                f"not divide by {self.size}. Use a number of ranks that divides them"
-            )
+            raise _Indivisible(f"the {columns} {what} of {op.name} do not divide by {self.size}")
         return columns // self.size
 
     def needs_whole(self, op: Operation, buffers: Sequence[str]) -> None:

@@ -212,7 +212,8 @@ def _integer(value: object, where: str) -> int:
 
 def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise PlanError(f"{where}: expected a name, not {value!r}; put it in quotes")
+        mend = "expected a name; give one, or leave the key out"
+        raise PlanError(f"{where}: " + (mend if value is None else f"expected a name, not {value!r}; put it in quotes"))
     return value
 
 

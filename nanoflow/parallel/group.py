@@ -45,12 +45,18 @@ BLAME_SECONDS = 5.0
 """How long the loss is waited for that explains why a collective failed."""
 
 
-def check_ranks(engine: EngineSection, tensor: int, *, use: bool = True) -> bool:
+def check_ranks(engine: EngineSection, tensor: int, *, use: bool = True, torchrun: bool = False) -> bool:
     """Whether torchrun has started the ranks, if there are several. `use`: see `choose_device`.
 
-    Raises ConfigError if it has started more or fewer, or if there are too few GPUs.
+    Raises ConfigError if it has started more or fewer, or any where `torchrun` does not say that it may, or if there
+    are too few GPUs.
     """
     by_torchrun = check_place(tensor)
+    if by_torchrun and not torchrun:
+        raise ConfigError(
+            "torchrun: it is for `nanoflow run` and `nanoflow bench`; all else starts its ranks itself: start it "
+            "without torchrun"
+        )
     if tensor > 1:
         device = choose_device(engine.device, use=use)
         first, there = device.index or 0, torch.cuda.device_count() if device.type == "cuda" else 0
@@ -73,7 +79,7 @@ def tensor_ranks(config: RunConfig, model: Model, then: str) -> "AbstractContext
     size = config.parallel.tensor
     if config.parallel.data > 1:
         return nullcontext()
-    by_torchrun = check_ranks(config.engine, size)
+    by_torchrun = check_ranks(config.engine, size, torchrun=True)
     if size == 1:
         return nullcontext()
     shard_model(model, 0, size)  # refused here, and not in every rank

@@ -91,9 +91,10 @@ def accept_ranks(size: int) -> list[Child]:
 
 def serve_as_rank(rank: int) -> None:
     """Any other rank: the process's whole course; does not return. Says nothing: rank 0 does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a rank 0, torchrun may end this one at once
+    link, life = _connect(rank, "link"), _connect(rank, "life")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides
-    link, life = _connect(rank, "link"), _connect(rank, "life")
 
     def work() -> None:
         from nanoflow.parallel.worker import work

@@ -24,7 +24,7 @@ from nanoflow.pipeline.bound_programs import make_caches
 from nanoflow.pipeline.cuda_executor import CudaExecutor, buckets
 from nanoflow.pipeline.executor import CaptureError, KVLayout, Weights
 from nanoflow.pipeline.partitions import PartitionError, unavailable
-from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan import Plan, PlanError, blamed_on
 from nanoflow.pipeline.program import compile_program
 from nanoflow.pipeline.reference_executor import ReferenceExecutor
 from nanoflow.pipeline.split import BatchCutter
@@ -186,7 +186,8 @@ def executor_here(
     """
     mix, ranks = case.mix, case.graph.ranks
     if ranks == 1:
-        executor: RunExecutor = measuring_executor(model, plans, mix, page_size, row_buckets=[rows], marks=marks)
+        with blamed_on(case.file):
+            executor: RunExecutor = measuring_executor(model, plans, mix, page_size, row_buckets=[rows], marks=marks)
         try:
             yield executor
         finally:
@@ -195,28 +196,29 @@ def executor_here(
     capacity = max(plan.capacity for plan in plans)
     slots = mix.decode + len(mix.prompts)
     engine = EngineSection(device=str(model.device), max_batch_tokens=capacity, max_running=slots)
-    by_torchrun = check_ranks(engine, ranks)
+    check_ranks(engine, ranks)
     section = ModelSection(path=case.model_path, weights="random")
-    with TensorGroup(section, engine, ranks, torchrun=by_torchrun, layers=case.graph.layers) as group:
+    with TensorGroup(section, engine, ranks, layers=case.graph.layers) as group:
         pages = mix_pages(mix, page_size)
         group.load(Load("random", pages, longest_request(mix), case.graph.sharding))
         weights = load_weights(model.graph, model.checkpoint, model.dtype, model.device, "random")
         group.least(pages)
-        executor = group.executor(
-            tuple(plan.dumps() for plan in plans),
-            lambda communicator: measuring_executor(
-                model,
-                plans,
-                mix,
-                page_size,
-                row_buckets=[rows],
-                marks=marks,
-                weights=weights,
-                communicator=communicator,
-            ),
-            row_buckets=(rows,),
-            measuring=True,
-        )
+        with blamed_on(case.file):
+            executor = group.executor(
+                tuple(plan.dumps() for plan in plans),
+                lambda communicator: measuring_executor(
+                    model,
+                    plans,
+                    mix,
+                    page_size,
+                    row_buckets=[rows],
+                    marks=marks,
+                    weights=weights,
+                    communicator=communicator,
+                ),
+                row_buckets=(rows,),
+                measuring=True,
+            )
         try:
             yield executor
         finally:

@@ -76,7 +76,7 @@ def profile_job(
     until = time.monotonic() + 60 * minutes
     config = job_on(config, device)
     ranks = config.parallel.tensor
-    by_torchrun = check_ranks(config.engine, ranks)
+    check_ranks(config.engine, ranks)
     # Of several ranks that share the model, this is one: their shares are alike.
     layout = asked_layout(config.pipeline.plan)
     model = shard_model(open_model(config.model, config.engine), 0, ranks, layout)
@@ -123,7 +123,7 @@ def profile_job(
         if ranks == 1:
             own = bench = DeviceBench(few_layers(model), cases, _page_size(stamp), EnergyMeter(model.device).joules)
         else:
-            group = TensorGroup(config.model, config.engine, ranks, torchrun=by_torchrun, then=GOES_ON)
+            group = TensorGroup(config.model, config.engine, ranks, then=GOES_ON)
             stack.enter_context(group).load(Profiling(layout=layout))
             profile = _with_link(profile, group.link_bytes_per_second)
             bench = GroupBench(group, model, cases, _page_size(stamp))

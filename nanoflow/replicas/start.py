@@ -20,6 +20,10 @@ from nanoflow.replicas.pool import Pool
 
 __all__ = ["Parts", "Place", "check_replicas", "places", "start_replicas"]
 
+PROCESSES_A_CORE, LEAST_PROCESSES = 4, 16
+"""Most processes of replicas on a CPU: more only take memory, some 250 MB each beside the model; so many on any
+machine."""
+
 
 class Parts(Protocol):
     """What replicas need to know of a run; a `RunConfig` has it."""
@@ -107,7 +111,7 @@ def start_replicas(
 
 
 def places(engine: EngineSection, parallel: ParallelSection, device: torch.device) -> list[Place]:
-    """Where each replica of a run on `device` runs. Raises ConfigError if there are too few GPUs."""
+    """Where each replica of a run on `device` runs. Raises ConfigError if there are too few GPUs, or cores."""
     count, each = parallel.data, parallel.tensor
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
     if device.type == "cuda":
@@ -123,6 +127,13 @@ def places(engine: EngineSection, parallel: ParallelSection, device: torch.devic
         engine = engine.model_copy(update={"device": "cuda"})
         starts = range(first, first + count * each, each)
         return [Place(threads | _gpus(range(start, start + each)), engine) for start in starts]
+    cores = len(os.sched_getaffinity(0))
+    most = max(LEAST_PROCESSES, PROCESSES_A_CORE * cores)
+    if count * each > most:
+        raise ConfigError(
+            f"parallel.data: {count:,} replicas are {count * each:,} processes, and this machine has "
+            f"{cores} core{'s' if cores > 1 else ''}; set it to {max(1, most // each)} or less"
+        )
     # Each takes its part of what is free.
     memory = parse_memory(engine.kv_memory)
     share = CPU_SHARE if memory is None else memory

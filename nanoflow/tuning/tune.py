@@ -180,9 +180,8 @@ def _ranks(job: TuningJob, slots: int) -> AbstractContextManager[TensorGroup | N
     if size == 1:
         return nullcontext()
     engine = config.engine.model_copy(update={"device": str(job.model.device), "max_running": slots})
-    by_torchrun = check_ranks(engine, size)
     then = "what was measured is kept, and the same command goes on"
-    return TensorGroup(config.model, engine, size, torchrun=by_torchrun, then=then)
+    return TensorGroup(config.model, engine, size, then=then)
 
 
 def _with_link(rates: Rates, link: float | None) -> Rates:

@@ -175,6 +175,11 @@ def test_broken_yaml_is_one_message(tmp_path: Path, content: bytes, expected: st
     assert text.startswith(f"{path}: ") and expected in text
 
 
+def test_standard_input_can_be_set(run_yaml: Path) -> None:
+    workload = load_config(run_yaml, ["workload.synthetic=null", "workload.input=-"]).workload
+    assert workload.input == ("-",)
+
+
 @pytest.mark.parametrize("override", ["engine", "engine.=3", "=3", "engine.max_running=[", "model.path.x=3"])
 def test_a_malformed_override_is_named(run_yaml: Path, override: str) -> None:
     assert override in message(run_yaml, override)

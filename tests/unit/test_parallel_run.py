@@ -347,9 +347,21 @@ def test_torchrun_with_another_number_of_processes(job: RankJob) -> None:
     assert runs[0].wait() == 2
     message = "error: parallel.tensor: 2, but torchrun has started 3 processes; set it to 3, or --nproc-per-node to 2\n"
     assert runs[0].stderr == message
-    for run in runs[1:]:  # torchrun ends them
-        run.kill(signal.SIGKILL)
-        run.wait()
+    for run in runs[1:]:  # torchrun ends them, without waiting
+        run.kill(signal.SIGTERM)
+        assert run.wait() == -signal.SIGTERM
+
+
+def test_what_is_not_for_torchrun_says_so_once(job: RankJob) -> None:
+    runs = []
+    for rank in range(2):
+        folder = job.folder / f"tune{rank}"
+        folder.mkdir()
+        before = place(rank, 2, job.folder)
+        runs.append(job.server.start(folder, "tune", job.folder / "job.yaml", "--minutes", "0.1", before=before))
+    assert [run.wait() for run in runs] == [2, 2]
+    assert runs[0].stderr.startswith("error: torchrun: it is for `nanoflow run` and `nanoflow bench`"), runs[0].stderr
+    assert runs[1].stderr == ""
 
 
 @pytest.mark.slow

@@ -119,6 +119,7 @@ def test_names_that_yaml_would_read_as_something_else():
     assert plan.nano_batches[1].name == "no"
     assert Plan.loads(plan.dumps(), GRAPH) == plan
     assert "key False is read as bool; put it in quotes" in message(TEXT.replace(" b:", " no:").replace(".b", ".no"))
+    assert "sharding: expected a name; give one, or leave the key out" in message("sharding:\n" + TEXT)
 
 
 def test_anchors_and_merges_are_yaml_as_usual():
@@ -254,9 +255,9 @@ def test_text_that_is_no_plan(text):
             "mix.context: decode rows attend to 1 token or more",
         ),
         ("kernels: {o: reference}", "kernels: {oo: reference}", "kernels.oo: unknown operation 'oo'"),
-        ("kernels: {o: reference}", "kernels: {o: refrence}", "kernels.o: unknown kernel 'refrence'; did you mean"),
+        ("kernels: {o: reference}", "kernels: {o: refrence}", "kernels.o: unknown kernel 'refrence'; known: reference,"),
         ("kernels: {o: reference}", "kernels: {o.c: reference}", "kernels.o.c: unknown nano-batch 'c'; known: a, b"),
-        ("kernels: {o: reference}", "kernels: {o.a: refrence}", "kernels.o.a: unknown kernel 'refrence'; did you mean"),
+        ("kernels: {o: reference}", "kernels: {o.a: refrence}", "kernels.o.a: unknown kernel 'refrence'; known: reference,"),
         (
             "kernels: {o: reference}",
             "kernels: {final_norm.a: reference}",

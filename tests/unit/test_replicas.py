@@ -249,6 +249,14 @@ def test_a_cpu_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0].environment == {"OMP_NUM_THREADS": "1"}
 
 
+def test_more_replicas_than_a_processor_can_feed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
+    assert len(places_of(config_of(parallel={"data": 20}), torch.device("cpu"))) == 20
+    message = r"parallel\.data: 100,000 replicas are 200,000 processes, and this machine has 5 cores; set it to 10 "
+    with pytest.raises(ConfigError, match=message):
+        places_of(config_of(parallel={"data": 100_000, "tensor": 2}), torch.device("cpu"))
+
+
 def test_torchrun_and_bench_refuse_replicas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from nanoflow.bench import bench
 

@@ -83,7 +83,9 @@ def test_key_value_heads_are_held_by_several_ranks_where_there_are_more_ranks() 
             4,
             r"6 key/value heads, which 4 neither divides .* Use one of 1, 2, 3, 6, 12;",
         ),
-        ({"intermediate_size": 90}, 4, r"the 90 output columns of gate_up do not divide by 4"),
+        ({"intermediate_size": 90}, 4, r"the 90 output columns of gate_up do not divide by 4\. Use one of 1, 2;"),
+        ({"intermediate_size": 90}, 3, r"8 query heads, which 3 does not divide\. Use one of 1, 2;"),
+        ({"intermediate_size": 91}, 2, r"the 91 output columns of gate_up do not divide by 2\. Use 1;"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_what_can(changes: dict[str, Any], size: int, words: str) -> None:

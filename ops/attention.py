@@ -134,6 +134,10 @@ class DecodeAttention(_Attention):
         kernels: dict[str, Kernel] = {"reference": self.reference, "paged": self.paged, "triton": self.triton}
         return kernels | {name: partial(self.triton, programs_per_sm=count) for name, count in OTHER_PROGRAMS.items()}
 
+    @property
+    def cpu_kernels(self) -> tuple[str, ...]:
+        return ("reference", "paged")
+
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return {"cpu": "paged", "cuda": "triton"}.get(device.type, "reference")
 
@@ -198,6 +202,10 @@ class PrefillAttention(_Attention):
     @property
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "gathered": self.gathered, "triton": self.triton}
+
+    @property
+    def cpu_kernels(self) -> tuple[str, ...]:
+        return ("reference", "gathered")
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         if device.type == "cuda" and dtype.itemsize <= 4 and self.head_dim <= 256:

@@ -74,6 +74,11 @@ class Collective(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         return {"reference": self.reference, "nccl": self.nccl}
 
+    @property
+    def cpu_kernels(self) -> tuple[str, ...]:
+        """All: whether ranks have memory in common, which some need, is the communicator's matter."""
+        return tuple(self.kernels)
+
     def nccl(self, context: NanoContext) -> None:
         """With the collective of the communicator's library: NCCL on a GPU."""
         raise NotImplementedError

@@ -119,6 +119,10 @@ class Linear(Operation):
         kernels: dict[str, Kernel] = {"reference": self.reference, "onednn": self.onednn}
         return kernels | {name: partial(self.gemm, kernel=name) for name in ("measured", *GEMM_KERNELS)}
 
+    @property
+    def cpu_kernels(self) -> tuple[str, ...]:
+        return ("reference", "onednn")
+
     def preferred_kernel(
         self, device: torch.device, dtype: torch.dtype, sms: int | None = None, *, silu: bool = False
     ) -> str:
@@ -206,6 +210,10 @@ class LinearSilu(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         kernels: dict[str, Kernel] = {"reference": self.reference, "onednn": self.onednn}
         return kernels | {name: partial(self.gemm, kernel=name) for name in ("measured", *GEMM_KERNELS)}
+
+    @property
+    def cpu_kernels(self) -> tuple[str, ...]:
+        return ("reference", "onednn")
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         """As the linear's, measured with SiLU."""

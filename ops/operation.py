@@ -5,6 +5,7 @@ Everything that planning needs (which nano-ops may run side by side) follows fro
 written by hand.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ __all__ = [
     "Weight",
     "Work",
     "device_sms",
+    "interpreting",
     "triton_on_cuda",
 ]
 
@@ -190,6 +192,11 @@ def triton_on_cuda(device: torch.device, dtype: torch.dtype) -> str:
     return "triton" if device.type == "cuda" and dtype in TRITON_DTYPES else "reference"
 
 
+def interpreting() -> bool:
+    """Whether Triton's kernels run on a CPU, in its interpreter, as tests have it."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def device_sms(device: torch.device) -> int:
     """SMs of a GPU; of a CPU, where Triton's kernels run in its interpreter, a few."""
@@ -242,6 +249,11 @@ class Operation(ABC):
     def kernels(self) -> Mapping[str, Kernel]:
         """The ways to run it, by name; `reference` is always one."""
         return {"reference": self.reference}
+
+    @property
+    def cpu_kernels(self) -> tuple[str, ...]:
+        """Those of `kernels` that run on a CPU; all others need a GPU."""
+        return ("reference",)
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         """Name of the kernel to run on `device` for activations of `dtype`, when the plan names none.

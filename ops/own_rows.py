@@ -54,6 +54,10 @@ class OwnRows(Operation):
     def kernels(self) -> Mapping[str, Kernel]:
         return {name: partial(self._on_own, kernel) for name, kernel in self.op.kernels.items()}
 
+    @property
+    def cpu_kernels(self) -> tuple[str, ...]:
+        return self.op.cpu_kernels
+
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         return self.op.preferred_kernel(device, dtype, sms)
 

@@ -21,7 +21,7 @@ from nanoflow.ops.collectives import CTAS, Collective
 from nanoflow.ops.communicator import Communicator
 from nanoflow.ops.device_batch import BatchPart, DeviceBatch, RowsOnly
 from nanoflow.ops.graph import RESIDUAL, Graph
-from nanoflow.ops.operation import Kernel, NanoContext, Operation
+from nanoflow.ops.operation import Kernel, NanoContext, Operation, interpreting
 from nanoflow.ops.peer_memory import PeerMemory, PeerMemoryError
 from nanoflow.ops.row_sharding import SCATTERED
 from nanoflow.ops.row_shares import own_rows
@@ -335,8 +335,13 @@ def _kernel(
     op: Operation, nano_batch: int | None, plan: Plan, device: torch.device, dtype: torch.dtype, sms: int | None
 ) -> str:
     """The kernel that the plan names for `op` on a nano-batch, or the one that the device prefers."""
-    name = plan.kernel(op.name, nano_batch) or op.preferred_kernel(device, dtype, sms)
+    name = plan.kernel(op.name, nano_batch)
+    if not name:
+        return op.preferred_kernel(device, dtype, sms)
+    key = plan.kernel_key(op.name, nano_batch)
     if name not in op.kernels:
-        key = plan.kernel_key(op.name, nano_batch)
         raise PlanError(f"kernels.{key}: {name!r} is unknown; {op.name} has {', '.join(op.kernels)}")
+    if device.type == "cpu" and name not in op.cpu_kernels and not interpreting():
+        can = ", ".join(op.cpu_kernels)
+        raise PlanError(f"kernels.{key}: {name!r} cannot run on {device}: it needs a GPU; what can: {can}")
     return name

@@ -17,6 +17,7 @@ Pseudo-code of what a plan means, for a graph of L layers and entries that look 
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Stage",
+    "blamed_on",
 ]
 
 PLAN_FORMAT = 1
@@ -65,6 +67,15 @@ V = TypeVar("V")
 
 class PlanError(ValueError):
     """A plan that cannot be read or run. The message names key, value and mend, and the file if known."""
+
+
+@contextmanager
+def blamed_on(source: object) -> Iterator[None]:
+    """Puts `source`, the file that a plan was read from, before the message of a PlanError."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}") from None
 
 
 class FrozenMapping(Mapping[str, V], Generic[V]):
@@ -297,12 +308,10 @@ class Plan:
         from nanoflow.pipeline.plan_text import parse_plan
         from nanoflow.pipeline.validate import validate
 
-        try:
+        with blamed_on(source):
             plan = parse_plan(text)
             if graph is not None:
                 validate(plan, graph)
-        except PlanError as error:
-            raise PlanError(f"{source}: {error}") from None
         return plan
 
     @classmethod

@@ -127,7 +127,8 @@ def _check_kernels(plan: Plan, graph: Graph) -> None:
             raise PlanError(f"kernels.{key}: unknown nano-batch {nano_batch!r}{_hint(nano_batch, nano_batches)}")
         known = operations[name].kernels
         if kernel not in known:
-            raise PlanError(f"kernels.{key}: unknown kernel {kernel!r}{_hint(kernel, known)}")
+            # No nearest one: of names such as nccl_4 and nccl_8 any may be meant.
+            raise PlanError(f"kernels.{key}: unknown kernel {kernel!r}; known: {', '.join(known)}")
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ them, Triton in its epilogue.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from nanoflow.ops.gemm_choice import Choice, Choices, choose, machine_of
 from nanoflow.ops.gemm_config import SILU_TILES, TILES, GemmConfig, candidates
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.linear import Linear, LinearSilu
-from nanoflow.ops.operation import device_sms
+from nanoflow.ops.operation import device_sms, interpreting
 from nanoflow.search.timing import time_interleaved
 
 __all__ = ["GemmBench", "GemmCase", "compile_all", "linears_of", "machine", "measure_choice", "stored_here"]
@@ -86,7 +85,7 @@ class GemmCase:
         named: list[tuple[str, GemmKernel, GemmConfig | None]] = [("cublas", "cublas", None)]
         if deep_gemm:
             named.append(("deep_gemm", "deep_gemm", None))
-        if x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        if x.device.type == "cuda" or interpreting():
             found = candidates(self.rows, self.columns, self.inputs, self.sms, silu=self.silu)
             named += [(str(config), "triton", config) for config in found[:most]]
         return {

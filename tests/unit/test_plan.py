@@ -255,9 +255,13 @@ def test_text_that_is_no_plan(text):
             "mix.context: decode rows attend to 1 token or more",
         ),
         ("kernels: {o: reference}", "kernels: {oo: reference}", "kernels.oo: unknown operation 'oo'"),
-        ("kernels: {o: reference}", "kernels: {o: refrence}", "kernels.o: unknown kernel 'refrence'; known: reference,"),
+        ("kernels: {o: reference}", "kernels: {o: refrence}", "kernels.o: unknown kernel 'refrence'; known: reference"),
         ("kernels: {o: reference}", "kernels: {o.c: reference}", "kernels.o.c: unknown nano-batch 'c'; known: a, b"),
-        ("kernels: {o: reference}", "kernels: {o.a: refrence}", "kernels.o.a: unknown kernel 'refrence'; known: reference,"),
+        (
+            "kernels: {o: reference}",
+            "kernels: {o.a: refrence}",
+            "kernels.o.a: unknown kernel 'refrence'; known: reference",
+        ),
         (
             "kernels: {o: reference}",
             "kernels: {final_norm.a: reference}",

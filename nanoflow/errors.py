@@ -52,3 +52,6 @@ class OutputError(UserError):
 
 class ParallelError(UserError):
     """A process of the run has ended or hangs, and the run cannot go on without it."""
+
+    mistake: Exception | None = None
+    """What that process has raised, if the user can mend it: who hides that there are processes raises this instead."""

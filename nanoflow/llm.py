@@ -4,9 +4,11 @@ With several, this process computes nothing: it keeps the queue, and touches no 
 replica, the caller gets an exception, and a notebook lives on.
 """
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +17,7 @@ import numpy as np
 
 from nanoflow.config_schema import EngineSection, ModelSection, ParallelSection, PipelineSection
 from nanoflow.engine import Engine
-from nanoflow.errors import ConfigError, InputError
+from nanoflow.errors import ConfigError, InputError, ParallelError
 from nanoflow.grammars import Grammars
 from nanoflow.loading import Model, build_engine, open_model
 from nanoflow.outputs import Completion, RequestOutput, TokenLogprobs
@@ -35,6 +37,7 @@ Message = Mapping[str, Any]
 
 OTHER_NAMES = {"tensor_parallel_size": "tensor", "tp_size": "tensor", "data_parallel_size": "data", "dp_size": "data"}
 """What other engines call arguments of `LLM`."""
+CLOSED = "the model is closed, or a call was interrupted; make it anew"
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,18 @@ class LLM:
     With `tensor` or `data` above 1, processes are started for the model, which end with `close`, with this object, or
     with this process, however that ends.
 
+    Threads may share the object: their calls run one after the other. Prompts of one call share the device, those of
+    several calls do not.
+
     Attributes:
         model: opened; without weights.
         tokenizer: None if the model came without one.
         engine: of one device alone; with several, each has its own, in a process of its own.
 
     Raises:
-        UserError: the model or an option is not usable; the message says why and what would be.
+        UserError: the model or an option is not usable; the message says why and what would be. The class is the same
+            on one device and on several.
+        PlanError: the plan is not usable.
         ParallelError: a process of the model could not start, or was lost while it did.
     """
 
@@ -103,9 +111,20 @@ class LLM:
         self._calls = 0
         self._submitted = 0
         """Completions, as an engine counts them: what seeds are made of."""
+        self._lock = threading.RLock()
+        """Held by a call from its beginning to its end, and by `close`."""
+        self._calling = False
+        """Whether a call is going on; who holds the lock and sees it is in a signal handler inside of that call."""
+        self._closed = False
+        """Whether calls are refused."""
+        self._stopped = False
+        """Whether the call that is going on is to end and to release the model."""
         self._pool: Pool | None = None
         if several:
-            self._pool = start_replicas(parts, self.model, None, more=False, quiet=False)
+            try:
+                self._pool = start_replicas(parts, self.model, None, more=False, quiet=False)
+            except ParallelError as error:
+                raise (error.mistake or error) from None
             self._check: Callable[[Sequence[int], SamplingParams], None] = _check_of(self.model, self._pool)
             self._end = weakref.finalize(self, self._pool.kill)  # nobody may have closed it
         else:
@@ -121,28 +140,55 @@ class LLM:
 
         `params` is for all prompts, or a list with one entry a prompt; left out, it is ``SamplingParams()``.
 
+        Another thread's call, if one is going on, is waited for.
+
         Raises:
-            InputError: a prompt is empty or too long, or has unknown token ids; nothing has run then.
+            InputError: a prompt is empty or too long, or has unknown token ids, or the model is closed; nothing has run
+                then. Or a signal handler has closed the model inside of this call.
             ParallelError: with several devices, a process of the model was lost, and no replica is left.
         """
         if isinstance(prompts, str) or _is_token_ids(prompts):
             prompts = cast("list[Prompt]", [prompts])
         several = cast("Sequence[Prompt]", prompts)
-        return self._run(
-            [(p, self._need_tokenizer().encode(p)) if isinstance(p, str) else (None, list(p)) for p in several], params
-        )
+        with self._call():
+            return self._run(
+                [(p, self._need_tokenizer().encode(p)) if isinstance(p, str) else (None, list(p)) for p in several],
+                params,
+            )
 
     def chat(
         self,
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations, each a list of ``{"role": ..., "content": ...}``, through the model's chat template."""
+        """Answer conversations, each a list of ``{"role": ..., "content": ...}``, through the model's chat template.
+
+        All else as `generate` has it.
+        """
         tokenizer = self._need_tokenizer()
         one = bool(conversations) and isinstance(conversations[0], Mapping)
         several = cast("Sequence[Sequence[Message]]", [conversations] if one else conversations)
-        texts = [tokenizer.apply_chat_template(messages) for messages in several]
-        return self._run([(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts], params)
+        with self._call():
+            texts = [tokenizer.apply_chat_template(messages) for messages in several]
+            return self._run([(text, tokenizer.encode(text, add_special_tokens=False)) for text in texts], params)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """One call at a time. Raises InputError if the model is closed, or inside of another call of this thread."""
+        with self._lock:
+            if self._calling:
+                raise InputError(
+                    "a call is going on in this thread; a signal handler cannot begin another inside of it"
+                )
+            self._calling = True
+            try:
+                if self._closed or (self._pool is not None and not self._end.alive):
+                    raise InputError(CLOSED)
+                yield
+            finally:
+                self._calling = False
+                if self._stopped:
+                    self._release()
 
     def _run(
         self,
@@ -174,19 +220,24 @@ class LLM:
         if pool is None:
             for (key, token_ids), params in zip(keyed, each, strict=True):
                 self.engine.submit(token_ids, params, key=key)
-            yield from self.engine.run()
+            while self.engine.unfinished or self.engine.active:
+                self._go_on()
+                yield from self.engine.step()
             return
-        if not self._end.alive:
-            raise InputError("the model is closed, or a call was interrupted; make it anew")
         try:
             for (key, token_ids), params in zip(keyed, each, strict=True):
                 place, self._submitted = self._submitted, self._submitted + params.n
                 pool.submit(np.array(token_ids, np.int32), params, key=key, place=place, arrived=time.perf_counter())
             while pool.unfinished:
+                self._go_on()
                 yield from pool.step()
         except KeyboardInterrupt:
             self._end()  # half a message may have been read
             raise
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise InputError(CLOSED)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -194,7 +245,19 @@ class LLM:
         return self.tokenizer
 
     def close(self) -> None:
-        """Release the engine, or end the processes of the model; the object cannot be used afterwards."""
+        """Release the engine, or end the processes of the model; the object cannot be used afterwards.
+
+        Another thread's call, if one is going on, is waited for; calls that wait for that one are refused. Inside of a
+        call, from a signal handler, this returns at once: the call then ends with InputError and releases the model.
+        """
+        self._closed = True
+        with self._lock:
+            if self._calling:
+                self._stopped = True
+            else:
+                self._release()
+
+    def _release(self) -> None:
         if self._pool is None:
             self.engine.close()
         elif self._end.detach():

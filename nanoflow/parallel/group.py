@@ -317,6 +317,7 @@ class TensorGroup:
             return ParallelError(f"{error}{self._then}")
         loss = self._cause()
         explained = ParallelError(f"{loss.text}{self._then}")
+        explained.mistake = loss.error(loss.text)
         explained.add_note(loss.trace)
         return explained
 

@@ -31,6 +31,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, Protocol, TypeAlias
 
+from nanoflow.errors import ParallelError
+
 __all__ = [
     "BEAT_SECONDS",
     "SILENT_SECONDS",
@@ -115,12 +117,18 @@ class Loss:
     child: Child
     text: str
     """What to tell the user, the child's name at its head."""
-    mistake: bool = False
-    """Whether the text is of an error that the user can mend."""
+    mistake: type[Exception] | None = None
+    """The class of the error that the text is of, if the user can mend it."""
     trace: str = ""
     """The child's traceback, if it raised."""
     signal: int | None = None
     """The signal that killed it."""
+
+    def error(self, text: str) -> Exception | None:
+        """The child's mistake with this text; None if it made none, or only tells of a process that it lost itself."""
+        if self.mistake is None or issubclass(self.mistake, ParallelError):
+            return None
+        return self.mistake.__new__(self.mistake, text)  # not by its constructor, which may want something else
 
 
 def start(target: str, *arguments: Any, name: str, environment: Mapping[str, str] | None = None) -> Child:
@@ -195,21 +203,22 @@ def live(work: Callable[[], None], life: Line) -> None:
 def leave(text: str) -> NoReturn:
     """End this process at once, whatever its threads wait for. `text` says why: to its parent if it is a child, else on
     standard error."""
-    if _guardian is None or not _guardian.tell((text, True, "")):
+    if _guardian is None or not _guardian.tell((text, ParallelError, "")):
         show_cursor = "\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
         with suppress(OSError):
             os.write(2, f"\r{show_cursor}error: {text}\n".encode())  # not print: a thread may hang inside of one
     os._exit(EXIT_FAILED)
 
 
-def _last_words(error: BaseException) -> tuple[str, bool, str]:
-    """Text, whether it is meant for the user, traceback."""
+def _last_words(error: BaseException) -> tuple[str, type[Exception] | None, str]:
+    """Text, the error's class if it is meant for the user, traceback."""
     from nanoflow.mistakes import is_mistake
 
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, Exception) and is_mistake(error):
-        return str(error), True, trace
-    return f"{type(error).__name__}: {error}", False, trace
+        told = error.mistake if isinstance(error, ParallelError) else None  # of a rank that this process has started
+        return str(error), type(told or error), trace
+    return f"{type(error).__name__}: {error}", None, trace
 
 
 class _Guardian(threading.Thread):

@@ -68,7 +68,7 @@ class Pool:
         then: what the user is told of the consequences when none is left, behind the cause.
 
     Raises:
-        ParallelError: none of them could start.
+        ParallelError: none of them could start. Its `mistake` is as an engine in this process would have raised it.
     """
 
     def __init__(
@@ -343,6 +343,7 @@ class Pool:
             print(loss.trace, file=sys.stderr, flush=True)
         if not left:
             self._failure = ParallelError(self._words(loss))
+            self._failure.mistake = loss.error(_own_words(loss))
         elif self._started:
             others = "the other one goes" if left == 1 else f"the other {left} go"
             what = f"{others} on with its {returned} unfinished requests" if returned else f"{others} on"
@@ -351,11 +352,12 @@ class Pool:
     def _words(self, loss: Loss) -> str:
         """Why no replica is left. Of several, a message says which one; of one, a mistake is told as it would be of an
         engine in this process."""
-        text, parts = loss.text, [self._then] if self._then and self._ready else []
+        text, parts = (
+            _own_words(loss) if len(self._all) == 1 else loss.text,
+            [self._then] if self._then and self._ready else [],
+        )
         if len(self._all) > 1:
             parts.insert(0, "no replica is left" if self._ready else "no replica could start")
-        elif loss.mistake:
-            text = text.removeprefix(f"{loss.child.name}: ")
         return "; ".join([text, *parts])
 
     def _tell_who_started(self) -> None:
@@ -364,6 +366,11 @@ class Pool:
         for replica in self._all:
             if replica.loss is not None:
                 _warn(f"{replica.loss}; the run goes on with {len(self._alive)} of {len(self._all)} replicas")
+
+
+def _own_words(loss: Loss) -> str:
+    """A mistake as the replica has said it, without its name."""
+    return loss.text.removeprefix(f"{loss.child.name}: ") if loss.mistake else loss.text
 
 
 def _full(ready: Ready) -> int:

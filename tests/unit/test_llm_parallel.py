@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from nanoflow import LLM, SamplingParams, llm as llm_module
-from nanoflow.errors import ConfigError, InputError, ParallelError, UserError
+from nanoflow.errors import ConfigError, InputError, OutOfMemoryError, ParallelError, UserError
+from nanoflow.pipeline.plan import PlanError
 from tests.unit.tiny_model import save_tiny_llama
 
 SIZES: dict[str, Any] = {"device": "cpu", "kv_memory": "1MiB", "page_size": 8, "max_running": 3}
@@ -107,10 +109,41 @@ def test_what_cannot_be_is_refused_at_once(model: Path, monkeypatch: pytest.Monk
         LLM(model, tensor=0, **SIZES)
     with pytest.raises(UserError, match="3 ranks cannot share this model"):
         LLM(model, tensor=3, **SIZES)
-    with pytest.raises(ParallelError, match=r"^engine.kv_memory: 1KiB is"):
-        LLM(model, tensor=2, **SIZES | {"kv_memory": "1KiB"})
     monkeypatch.setattr(llm_module, "place", lambda: object())
     with pytest.raises(ConfigError, match="start the script without torchrun"):
+        LLM(model, tensor=2, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [(PlanError, {"plan": "no_such_plan.yaml"}), (OutOfMemoryError, {"kv_memory": "1KiB"})]
+)
+def test_errors_at_the_start_are_those_of_one_device(
+    model: Path, kind: type[Exception], changes: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = set()
+    for parallel in ({}, {"tensor": 2}, {"data": 2}):
+        with pytest.raises(kind) as raised:
+            LLM(model, **parallel, **SIZES | changes)
+        assert raised.type is kind
+        said.add(re.sub(r"[0-9.]+ [KMG]iB", "SIZE", str(raised.value)))  # a rank needs less, and what is free changes
+    assert len(said) == 1
+    assert not capfd.readouterr().err
+
+
+NO_MEMORY = """
+import nanoflow.parallel.worker as w
+from nanoflow.errors import OutOfMemoryError
+def none(*arguments): raise OutOfMemoryError("engine.kv_memory: 3 GiB are missing; lower it")
+w.kv_pages = none
+"""
+
+
+def test_a_mistake_of_another_rank_keeps_its_class(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NO_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
+    with pytest.raises(OutOfMemoryError, match=r"^rank 1: engine.kv_memory: 3 GiB are missing; lower it$"):
         LLM(model, tensor=2, **SIZES)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from nanoflow.errors import ConfigError
 from nanoflow.parallel import processes
 from nanoflow.parallel.processes import Child, Loss, Watch, start
 
@@ -100,7 +101,7 @@ def test_the_parent_hears_how_a_child_ended(begin: Callable[..., Child], what: s
     child = begin("tell_pid_and", what)
     loss = loss_of(child)
     assert loss.child is child and loss.text == text.format(pid=child.pid)
-    assert loss.mistake is (what == "mistake")
+    assert loss.mistake is (ConfigError if what == "mistake" else None)
     assert ("ArithmeticError: seven" in loss.trace and "tell_pid_and" in loss.trace) is (what == "raise")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "gpu_problem",
     "hardware",
     "memory_shortage",
+    "processor_cores",
     "processor_name",
     "ranks_reach",
 ]
@@ -128,7 +129,7 @@ def driver_version() -> str | None:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What results were measured on: the device, and the processor that feeds it."""
-    found: dict[str, Any] = {"device": "cpu", "processor": processor_name(), "cores": len(os.sched_getaffinity(0))}
+    found: dict[str, Any] = {"device": "cpu", "processor": processor_name(), "cores": processor_cores()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -138,6 +139,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "driver_cuda": ".".join(map(str, driver_cuda_version() or ())),
         }
     return found
+
+
+def processor_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_name() -> str:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow import __version__
-from nanoflow.devices import driver_cuda_version, driver_version, gpu_problem
+from nanoflow.devices import driver_cuda_version, driver_version, gpu_problem, processor_cores
 from nanoflow.memory import format_bytes, free_bytes
 
 __all__ = ["Check", "as_json", "examine", "print_checks"]
@@ -108,8 +108,8 @@ def _nanoflow() -> Check:
 
 
 def _cpu() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Check("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {format_bytes(free_bytes())} free")
+    threads = torch.get_num_threads()
+    return Check("CPU", "ok", f"{processor_cores()} cores, {threads} threads, {format_bytes(free_bytes())} free")
 
 
 def _torch() -> Check:

@@ -206,9 +206,10 @@ class Engine:
         """Whether anything runs: waiting requests do not count."""
         return self.scheduler.running > 0 or bool(self._in_flight)
 
-    def run(self) -> Iterator[RequestOutput]:
+    def run(self, before_step: Callable[[], None] = lambda: None) -> Iterator[RequestOutput]:
         """Run until every submitted request is finished, handing out each as soon as it is."""
         while self.unfinished or self._in_flight:
+            before_step()
             yield from self.step()
 
     def step(self) -> list[RequestOutput]:

@@ -220,9 +220,7 @@ class LLM:
         if pool is None:
             for (key, token_ids), params in zip(keyed, each, strict=True):
                 self.engine.submit(token_ids, params, key=key)
-            while self.engine.unfinished or self.engine.active:
-                self._go_on()
-                yield from self.engine.step()
+            yield from self.engine.run(self._go_on)
             return
         try:
             for (key, token_ids), params in zip(keyed, each, strict=True):
@@ -236,6 +234,7 @@ class LLM:
             raise
 
     def _go_on(self) -> None:
+        """Raises InputError if a signal handler has closed the model inside of this call."""
         if self._stopped:
             raise InputError(CLOSED)
 

@@ -13,6 +13,7 @@ import typer
 
 from nanoflow.errors import ParallelError, UserError
 from nanoflow.interrupt import Interrupted
+from nanoflow.parallel.torchrun import beside_rank_0
 
 __all__ = ["EXIT_FAILED", "DebugOption", "exit_at_once", "is_mistake", "mistakes_as_messages", "short"]
 
@@ -35,8 +36,8 @@ def mistakes_as_messages(debug: bool) -> Iterator[None]:
         if debug or not mistake:
             traceback.print_exc()
         if mistake:
-            if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
-                typer.echo(f"error: {error}", err=True)  # of torchrun's processes, the first one says it
+            if not beside_rank_0():
+                typer.echo(f"error: {error}", err=True)
             if isinstance(error, ParallelError):
                 # Threads may wait inside a library for a process that is gone, and the interpreter's end for them.
                 exit_at_once(EXIT_FAILED)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from nanoflow.errors import ConfigError
 from nanoflow.ops.graph import Graph
 from nanoflow.ops.row_sharding import ALL_REDUCE, layout_of
-from nanoflow.pipeline.plan import SMALL_ROWS, Plan, PlanError
+from nanoflow.pipeline.plan import SMALL_ROWS, Plan, blamed_on
 from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.validate import validate
 from nanoflow.search.fingerprint import Fingerprint
@@ -51,11 +51,9 @@ def choose_plans(asked: str, graph: Graph, here: Fingerprint, max_batch_tokens: 
     if asked == "auto":
         return _stored(graph, here, sequential)
     plan = Plan.load(asked)
-    try:
+    with blamed_on(asked):
         here.refuse(plan)  # first: another model's plan would fail for a less telling reason
         validate(plan, graph)
-    except PlanError as error:
-        raise PlanError(f"{asked}: {error}") from None
     if plan.capacity > max_batch_tokens:
         raise ConfigError(
             f"pipeline.plan: {asked} has a capacity of {plan.capacity} rows, more than "

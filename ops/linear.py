@@ -213,7 +213,7 @@ class LinearSilu(Operation):
 
     @property
     def cpu_kernels(self) -> tuple[str, ...]:
-        return ("reference", "onednn")
+        return self.linear.cpu_kernels
 
     def preferred_kernel(self, device: torch.device, dtype: torch.dtype, sms: int | None = None) -> str:
         """As the linear's, measured with SiLU."""

@@ -31,6 +31,8 @@ ALIGNMENT = 1024
 SLACK = 1.5
 """What waits for other ranks and cannot be interrupted does so longer than the host, by this factor: its message says
 more."""
+UNUSABLE = (ImportError, AttributeError, RuntimeError)
+"""What a build of torch or a driver without such memory raises."""
 
 _numbers = count()
 
@@ -100,23 +102,23 @@ def symmetric_memory(store: Any, rank: int, size: int, device: torch.device, roo
         PeerMemoryError: the devices do not reach each other, or this build of torch or the driver has no such memory.
         torch.OutOfMemoryError: a device has too little left.
     """
+    from torch.distributed import DistError
+
     _agree(store, rank, size, "reach", _out_of_reach(store, rank, size, device))
     # Multicast through the switches stays off, as in `nanoflow.ops.communicator`: nothing here uses it.
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     whole = data_begin(size) + room
     try:
         block, reason = _block(whole, device), ""
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except UNUSABLE as error:
         reason = _without(rank, error)
     # Said before any rank waits where nothing can interrupt it.
     _agree(store, rank, size, "block", reason)
-    from torch.distributed import DistError
-
     try:
         with _ended_after(SLACK * timeout):
             handle, group = _rendezvous(block, store, rank, size)
         blocks = [block if r == rank else handle.get_buffer(r, (whole,), torch.uint8) for r in range(size)]
-    except (AttributeError, RuntimeError) as error:
+    except UNUSABLE as error:
         if isinstance(error, (torch.OutOfMemoryError, DistError)):  # the latter: other ranks did not come
             raise
         raise PeerMemoryError(_without(rank, error)) from error

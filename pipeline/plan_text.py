@@ -211,9 +211,10 @@ def _integer(value: object, where: str) -> int:
 
 
 def _string(value: object, where: str) -> str:
+    if value is None:
+        raise PlanError(f"{where}: expected a name; give one, or leave the key out")
     if not isinstance(value, str):
-        mend = "expected a name; give one, or leave the key out"
-        raise PlanError(f"{where}: " + (mend if value is None else f"expected a name, not {value!r}; put it in quotes"))
+        raise PlanError(f"{where}: expected a name, not {value!r}; put it in quotes")
     return value
 
 

@@ -18,8 +18,10 @@ from multiprocessing.connection import Connection
 from nanoflow.errors import ConfigError, ParallelError
 from nanoflow.parallel.processes import Child, Line, live
 
-__all__ = ["Place", "accept_ranks", "check_place", "place", "serve_as_rank"]
+__all__ = ["Place", "accept_ranks", "beside_rank_0", "check_place", "place", "serve_as_rank"]
 
+RUN = "TORCHELASTIC_RUN_ID"
+"""Torchrun's name of a run, in the environment of each of its processes."""
 MEET_SECONDS = 120.0
 """How long ranks wait for each other: the slowest may still be importing."""
 _CREDENTIALS = struct.Struct("3i")
@@ -40,12 +42,17 @@ def place() -> Place | None:
     Raises ConfigError if it has started processes on other machines too.
     """
     found = os.environ
-    if "TORCHELASTIC_RUN_ID" not in found or int(found.get("WORLD_SIZE", 1)) == 1:
+    if RUN not in found or int(found.get("WORLD_SIZE", 1)) == 1:
         return None
     size, here = int(found["WORLD_SIZE"]), int(found.get("LOCAL_WORLD_SIZE", found["WORLD_SIZE"]))
     if here != size:
         raise ConfigError(f"torchrun: {size} processes, {here} of them here; a run has one machine: use --nnodes 1")
     return Place(int(found["RANK"]), size)
+
+
+def beside_rank_0() -> bool:
+    """Whether torchrun has started another process that says what there is to say."""
+    return RUN in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def check_place(tensor: int) -> bool:
@@ -124,7 +131,7 @@ def _connect(rank: int, what: str) -> Line:
 
 
 def _address() -> str:
-    run = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
+    run = "-".join(os.environ.get(name, "") for name in (RUN, "MASTER_PORT"))
     return f"\0nanoflow-{os.getuid()}-{run}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
 
 

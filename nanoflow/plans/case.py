@@ -13,7 +13,7 @@ from nanoflow.ops.graph import Graph
 from nanoflow.ops.operation import Work
 from nanoflow.ops.row_sharding import layout_of
 from nanoflow.ops.sharding import ShardError, shard_graph
-from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan import Plan, blamed_on
 from nanoflow.pipeline.plan_mix import PlanMix
 from nanoflow.pipeline.program import Program, compile_program
 from nanoflow.pipeline.validate import validate
@@ -181,11 +181,10 @@ def open_case(
         graph = replace(graph, layers=layers)  # its windows, if any, are those of the first layers
     try:
         graph = shard_graph(graph, 0, tensor, layout_of(plan.sharding))
-        validate(plan, graph)
     except ShardError as error:
         raise InputError(f"--tensor {tensor}: {error}") from None
-    except PlanError as error:
-        raise PlanError(f"{file}: {error}") from None
+    with blamed_on(file):
+        validate(plan, graph)
     return PlanCase(
         str(file), plan, name, path, graph, choose_mix(plan, mix or MixOptions()), known_device(plan, graph)
     )

@@ -20,7 +20,7 @@ from nanoflow.loading import machine_fingerprint
 from nanoflow.pipeline.checker import Violation, check_program
 from nanoflow.pipeline.dependencies import derive_dependencies, sequential_order
 from nanoflow.pipeline.grid import plain
-from nanoflow.pipeline.plan import Plan, PlanError
+from nanoflow.pipeline.plan import Plan, PlanError, blamed_on
 from nanoflow.pipeline.program import Program
 from nanoflow.pipeline.split import BatchCutter
 from nanoflow.plans.case import PlanCase
@@ -158,10 +158,8 @@ def _check_identity(case: PlanCase) -> str:
         )
     gpu = gpu_problem(0) is None
     here = machine_fingerprint(torch.device("cuda", 0)) if gpu else Fingerprint()
-    try:
+    with blamed_on(case.file):
         replace(here, model=case.model).refuse(case.plan)
-    except PlanError as error:
-        raise PlanError(f"{case.file}: {error}") from None
     if not gpu:
         return "no GPU here: the plan's was not compared"
     doubts = here.doubts(case.plan)

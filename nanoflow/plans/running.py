@@ -51,10 +51,8 @@ def open_here(case: PlanCase, device: str) -> tuple[Model, int, int]:
             f"{case.model}; give fewer (contexts are spread up to four thirds of --context)"
         )
     if model.device.type == "cuda":
-        try:
+        with blamed_on(case.file):
             machine_fingerprint(model.device).refuse(case.plan)
-        except PlanError as error:
-            raise PlanError(f"{case.file}: {error}") from None
     rows = next(rows for rows in buckets(capacity) if rows >= mix.rows)
     graph = (
         replace(case.graph, peers=ranks_reach(model.device, case.graph.ranks)) if case.graph.ranks > 1 else case.graph

@@ -352,10 +352,8 @@ class Pool:
     def _words(self, loss: Loss) -> str:
         """Why no replica is left. Of several, a message says which one; of one, a mistake is told as it would be of an
         engine in this process."""
-        text, parts = (
-            _own_words(loss) if len(self._all) == 1 else loss.text,
-            [self._then] if self._then and self._ready else [],
-        )
+        text = _own_words(loss) if len(self._all) == 1 else loss.text
+        parts = [self._then] if self._then and self._ready else []
         if len(self._all) > 1:
             parts.insert(0, "no replica is left" if self._ready else "no replica could start")
         return "; ".join([text, *parts])

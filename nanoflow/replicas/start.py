@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nanoflow.config_schema import EngineSection, ModelSection, ParallelSection, PipelineSection
-from nanoflow.devices import choose_device
+from nanoflow.devices import choose_device, processor_cores
 from nanoflow.errors import ConfigError
 from nanoflow.loading import Model, shard_model
 from nanoflow.memory import CPU_SHARE, parse_memory
@@ -127,7 +127,7 @@ def places(engine: EngineSection, parallel: ParallelSection, device: torch.devic
         engine = engine.model_copy(update={"device": "cuda"})
         starts = range(first, first + count * each, each)
         return [Place(threads | _gpus(range(start, start + each)), engine) for start in starts]
-    cores = len(os.sched_getaffinity(0))
+    cores = processor_cores()
     most = max(LEAST_PROCESSES, PROCESSES_A_CORE * cores)
     if count * each > most:
         raise ConfigError(

@@ -194,20 +194,21 @@ def print_simulated(found: Sequence[SimulatedMix], console: Console) -> None:
         title = f"mix {number}, {each.mix.weight:.0%} of the job: {each.mix.mix}"
         console.print(title, highlight=False, markup=False, soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        sharded = ("sharding",) if each.ranks > 1 else ()
-        for heading in ("", "nano-batches", "SMs", *sharded):
+        headings = ["", "nano-batches", "SMs", "sharding"][: 3 + (each.ranks > 1)]
+        for heading in headings:
             table.add_column(heading, no_wrap=True)
         for heading in ("ms", "at limit", "mJ/row", "ratio"):
             table.add_column(heading, justify="right", no_wrap=True)
         rows = each.mix.mix.rows
-        table.add_row("", "sequential", *("" for _ in (0, *sharded)), *_figures(each.sequential, rows), "1.000")
+        first = ["", "sequential", "", ""][: len(headings)]
+        table.add_row(*first, *_figures(each.sequential, rows), "1.000")
         for place, best in enumerate(each.best, start=1):
             cut = " + ".join(f"{nano_batch.rows:,}" for nano_batch in best.plan.nano_batches)
             parts = "; ".join(" + ".join(map(str, sizes)) for sizes in best.plan.partitions.values())
             lanes = len(best.plan.lanes)
             parts = parts or ("all" if lanes == 1 else f"shared by {lanes}")
-            sharding = (best.plan.sharding,) if sharded else ()
-            table.add_row(str(place), cut, parts, *sharding, *_figures(best.found, rows), f"{best.ratio:.3f}")
+            first = [str(place), cut, parts, best.plan.sharding][: len(headings)]
+            table.add_row(*first, *_figures(best.found, rows), f"{best.ratio:.3f}")
         console.print(table)
         for file in each.files:
             console.print(f"saved {file}", highlight=False, markup=False, soft_wrap=True)

@@ -37,10 +37,14 @@ def test_devices_out_of_reach_are_named_alike_on_all_ranks(
     assert on_all(refused, 3) == [message] * 3
 
 
-def test_without_symmetric_memory_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build of torch without CUDA stands for what has no such memory."""
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
+
+
+def test_without_symmetric_memory_the_reason_is_said(two_gpus: None) -> None:
+    """A build of torch without CUDA stands for what has no such memory."""
     store = HashStore()
 
     def refused(rank: int) -> None:
@@ -76,30 +80,28 @@ Meet = Callable[[MadeUp, int], PeerMemory]
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Meet:
+def meet(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> Meet:
     """Has a rank meet the other, in a memory that is made up."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     store = HashStore()
 
-    def meet(memory: MadeUp, rank: int) -> PeerMemory:
+    def meet_in(memory: MadeUp, rank: int) -> PeerMemory:
         monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", memory)
         return symmetric_memory(store, rank, 2, torch.device("cuda", rank), 1024, 1.0)
 
-    return meet
+    return meet_in
 
 
-def test_ranks_meet_in_blocks_of_zeros(two_gpus: Meet) -> None:
-    for rank, peers in enumerate(on_all(lambda rank: two_gpus(MadeUp(), rank), 2)):
+def test_ranks_meet_in_blocks_of_zeros(meet: Meet) -> None:
+    for rank, peers in enumerate(on_all(lambda rank: meet(MadeUp(), rank), 2)):
         assert (peers.rank, peers.size, peers.room) == (rank, 2, 1024)
         assert not peers.blocks[rank].any() and (peers.blocks[1 - rank] == 1 - rank).all()
 
 
-def test_too_little_memory_on_one_rank_is_said_on_all(two_gpus: Meet) -> None:
+def test_too_little_memory_on_one_rank_is_said_on_all(meet: Meet) -> None:
     def refused(rank: int) -> str:
         with pytest.raises(torch.OutOfMemoryError) as error:
-            two_gpus(full, rank)
+            meet(full, rank)
         return str(error.value)
 
     full = MadeUp(full=1)
@@ -107,13 +109,13 @@ def test_too_little_memory_on_one_rank_is_said_on_all(two_gpus: Meet) -> None:
     assert on_all(refused, 2) == [message] * 2
 
 
-def test_ranks_that_do_not_come_are_not_taken_for_missing_memory(two_gpus: Meet) -> None:
+def test_ranks_that_do_not_come_are_not_taken_for_missing_memory(meet: Meet) -> None:
     def nobody() -> None:
         raise DistStoreError("wait timeout")
 
     def refused(rank: int) -> None:
         with pytest.raises(DistStoreError):
-            two_gpus(MadeUp(nobody), rank)
+            meet(MadeUp(nobody), rank)
 
     on_all(refused, 2)
 

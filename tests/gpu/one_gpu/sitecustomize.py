@@ -16,6 +16,7 @@ import torch
 
 from nanoflow import power
 from nanoflow.ops import communicator, peer_memory
+from nanoflow.ops.collectives import add_in_order
 from nanoflow.parallel.messages import RankSettings
 from nanoflow.search import ceilings
 
@@ -36,7 +37,7 @@ class Library:
     def allreduce(self, tensors: list[torch.Tensor], options: Any = None) -> "Library":
         flat = tensors[0].view(-1)
         for here, parts in self._exchanged(flat):
-            flat[here] = in_rank_order(parts)
+            flat[here] = add_in_order(torch.stack(parts))
         return self
 
     def broadcast(self, tensors: list[torch.Tensor], options: Any) -> "Library":
@@ -56,7 +57,7 @@ class Library:
         for here, parts in self._exchanged(tensor):
             first, last = max(here.start, own), min(here.stop, own + len(out))
             if first < last:  # which may be where `tensor` has it, sent by now
-                total = in_rank_order(parts)
+                total = add_in_order(torch.stack(parts))
                 out[first - own : last - own] = total[first - here.start : last - here.start]
         return self
 
@@ -84,13 +85,6 @@ class Library:
 def gpus(found: Callable[[], int] = torch.cuda.device_count) -> int:
     """As many as are there while torch begins, which looks at each of them."""
     return found() if hasattr(torch.cuda._tls, "is_initializing") else GPUS
-
-
-def in_rank_order(parts: list[torch.Tensor]) -> torch.Tensor:
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
 
 
 for owner, name, value in (
